@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIONS', 'COMMANDS', 'Recipe', 'entry_notebook', 'Parser', 'help_of', 'add_settings', 'add_options',
-           'parse', 'settings', 'progress_pipe', 'notebook_finished', 'run_notebook', 'run_command', 'execute',
+           'parse', 'settings', 'kernel_folder', 'notebook_finished', 'run_notebook', 'run_command', 'execute',
            'demo_command', 'list_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #305a3f2b
@@ -107,13 +107,13 @@ def settings(config_class, # a Config
 
 # %% ../nbs/90_cli.ipynb #5d343332
 @contextmanager
-def progress_pipe(quiet:bool # say nothing
-                 ):
-    "Let the kernel's progress reach this terminal"
-    if quiet or not hasattr(os, "mkfifo"):
-        yield {"LTNB_PROGRESS": os.devnull}
-        return
-    with tempfile.TemporaryDirectory() as folder:
+def kernel_folder(quiet:bool # say nothing
+                 ): # yields environment variables for the kernel, and `folder`
+    "A folder for the kernel's sockets, and a pipe through which its progress reaches this terminal"
+    with tempfile.TemporaryDirectory(dir="/tmp" if os.access("/tmp", os.W_OK) else None) as folder: # a socket needs a short path
+        if quiet or not hasattr(os, "mkfifo"):
+            yield {"LTNB_PROGRESS": os.devnull, "folder": folder}
+            return
         pipe = os.path.join(folder, "progress")
         os.mkfifo(pipe)
         keep_open = os.open(pipe, os.O_RDWR)
@@ -126,7 +126,7 @@ def progress_pipe(quiet:bool # say nothing
                     sys.stderr.flush()
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()
-        try: yield {"LTNB_PROGRESS": pipe, "LTNB_PROGRESS_TTY": "1" if sys.stderr.isatty() else "0"}
+        try: yield {"LTNB_PROGRESS": pipe, "folder": folder, "LTNB_PROGRESS_TTY": "1" if sys.stderr.isatty() else "0"}
         finally:
             done.set()
             thread.join(2)
@@ -139,7 +139,7 @@ def notebook_finished(path:Path # an executed notebook
     if not path.exists(): return False
     try: state = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
     except (ValueError, KeyError, OSError): return False
-    return state.get("exception") is False and bool(state.get("end_time"))
+    return not state.get("exception") and bool(state.get("end_time"))
 
 
 def run_notebook(notebook:Path, # the entry notebook
@@ -151,15 +151,17 @@ def run_notebook(notebook:Path, # the entry notebook
     import warnings
     from papermill.execute import execute_notebook
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
     import logging
     logging.getLogger("papermill").setLevel(logging.ERROR)
     values = {**config.to_dict(), "out": str(folder.resolve())}
     values = {k: os.path.abspath(v) if v is not None and k in ("data_root", "features") else v for k, v in values.items()}
-    with progress_pipe(quiet) as env, warnings.catch_warnings():
+    with kernel_folder(quiet) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")
         before = {k: os.environ.get(k) for k in (*env, "PYTHONPATH")}
         os.environ.update(env, PYTHONPATH=os.pathsep.join(filter(None, [str(Path(ltnb.__file__).parent.parent), before["PYTHONPATH"]])))
-        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder))
+        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), config=Config({"KernelManager": {"transport": "ipc"}}))
         except PapermillExecutionError as e:
             kind = {c.__name__: c for c in (UsageError, LtnbError)}.get(e.ename, LtnbError)
             known = e.ename in ("UsageError", "DataError", "LtnbError")

@@ -132,7 +132,7 @@ def save_tensors(path:str|Path, # a .safetensors file
                 ):
     "Save tensors with their description, atomically"
     from safetensors.torch import save
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"ltnb": json.dumps(plain(meta or {}), sort_keys=True)})
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"ltnb": json.dumps(plain(meta or {}))})
     with atomic_write(path, "wb") as f: f.write(data)
 
 

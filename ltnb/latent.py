@@ -127,8 +127,8 @@ def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
     optimizer = torch.optim.AdamW(net.parameters(), lr=diff_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     stage, key, ema = f"{name}-seed-{seed}", dict(stage=name, seed=seed), {}
     first = restore(run, stage, net, optimizer, ema) if run else 0
-    if not ema: ema = {f"ema.{k}": p.detach().clone() for k, p in net.named_parameters()}
-    weights, averages = list(net.parameters()), [ema[f"ema.{k}"].to(device) for k, _ in net.named_parameters()]
+    names, weights = zip(*net.named_parameters())
+    averages = [ema[f"ema.{k}"].to(device) if ema else p.detach().clone() for k, p in zip(names, weights)]
     if run and first < n_steps: run.cut_back(first, **key)
     bar, saved, losses = Progress(f"seed {seed}: {name}", n_steps, first), Clock(), []
     for step in range(first, n_steps):
@@ -139,7 +139,7 @@ def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        with torch.no_grad(): torch._foreach_lerp_(averages, weights, 1 - min(0.999, (1 + step) / (10 + step)))
+        with torch.no_grad(): torch._foreach_lerp_(averages, list(weights), 1 - min(0.999, (1 + step) / (10 + step)))
         losses.append(loss.detach())
         bar.step()
         if (step + 1) % 50 and step + 1 < n_steps: continue
@@ -147,9 +147,9 @@ def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
         if not math.isfinite(value): raise UsageError(f"the diffusion loss is {value} at step {step + 1}: lower --diff-lr (now {diff_lr}) or use --precision fp32.")
         if run:
             run.log(**key, step=step + 1, loss=value)
-            if step + 1 == n_steps or saved.older_than(save_every): keep(run, stage, step + 1, net, optimizer, **dict(zip(ema, averages)))
+            if step + 1 == n_steps or saved.older_than(save_every): keep(run, stage, step + 1, net, optimizer, **{f"ema.{k}": v for k, v in zip(names, averages)})
     bar.close()
-    net.load_state_dict({**net.state_dict(), **{k[4:]: v for k, v in zip(ema, averages)}})
+    net.load_state_dict({**net.state_dict(), **dict(zip(names, averages))})
     return LatentModel(net.cpu().eval(), mean, sd, floor, np.bincount(y.cpu().numpy(), minlength=n_classes))
 
 # %% ../nbs/10_latent.ipynb #d95105c1

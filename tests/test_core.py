@@ -1,0 +1,123 @@
+"Files, locks, seeds and settings under faults."
+import builtins
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ltnb import core
+from ltnb.core import Config, DataError, LtnbError, Run, UsageError, atomic_write, load_tensors, read_jsonl, save_tensors, stable_seed, write_json
+
+
+@dataclass(frozen=True)
+class Toy(Config):
+    recipe: ClassVar[str] = "toy"
+    limits: ClassVar[dict] = {"n": (1, 9)}
+    n: int = 3
+    x: float | None = None
+    mode: Literal["a", "b"] = "a"
+    flag: bool = False
+    out: str | None = None
+
+
+@pytest.mark.parametrize("code, hint", [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")])
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, code, hint):
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def fail(fd): raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(LtnbError, match=hint): write_json(tmp_path / "a.json", {"new": 2})
+    assert core.read_json(tmp_path / "a.json") == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_file_mode_is_the_users(tmp_path):
+    write_json(tmp_path / "a.json", {})
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@given(st.binary(max_size=200))
+def test_damaged_tensors_never_load(tmp_path_factory, junk):
+    path = tmp_path_factory.mktemp("t") / "a.safetensors"
+    save_tensors(path, {"w": torch.arange(5.)}, {"step": 3})
+    good = path.read_bytes()
+    path.write_bytes(junk + good[len(junk):] if junk != good[:len(junk)] else junk)
+    try: tensors, meta = load_tensors(path)
+    except DataError as e: assert str(path) in str(e)
+    else: assert set(tensors) <= {"w"} or meta is not None
+
+
+def test_torn_last_line_is_dropped_and_a_torn_middle_named(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"a": 1}\n{"a": 2')
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"a": 1}]
+    (tmp_path / "m.jsonl").write_text('{"a": 1\n{"a": 2}\n')
+    with pytest.raises(DataError, match="line 1"): read_jsonl(tmp_path / "m.jsonl")
+
+
+def test_seeds_do_not_depend_on_the_process():
+    code = "from ltnb.core import stable_seed; print(stable_seed(7, 'epoch', 3))"
+    for hash_seed in ("0", "1"):
+        out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+        assert int(out.stdout) == stable_seed(7, "epoch", 3)
+
+
+@pytest.mark.parametrize("values, word", [({"n": 0}, "at least 1"), ({"n": 10}, "at most 9"), ({"n": True}, "whole number"), ({"x": "1"}, "a number"), ({"x": float("nan")}, "finite"),
+                                          ({"mode": "c"}, "Choose from|Did you mean"), ({"flag": 1}, "true or false"), ({"m": 1}, "no setting 'm'")])
+def test_config_refuses(values, word):
+    with pytest.raises(UsageError, match=word): Toy.from_dict(values)
+
+
+def test_a_spelled_out_default_is_the_same_run(tmp_path):
+    with Run(Toy(out=str(tmp_path))) as run: run.start(Toy(x=2.), "cpu", "fp32")
+    Run(Toy(x=2., out=str(tmp_path))).check_same()
+    with pytest.raises(UsageError, match="x: None there, 3.0 here"): Run(Toy(x=3., out=str(tmp_path))).check_same()
+
+
+def test_other_data_is_not_continued(tmp_path):
+    with Run(Toy(out=str(tmp_path))) as run: run.start(Toy(), "cpu", "fp32", train="aaaa")
+    with Run(Toy(out=str(tmp_path))) as run:
+        with pytest.raises(LtnbError, match="train: 'aaaa' there, 'bbbb' here"): run.start(Toy(), "cpu", "fp32", train="bbbb")
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = f"import time; from ltnb.core import lock_file; lock_file({str(tmp_path / 'run.lock')!r}); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(LtnbError, match=f"pid {holder.pid}"): Run(Toy(out=str(tmp_path))).open(wait=0)
+    holder.kill()
+    holder.wait()
+    Run(Toy(out=str(tmp_path))).open(wait=0).close()
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LtnbError, match="not a folder"): Run(Toy(out=str(tmp_path / "file" / "run"))).open()
+    with pytest.raises(UsageError, match="is a file"): Run(Toy(out=str(tmp_path / "file"))).open()
+
+
+def test_torn_checkpoint_is_skipped_by_name(tmp_path, capsys):
+    with Run(Toy(out=str(tmp_path))) as run:
+        run.save("stage", {"w": torch.ones(9)}, step=1)
+        path = tmp_path / "checkpoints" / "stage.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        assert run.load("stage") == (None, {})
+    assert "stage.safetensors" in capsys.readouterr().err
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    code = f"import os; from ltnb.core import atomic_write\nwith atomic_write({str(tmp_path / 'a.json')!r}) as f:\n f.write('half'); f.flush(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code])
+    assert core.read_json(tmp_path / "a.json") == {"old": 1}
+    Run(Toy(out=str(tmp_path))).open().close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json"], "the temporary file is swept away at the next start"

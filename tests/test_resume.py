@@ -1,0 +1,171 @@
+"Nothing lost: stopped anywhere, continued, the end is bit for bit the same (on the CPU)."
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from ltnb import core
+from ltnb.core import LtnbError, Progress, Run, read_jsonl
+from ltnb.data import LongTail
+from ltnb.latent import train_latent
+from ltnb.ldmlr import LDMLRConfig, run
+from ltnb.models import Classifier, build_model, pixel_stats
+from ltnb.synthetic import item_noise, make_plan, make_synthetic
+from ltnb.training import fit
+
+
+class Stop(Exception): "A stand-in for a power cut"
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+
+
+def content(folder, leave=("timing.jsonl", "environment.json", "config.json", "report.html")):
+    "Hashes of all files that two equal runs must share"
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in leave and p.suffix not in (".png", ".ipynb")}
+
+
+def classifier_training(path, stop_at=None):
+    data = LongTail.digits(seed=1)
+    clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
+    with Run(LDMLRConfig(out=str(path))) as r:
+        original = r.save
+
+        def save(name, tensors, **meta):
+            original(name, tensors, **meta)
+            if meta["step"] == stop_at: raise Stop
+        r.save = save
+        return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=True, run=r, save_every=0)
+
+
+def latent_training(path, stop_at=None):
+    data = LongTail.digits(seed=1)
+    z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
+    with Run(LDMLRConfig(out=str(path))) as r:
+        original = r.save
+
+        def save(name, tensors, **meta):
+            original(name, tensors, **meta)
+            if meta["step"] == stop_at: raise Stop
+        r.save = save
+        return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
+
+
+@pytest.mark.parametrize("train, stops", [(classifier_training, (1, 4, 6)), (latent_training, (50, 200, 220))])
+def test_stage_continues_bit_for_bit(tmp_path, train, stops):
+    whole = train(tmp_path / "whole").net.state_dict()
+    for stop in stops:
+        with pytest.raises(Stop): train(tmp_path / str(stop), stop_at=stop)
+        again = train(tmp_path / str(stop)).net.state_dict()
+        assert all(torch.equal(whole[k], again[k]) for k in whole)
+        assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / str(stop) / "metrics.jsonl").read_bytes()
+
+
+def test_metrics_newer_than_the_checkpoint_are_cut(tmp_path):
+    classifier_training(tmp_path / "whole")
+    with pytest.raises(Stop): classifier_training(tmp_path / "cut", stop_at=3)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f: f.write('{"stage": "classifier", "seed": 0, "step": 4, "lr": 9, "loss": 9}\n{"stage": "cla')
+    classifier_training(tmp_path / "cut")
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A small run that nobody disturbed"
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert start(path).wait(120) == 0
+    return path
+
+
+def start(path):
+    return subprocess.Popen([sys.executable, "-m", "ltnb", "run", "ldmlr", "--plain", "--quiet", "--seeds", "2", *TINY, "--n-steps", "200", "--out", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_sigkill_anywhere(whole, tmp_path):
+    "Kill the command again and again at random moments of its work; the files are those of the undisturbed run"
+    rng, path, kills = random.Random(0), tmp_path / "run", 0
+    for attempt in range(10):
+        process, lock = start(path), path / "run.lock"
+        while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}"): time.sleep(.005)
+        time.sleep(rng.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0: break
+        kills += 1
+        if kills == 5:
+            assert start(path).wait(120) == 0
+            break
+    assert kills >= 2 and content(path) == content(whole)
+
+
+def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
+    "The n-th file that is written finds the disk full; the next start goes on, and no more than its work is repeated"
+    cfg = LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))
+    original, state = os.replace, {"left": 0}
+
+    def replace(a, b):
+        if state["left"] == 0: raise OSError(28, "No space left on device")
+        state["left"] -= 1
+        original(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for left in (0, 1, 3, 5, 8):
+        state["left"] = left
+        with pytest.raises(LtnbError, match="disk is full"): run(cfg)
+    state["left"] = 10**9
+    run(cfg)
+    assert content(tmp_path / "run") == content(whole)
+
+
+def test_a_lost_stage_is_made_again(whole, tmp_path, monkeypatch, capsys):
+    "Damage the classifier's checkpoint after a later stage failed"
+    cfg = LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))
+    monkeypatch.setattr("ltnb.ldmlr.stage_classify", lambda *a: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(Stop): run(cfg)
+    monkeypatch.undo()
+    monkeypatch.setattr(Progress, "quiet", True)
+    torn = tmp_path / "run" / "checkpoints" / "classifier-seed-0.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    run(cfg)
+    assert "classifier-seed-0" in capsys.readouterr().err
+    same = content(tmp_path / "run")
+    assert same.pop("metrics.jsonl") and {**same, "metrics.jsonl": 0} == {**content(whole), "metrics.jsonl": 0}
+    key = lambda r: (r["seed"], r["stage"], r["step"])
+    assert sorted(read_jsonl(tmp_path / "run" / "metrics.jsonl"), key=key) == sorted(read_jsonl(whole / "metrics.jsonl"), key=key)
+
+
+def test_shards_do_not_depend_on_who_makes_them(tmp_path):
+    plan = make_plan([7, 0, 5, 9])
+    make = lambda part: item_noise(("m",), part, (3,))
+    whole = make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4)
+    for lost in ([0], [2, 3], [5]):
+        for s in lost: (tmp_path / "a" / f"shard-{s:05d}.safetensors").unlink()
+        again = make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4)
+        assert torch.equal(again.items, whole.items)
+    other = make_synthetic(tmp_path / "b", plan, make, "m", shard_size=5)
+    assert torch.equal(other.items, whole.items) and other.manifest == whole.manifest
+    longer = make_synthetic(tmp_path / "a", make_plan([7, 2, 5, 9]), make, "m", shard_size=4)
+    at = {r["id"]: x for r, x in zip(longer.manifest, longer.items)}
+    assert all(torch.equal(at[r["id"]], x) for r, x in zip(whole.manifest, whole.items)), "an item keeps its noise in a longer plan"
+
+
+def test_a_stale_shard_is_not_taken_for_a_new_one(tmp_path):
+    plan = make_plan([4])
+    make_synthetic(tmp_path, plan, lambda p: torch.zeros(len(p), 2), "old model", shard_size=2)
+    new = make_synthetic(tmp_path, plan, lambda p: torch.ones(len(p), 2), "new model", shard_size=2)
+    assert new.items.eq(1).all() and {r["model"] for r in new.manifest} == {"new model"}
+
+
+def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    with pytest.raises(Stop): classifier_training(tmp_path, stop_at=2)
+    original = core.save_tensors
+    monkeypatch.setattr(core, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(Stop): classifier_training(tmp_path)
+    monkeypatch.setattr(core, "save_tensors", original)
+    with Run(LDMLRConfig(out=str(tmp_path))) as r: assert r.load("classifier-seed-0")[1]["step"] == 2
