@@ -51,10 +51,10 @@ def difference(rows:list[dict], # of scores.json
     "Paired difference to label shift, with its 95 % interval"
     a, b = values(rows, method, key), values(rows, BASELINE)
     if method == BASELINE or not len(a) or np.isnan(a).all() or len(a) != len(b): return None
-    if len(a) > 1: return paired_over_seeds(a, b)
-    se = next(r.get("gain_se" if key == "all" else f"{key[:-4]}_gain_se") for r in rows if r["method"] == method)
-    half = 1.959964 * se if se is not None else np.nan
-    return Difference(float(a[0] - b[0]), float(a[0] - b[0] - half), float(a[0] - b[0] + half), "test images")
+    mean = float((a - b).mean())
+    half = 1.959964 * np.nanmean(values(rows, method, "gain_se" if key == "all" else f"{key[:-4]}_gain_se"))
+    images, seeds = Difference(mean, mean - half, mean + half, "test images"), paired_over_seeds(a, b) if len(a) > 1 else None
+    return seeds if seeds and not seeds.high - seeds.low < images.high - images.low else images
 
 
 def show_difference(d:Difference|None # as fractions
