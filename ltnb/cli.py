@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import ltnb
-from .core import LtnbError, Progress, Run, UsageError, lock_file, nearest, read_json, unlock_file
+from .core import LtnbError, Progress, Run, UsageError, lock_file, nearest, os_error, unlock_file
 
 # %% ../nbs/90_cli.ipynb #e251813e
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def notebook_finished(path:Path # an executed notebook
     "Did papermill finish this notebook?"
     if not path.exists(): return False
     try: state = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
-    except (ValueError, KeyError, OSError): return False
+    except (ValueError, KeyError, TypeError, OSError): return False
     return not state.get("exception") and bool(state.get("end_time"))
 
 
@@ -161,7 +161,8 @@ def run_notebook(notebook:Path, # the entry notebook
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")
         before = {k: os.environ.get(k) for k in (*env, "PYTHONPATH")}
         os.environ.update(env, PYTHONPATH=os.pathsep.join(filter(None, [str(Path(ltnb.__file__).parent.parent), before["PYTHONPATH"]])))
-        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), config=Config({"KernelManager": {"transport": "ipc"}}))
+        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=os.getcwd(), config=Config({"KernelManager": {"transport": "ipc"}}), extra_arguments=["--Application.log_level=50"])
+        except OSError as e: raise os_error(e, f"writing {folder/notebook.name}") from e
         except PapermillExecutionError as e:
             kind = {c.__name__: c for c in (UsageError, LtnbError)}.get(e.ename, LtnbError)
             known = e.ename in ("UsageError", "DataError", "LtnbError")
@@ -180,6 +181,7 @@ def run_command(args:list[str] # after `ltnb run`
         parser.add_argument("name", help="; ".join(f"{k}: {r.help}" for k, r in RECIPES.items()))
         if args: parser.print_help(); return
         raise UsageError(f"ltnb run needs a name. {nearest('', RECIPES)}")
+    if args[0].startswith("-"): raise UsageError(f"ltnb run takes the recipe's name first, got {args[0]!r}. {nearest('', RECIPES)}")
     if args[0] not in RECIPES: raise UsageError(f"{args[0]!r} is not a recipe. {nearest(args[0], RECIPES)}")
     recipe = RECIPES[args[0]]
     module, config_class = recipe.load()
@@ -198,7 +200,7 @@ def execute(module, config, # a recipe's module and settings
     Progress.quiet = quiet
     run = module.run_directory(config)
     if plain or notebook is None: run = module.run(config)
-    elif not (run.finished and notebook_finished(run.path/notebook)):
+    elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
         module.check_inputs(config)
         with run: pass # another writer? then say so now
         lock = lock_file(run.path/"notebook.lock", wait=1)

@@ -9,7 +9,7 @@ __all__ = ['LtnbError', 'UsageError', 'DataError', 'nearest', 'os_error', 'atomi
            'Progress', 'lock_file', 'unlock_file', 'environment', 'show_differences', 'Run']
 
 # %% ../nbs/00_core.ipynb #53f12598
-import hashlib, json, math, os, platform, shutil, sys, time, types, typing
+import errno, hashlib, json, math, os, platform, shutil, sys, time, types, typing
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
@@ -53,9 +53,16 @@ def os_error(e:OSError, # what the system said
              doing:str # what was being done, with the path
             )->LtnbError: # an error with a hint and a way on
     "Turn a system error into a sentence"
-    import errno
     hint = _OS_HINTS.get(errno.errorcode.get(e.errno, ""), e.strerror or str(e))
     return LtnbError(f"{doing} failed: {hint}, then run the same command again; what was computed before is kept.")
+
+
+def _sync_folder(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    except OSError as e: # some network mounts cannot sync a folder; the file is there all the same
+        if e.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT): raise
+    finally: os.close(fd)
 
 
 @contextmanager
@@ -72,9 +79,7 @@ def atomic_write(path:str|Path, # the file to write
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
+        _sync_folder(path.parent)
     except OSError as e: raise os_error(e, f"writing {path}") from e
     finally:
         try: temporary.unlink(missing_ok=True)
@@ -104,7 +109,7 @@ def read_json(path:str|Path # the file to read
     except OSError as e: raise DataError(f"cannot read {path}: {e.strerror or e}.") from e
     except ValueError as e: raise DataError(f"{path} is not valid JSON ({e}): restore it or remove it.") from e
 
-
+# %% ../nbs/00_core.ipynb #8c6def93
 def write_jsonl(path:str|Path, # the file to write
                 rows # an iterable of dicts
                ):
@@ -164,10 +169,10 @@ def generator(*key, # what the randomness is for
 @contextmanager
 def seeded(*key # what the randomness is for
           ):
-    "Seed torch's global state inside the block (for layers that draw their own weights) and put the old state back after it"
+    "Seed torch's global state on the CPU inside the block (for layers that draw their own weights) and put the old state back after it"
     import torch
-    with torch.random.fork_rng():
-        torch.manual_seed(stable_seed(*key))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed(*key))
         yield
 
 # %% ../nbs/00_core.ipynb #86d47e46
@@ -363,7 +368,8 @@ def lock_file(path:str|Path, # the lock
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(path) and os.stat(path).st_ino == os.fstat(fd).st_ino: break
+                if os.stat(path).st_ino == os.fstat(fd).st_ino: break # else its last holder has just removed it
+            except FileNotFoundError: pass
             except BlockingIOError:
                 if time.monotonic() > end:
                     holder = os.read(fd, 100).decode(errors="replace").strip()
@@ -403,6 +409,9 @@ def show_differences(there:dict, # settings of the directory
     return [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
 
 
+_OWN = ("scores.json", "metrics.jsonl", "timing.jsonl", "environment.json", "report.html", "checkpoints", "figures", "model", "synthetic") # what a run writes
+
+
 class Run:
     "A directory that holds one run, written by one process at a time"
 
@@ -421,13 +430,16 @@ def finished(self:Run)->bool: # scores.json is written last
 # %% ../nbs/00_core.ipynb #ee959fb9
 @patch
 def check_same(self:Run):
-    "Refuse a directory that belongs to another config or is no run"
-    if self.path.exists() and not self.path.is_dir(): raise UsageError(f"--out {self.path} is a file: name a folder.")
-    if not (self.path/"config.json").exists():
-        if self.finished: raise LtnbError(f"{self.path} has a scores.json but no config.json, so it cannot be told whose it is: choose another --out.")
-        return
+    "Refuse a directory that belongs to another config, or whose files are not a run's"
+    try:
+        if self.path.exists() and not self.path.is_dir(): raise UsageError(f"--out {self.path} is a file: name a folder.")
+        if not (self.path/"config.json").exists():
+            if foreign := [n for n in _OWN if (self.path/n).exists()]:
+                raise UsageError(f"{self.path} has {', '.join(foreign)} but no config.json, so it is not a run of ltnb, and they could be overwritten: choose an empty or new folder for --out.")
+            return
+    except OSError as e: raise os_error(e, f"looking at the run directory {self.path}") from e
     there = read_json(self.path/"config.json")
-    if there.get("format", 1) > 1: raise LtnbError(f"{self.path} was written by a newer ltnb ({there.get('ltnb')}): upgrade ltnb, or choose another --out.")
+    if not isinstance(there, dict) or there.get("format", 1) != 1: raise LtnbError(f"{self.path}/config.json was written by another program or a newer ltnb: upgrade ltnb, or choose another --out.")
     given = {"recipe": self.config.recipe, **plain(self.config.identity())}
     same = {k: v for k, v in given.items() if there.get("given", {}).get(k) == v or (v is not None and there.get(k) == v)}
     differ = show_differences({k: v for k, v in there.get("given", {}).items() if k not in same}, {k: v for k, v in given.items() if k not in same})
@@ -442,7 +454,12 @@ def open(self:Run, wait:float=5. # seconds to wait for another writer to end
     try: self.path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise os_error(e, f"making the run directory {self.path}") from e
     self._lock = lock_file(self.path/"run.lock", wait)
-    for p in self.path.rglob(".*.part"): p.unlink(missing_ok=True)
+    try: self.check_same() # the last holder may have begun another run here
+    except Exception:
+        self.close()
+        raise
+    for pattern in (".*.part", *(f"{n}/**/.*.part" for n in _OWN[5:])):
+        for p in self.path.glob(pattern): p.unlink(missing_ok=True)
     return self
 
 @patch
@@ -499,7 +516,7 @@ def cut_back(self:Run, step:int=0, # keep what was logged up to this step
 @contextmanager
 def timed(self:Run, **key # which stage
          ):
-    "Append how long a stage took to `timing.jsonl`"
+    "Append how long a stage took to `timing.jsonl`; a continued stage counts what was left of it"
     t = time.perf_counter()
     yield
     self._append("timing.jsonl", {**key, "seconds": round(time.perf_counter() - t, 3)})
@@ -529,7 +546,13 @@ def finish(self:Run, rows:list[dict] # one a method and seed
           ):
     "Write `scores.json`, the sign that the run is finished, and remove the checkpoints"
     write_json(self.path/"scores.json", rows)
-    shutil.rmtree(self.path/"checkpoints", ignore_errors=True)
+    self.sweep()
+
+
+@patch
+def sweep(self:Run):
+    "Remove the checkpoints of a finished run"
+    if self.finished: shutil.rmtree(self.path/"checkpoints", ignore_errors=True)
 
 @patch
 def scores(self:Run)->list[dict]: # one a method and seed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'THIRDS', 'BAND_COLORS', 'longtail_counts', 'longtail_indices', 'bands', 'thirds', 'ImageSet', 'LongTail',
-           'plot_counts', 'show_images', 'read_npz', 'class_labels', 'DataConfig', 'load_data']
+           'plot_counts', 'show_images', 'read_npz', 'class_labels', 'names_of_classes', 'DataConfig', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d51fcc8c
 import hashlib
@@ -26,7 +26,7 @@ def longtail_counts(n_max:int|float, # images of the largest class
     "The exponential profile of the CIFAR-LT sets, rounded down"
     if imb_ratio < 1: raise UsageError(f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}: did you mean {1 / imb_ratio:g}?" if imb_ratio > 0
                                        else f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}.")
-    return np.array([int(n_max * (1 / imb_ratio) ** (k / max(n_classes - 1, 1))) for k in range(n_classes)])
+    return np.array([int(n_max * (1 / imb_ratio) ** (k / max(n_classes - 1, 1)) + 1e-9) for k in range(n_classes)])
 
 # %% ../nbs/01_data.ipynb #2a885291
 def longtail_indices(labels:np.ndarray, # N class numbers
@@ -150,6 +150,7 @@ def digits(cls:LongTail,
     raw = load_digits()
     images, wanted = np.round(raw.images * (255 / 16)).astype(np.uint8)[:, None], longtail_counts(n_max, 10, imb_ratio)
     if wanted.min() < 1: raise UsageError(f"imb_ratio={imb_ratio:g} leaves a class without an image, because Digits-LT has {n_max} at most: use at most {n_max}.")
+    if n_max + n_test > 174: raise UsageError(f"the rarest digit has 174 images, so n_max + n_test can be 174 at most, got {n_max} + {n_test}.")
     rng = np.random.RandomState(seed)
     order, train, test = rng.permutation(10), [], []
     for k, digit in enumerate(order):
@@ -170,13 +171,13 @@ def plot_counts(counts:np.ndarray, # (K,) training images
     "Class sizes on a log axis, coloured by band"
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 2.6))
-    counts = np.asarray(counts)
+    counts, name = np.asarray(counts), name.replace("$", r"\$")
     rank = np.argsort(-counts, kind="stable")
     for band, classes in bands(counts).items():
         at = np.flatnonzero(np.isin(rank, classes))
         if len(at): ax.bar(at, counts[rank[at]], width=0.85 if len(rank) <= 20 else 1, color=BAND_COLORS[band], label=f"{band} ({len(at)} {'class' if len(at) == 1 else 'classes'})")
     ax.set(yscale="log", ylim=(0.7, None), xlabel="class, largest first", ylabel="training images", title=f"{name}: {counts.sum():,} images, ratio {counts.max() / counts.min():.4g}".lstrip(": "))
-    if class_names is not None and len(rank) <= 20: ax.set_xticks(range(len(rank)), [class_names[k] for k in rank], rotation=45 if max(map(len, class_names)) > 3 else 0)
+    if class_names is not None and len(rank) <= 20: ax.set_xticks(range(len(rank)), [str(class_names[k]).replace("$", r"\$") for k in rank], rotation=45 if max(map(len, class_names)) > 3 else 0)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -204,10 +205,9 @@ def read_npz(path:str|Path, # an .npz file
              required:tuple # arrays it must have
             )->dict[str, np.ndarray]: # all its arrays
     "Read a numpy archive without running code"
-    path = Path(path)
-    if not path.exists(): raise UsageError(f"{path} does not exist: give the path of an .npz file with {', '.join(required)}.")
     try:
         with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+    except FileNotFoundError as e: raise UsageError(f"{path} does not exist: give the path of an .npz file with {', '.join(required)}.") from e
     except OSError as e: raise DataError(f"{path} cannot be read ({e}).") from e
     except Exception as e: raise DataError(f"{path} is damaged or no .npz archive of plain arrays ({e}).") from e
     if missing := [k for k in required if k not in arrays]:
@@ -227,6 +227,20 @@ def class_labels(a:np.ndarray, # (N,) or (N, 1) whole numbers
     if a.min() < 0: raise DataError(f"{name} must be 0 or more, got {a.min()}.")
     return a.astype(np.int64)
 
+
+def names_of_classes(z:dict, # arrays of `read_npz`
+                     labels:dict, # part -> (N,) int64, with "train"
+                     path:str|Path # for the error
+                    )->tuple: # K names
+    "The archive's class_names, or numbers"
+    if "class_names" in z:
+        names = z["class_names"]
+        if names.ndim != 1 or names.dtype.kind not in "US": raise DataError(f"{path}: class_names must be a list of texts, got {names.dtype} of shape {names.shape}.")
+        return tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names)
+    k = int(max(y.max() for y in labels.values())) + 1
+    if k > len(labels["train"]): raise DataError(f"{path}: labels go up to {k - 1}, but {len(labels['train'])} training items cannot fill {k} classes: labels must be 0 to K - 1 without gaps.")
+    return tuple(map(str, range(k)))
+
 # %% ../nbs/01_data.ipynb #8d98ad9f
 @patch(cls_method=True)
 def npz(cls:LongTail,
@@ -237,7 +251,7 @@ def npz(cls:LongTail,
     "A set in the MedMNIST layout"
     z = read_npz(path, ("train_images", "train_labels", "test_images", "test_labels"))
     parts = {p: class_labels(z[f"{p}_labels"], f"{path}: {p}_labels") for p in ("train", "val", "test") if f"{p}_labels" in z}
-    names = tuple(map(str, z["class_names"])) if "class_names" in z else tuple(map(str, range(max(y.max() for y in parts.values()) + 1)))
+    names = names_of_classes(z, parts, path)
     sets = {}
     for part, labels in parts.items():
         if f"{part}_images" not in z: raise DataError(f"{path} has {part}_labels but no {part}_images.")
@@ -304,6 +318,7 @@ class DataConfig(Config):
     seeds: int = 1 # how many seeds
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
+    not_identity: ClassVar[tuple] = ("out", "download") # how the data came there does not matter
     limits: ClassVar[dict] = {"imb_ratio": (1, None), "seed": (0, 2**31 - 1), "seeds": (1, 1000)}
 
 
@@ -311,6 +326,7 @@ def load_data(cfg:DataConfig, # which set
               seed:int # Digits-LT is cut anew for each seed; CIFAR-LT keeps the literature's subset
              )->LongTail: # the set
     "The image set that a config names"
+    if cfg.download and cfg.dataset not in ("cifar10", "cifar100"): raise UsageError(f"download is for cifar10 and cifar100; dataset={cfg.dataset!r} needs none. Leave out --download.")
     if cfg.dataset is None: raise UsageError(f"no data: give --dataset. {nearest('', ['digits', 'cifar10', 'cifar100', 'npz'])}")
     if cfg.dataset == "digits":
         if cfg.data_root: raise UsageError(f"dataset='digits' is bundled and takes no data_root, got {cfg.data_root!r}: did you mean --dataset npz?")

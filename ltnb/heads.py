@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from pathlib import Path
 
 from .core import DataError, generator
-from .data import LongTail, class_labels, read_npz
+from .data import LongTail, class_labels, names_of_classes, read_npz
 from .losses import log_prior
 from .models import Classifier, encode as encode_images
 
@@ -52,9 +52,13 @@ def fit_head(features:torch.Tensor, # (N, d) float32, real and generated
     "Fit a linear head with cross-entropy"
     counts, device = torch.as_tensor(counts, dtype=torch.float64), features.device
     pi, g = log_prior(counts).to(device), generator(*key, "head", device=device)
+    if weights is None: weights = torch.ones(len(features), device=device)
+    features, labels, weights = features[weights > 0], labels[weights > 0], weights[weights > 0]
     if not torch.isfinite(features).all(): raise DataError("a head cannot be fitted on features that are not finite numbers.")
     if start is None:
-        mean, sd = features.mean(0), features.std(0).clamp_min(1e-6)
+        share = (weights / weights.sum())[:, None]
+        mean = (share * features).sum(0)
+        sd = (share * (features - mean) ** 2).sum(0).sqrt().clamp_min(1e-6)
         w, b = torch.zeros(len(counts), features.shape[1], device=device), pi.clone()
     else:
         mean, sd = torch.zeros_like(features[0]), torch.ones_like(features[0])
@@ -64,8 +68,7 @@ def fit_head(features:torch.Tensor, # (N, d) float32, real and generated
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         i = torch.randint(len(x), (min(bs, len(x)),), generator=g, device=device)
-        loss = F.cross_entropy(x[i] @ w.T + b, labels[i], reduction="none")
-        loss = loss.mean() if weights is None else (loss * weights[i]).sum() / weights[i].sum().clamp_min(1e-12)
+        loss = (F.cross_entropy(x[i] @ w.T + b, labels[i], reduction="none") * weights[i]).sum() / weights[i].sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -99,9 +102,9 @@ class Features:
     def counts(self)->np.ndarray: return np.bincount(self.train_labels.numpy(), minlength=self.n_classes)
 
     def fingerprint(self)->str: # 16 hexadecimal digits
-        "A hash of all features and labels"
+        "A hash of all features, labels and the head"
         h = hashlib.blake2b("\n".join(self.class_names).encode(), digest_size=8)
-        for t in (self.train, self.train_labels, self.test, self.test_labels): h.update(t.contiguous().numpy())
+        for t in (self.train, self.train_labels, self.test, self.test_labels, *((self.head.weight, self.head.bias) if self.head else ())): h.update(t.contiguous().numpy())
         return h.hexdigest()
 
 # %% ../nbs/07_heads.ipynb #e4d1a33f
@@ -115,8 +118,8 @@ def npz(cls:Features, path:str|Path # the archive
         if k in z and (z[k].dtype.kind not in "fiu" or z[k].ndim != (1 if k == "fc_bias" else 2) or not z[k].size):
             raise DataError(f"{path}: {k} must be numbers of shape {'(K,)' if k == 'fc_bias' else '(N, d)'}, got {z[k].dtype} of shape {z[k].shape}.")
     labels = {p: class_labels(z[f"{p}_labels"], f"{path}: {p}_labels") for p in ("train", "test")}
-    k = len(z["class_names"]) if "class_names" in z else len(z["fc_weight"]) if "fc_weight" in z else int(max(y.max() for y in labels.values())) + 1
-    names = tuple(map(str, z["class_names"])) if "class_names" in z else tuple(map(str, range(k)))
+    names = tuple(map(str, range(len(z["fc_weight"])))) if "fc_weight" in z and "class_names" not in z else names_of_classes(z, labels, path)
+    k = len(names)
     f32 = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
     head = Head(f32(z["fc_weight"]), f32(z["fc_bias"]), torch.from_numpy(np.bincount(labels["train"], minlength=k)[:k]).double()) if "fc_weight" in z else None
     if head is not None and not (torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all()): raise DataError(f"{path}: fc_weight or fc_bias hold NaN or infinite values.")

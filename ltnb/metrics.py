@@ -39,7 +39,7 @@ def score(predicted:np.ndarray, # (N,) class numbers
          )->Scores: # fractions from 0 to 1
     "Score predictions"
     predicted, labels, counts = map(np.asarray, (predicted, labels, counts))
-    if predicted.shape != labels.shape or not len(labels): raise DataError(f"{predicted.shape} predictions cannot be held against {labels.shape} labels.")
+    if predicted.shape != labels.shape or not len(labels): raise DataError(f"{predicted.shape} predictions cannot be compared with {labels.shape} labels.")
     if labels.min() < 0 or labels.max() >= len(counts): raise DataError(f"labels must be 0 to {len(counts) - 1} for {len(counts)} classes, got {labels.min()} to {labels.max()}.")
     total, right = np.bincount(labels, minlength=len(counts)), np.bincount(labels[predicted == labels], minlength=len(counts))
     per_class = np.divide(right, total, out=np.full(len(counts), np.nan), where=total > 0)

@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
         if self.stride > 1: x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(x + y)
 
-
+# %% ../nbs/03_models.ipynb #6838edf7
 class ResNet(nn.Module):
     "CIFAR ResNet with 6n + 2 layers and 64 features (He et al., 2016)"
 

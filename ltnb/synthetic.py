@@ -40,7 +40,8 @@ def draw_items(key:tuple, # what the draw is for: model, settings
                draw # (generator, n, class) -> (n, ...) array
               )->np.ndarray: # (N, ...), a row an item
     "Random numbers that depend on the item, not on its batch"
-    out, block = None, plan[:, 1] // _BLOCK
+    block = plan[:, 1] // _BLOCK
+    out = None if len(plan) else np.asarray(draw(np.random.default_rng(0), 1, 0))[:0]
     for c, b in sorted(set(zip(plan[:, 0].tolist(), block.tolist()))):
         values = np.asarray(draw(np.random.Generator(np.random.Philox(stable_seed(*key, c, b))), _BLOCK, c))
         at = np.flatnonzero((plan[:, 0] == c) & (block == b))
@@ -85,6 +86,7 @@ def make_synthetic(folder:str|Path, # gets shard-*.safetensors and manifest.json
                    make, # plan rows -> (n, ...) tensor, or (tensor, list of n dicts for the manifest)
                    model:str, # fingerprint of what makes them
                    seed:int=0, # for the manifest
+                   settings:tuple=(), # of `make`: items made with others are made again
                    shard_size:int=1024, # items a file; also their batch
                    progress=lambda n: None # told the number of items after each shard
                   )->Synthetic: # all of the plan
@@ -92,7 +94,7 @@ def make_synthetic(folder:str|Path, # gets shard-*.safetensors and manifest.json
     folder, rows, parts = Path(folder), [], []
     for s in range(0, len(plan), shard_size):
         part, path = plan[s:s + shard_size], folder/f"shard-{s // shard_size:05d}.safetensors"
-        key = hashlib.sha256(f"{model}|{seed}|{part.tolist()}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{model}|{seed}|{settings}|{part.tolist()}".encode()).hexdigest()[:16]
         tensors, meta = _shard(path)
         if meta.get("key") != key:
             made = make(part)
@@ -113,7 +115,7 @@ def _shard(path):
     try: return load_tensors(path)
     except DataError: return {}, {}
 
-
+# %% ../nbs/06_synthetic.ipynb #9fe4f599
 @patch(cls_method=True)
 def open(cls:Synthetic, folder:str|Path # what `make_synthetic` wrote
         )->Synthetic: # its items

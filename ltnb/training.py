@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import Progress, UsageError, autocast, generator
+from .core import LtnbError, Progress, UsageError, autocast, generator
 from .models import Classifier
 
 # %% ../nbs/05_training.ipynb #5c82efdb
@@ -95,7 +95,7 @@ def fit(clf:Classifier, # in place
     for epoch in range(first, n_epochs):
         for group in optimizer.param_groups: group["lr"] = lr * multistep(epoch, n_epochs)
         loss = train_epoch(clf, x, y, optimizer, (seed, name, epoch), bs, mixup, augment, precision)
-        if not math.isfinite(loss): raise UsageError(f"the loss of epoch {epoch + 1} is {loss}: lower --lr (now {lr}) or use --precision fp32.")
+        if not math.isfinite(loss): raise LtnbError(f"the loss of epoch {epoch + 1} is {loss}: lower --lr (now {lr}) or use --precision fp32, with another --out.")
         if run:
             run.log(**key, step=epoch + 1, lr=optimizer.param_groups[0]["lr"], loss=loss)
             if epoch + 1 == n_epochs or saved.older_than(save_every): keep(run, stage, epoch + 1, clf.net, optimizer)
@@ -119,7 +119,7 @@ class Clock:
         self.last = self.now()
         return True
 
-
+# %% ../nbs/05_training.ipynb #58680889
 def keep(run, # the Run
          name:str, # of the checkpoint
          step:int, # steps that are done

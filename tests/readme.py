@@ -32,7 +32,7 @@ def picture(path):
     plot_counts(counts, None, "Digits-LT", ax=axes[0])
     plot_per_class(rows, None, counts, shown=("cross-entropy", "label shift"), ax=axes[1])
     plot_starts(rows, ax=axes[2])
-    for ax, title in zip(axes, ("1. a long tail", "2. its classes are not recognised", "3. what generated features add")): ax.set_title(title, fontsize=10)
+    for ax, title in zip(axes, ("1. a long tail", "2. its last classes suffer", "3. extra features, judged from two starts")): ax.set_title(title, fontsize=10, pad=22 if title[0] == "3" else None)
     save_figure(fig, path)
 
 

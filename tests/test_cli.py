@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ltnb, shared
+from conftest import ROOT, TINY, ltnb
 from ltnb.cli import RECIPES, Parser, add_settings, entry_notebook, help_of
 from ltnb.ldmlr import METHODS
 
@@ -45,7 +44,7 @@ def test_parameters_cell_config_and_flags_are_equal(name):
     (["run", "ldmlr", "--n_epochs", "3"], "--n-epochs"), (["run", "ldmlr", "--n-epochs", "1.5"], "whole number"), (["run", "ldmlr", "--n-epochs", "0"], "at least 1"), (["run", "ldmlr", "--n-epochs"], "expected one argument"),
     (["run", "ldmlr", "--imb-ratio", "0.01"], "did you mean 100"), (["run", "ldmlr", "--imb-ratio", "-3"], "at least 1"), (["run", "ldmlr", "--imb-ratio", "nan"], "finite"), (["run", "ldmlr", "--imb-ratio", "500"], "at most 114"),
     (["run", "ldmlr", "--dataset", "cifar"], "cifar10"), (["run", "ldmlr", "--dataset", "npz"], "--data-root"), (["run", "ldmlr", "--dataset", "npz", "--data-root", "no.npz"], "no.npz does not exist"), (["run", "ldmlr", "--arch", "resnet31"], "resnet32"),
-    (["run", "ldmlr", "--features", "no.npz"], "no.npz does not exist"), (["run", "ldmlr", "--features", "no.npz", "--imb-ratio", "10"], "imb_ratio cannot be used with features"), (["run", "ldmlr", "digits"], "options begin with --"),
+    (["run", "ldmlr", "--features", "no.npz"], "no.npz does not exist"), (["run", "ldmlr", "--features", "no.npz", "--imb-ratio", "10"], "imb_ratio cannot be used with features"), (["run", "ldmlr", "digits"], "options begin with --"), (["run", "--plain", "ldmlr"], "name first"),
     (["run", "ldmlr", "--dataset", "cifar10", "--data-root", "nowhere"], "--download"), (["demo", "--seeds", "0"], "at least 1"), (["demo", "--sed", "1"], "--seed"), (["list", "--all"], "not an option"), (["run", "ldmlr", "--download", "perhaps"], "true or false")])
 def test_usage_errors(main, args, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -139,16 +138,8 @@ def test_other_settings_are_refused_with_the_difference(demo, main):
     assert tree(out) == before
 
 
-@pytest.fixture(scope="module")
-def through_papermill(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("papermill")
-    done = ltnb("run", "ldmlr", *TINY, "--out", "here", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "here", done
-
-
 def test_run_keeps_the_executed_notebook(through_papermill):
-    out, done = through_papermill
+    out, done, _ = through_papermill
     nb = json.loads((out / "61_run_ldmlr.ipynb").read_text())
     assert sum("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", [])) >= 4
     text = json.dumps(nb)
@@ -158,7 +149,7 @@ def test_run_keeps_the_executed_notebook(through_papermill):
 
 
 def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, main):
-    out, _ = through_papermill
+    out, _, _ = through_papermill
     assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "plain")[0] == 0
     files = lambda p: {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
     assert files(out) - files(tmp_path / "plain") == {"61_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(out)
@@ -166,21 +157,21 @@ def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, m
 
 
 def test_finished_notebook_run_is_unchanged(through_papermill):
-    out, _ = through_papermill
+    out, _, env = through_papermill
     before = tree(out)
-    again = ltnb("run", "ldmlr", *TINY, "--out", out)
+    again = ltnb("run", "ldmlr", *TINY, "--out", out, cwd=out.parent, env=env)
     assert again.returncode == 0 and "label shift" in again.stdout and tree(out) == before
 
 
 def test_killed_command_is_continued_at_once(tmp_path):
     "SIGKILL of the command while its kernel works; the same command right after takes over"
-    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "120", "--out", str(tmp_path / "run")]
+    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "60", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again = subprocess.run([*args[:-4], "--n-epochs", "120", "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
+    again = subprocess.run([*args[:-4], "--n-epochs", "60", "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "scores.json").exists()
 
@@ -192,6 +183,23 @@ def test_papermill_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 1 and re.fullmatch(r"ldmlr-digits-[0-9a-f]{6}", runs[0].name) and (runs[0] / "scores.json").exists()
+
+
+def test_finished_plain_run_is_left_alone(main, tmp_path):
+    assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "run")[0] == 0
+    before = tree(tmp_path / "run")
+    code, out, _ = main("run", "ldmlr", *TINY, "--out", tmp_path / "run")
+    assert code == 0 and "label shift" in out and tree(tmp_path / "run") == before
+
+
+def test_the_notebook_works_where_the_command_was_given(main, tmp_path, monkeypatch):
+    "Default data folders are those of the command: the kernel is told to work in the same place"
+    seen = {}
+    import papermill.execute
+    monkeypatch.setattr(papermill.execute, "execute_notebook", lambda *a, **k: seen.update(k) or (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = main("run", "ldmlr", *TINY, "--out", "run")
+    assert seen["cwd"] == str(tmp_path) and code == 1 and "disk is full" in err
 
 
 def test_default_directory_is_found_again(main, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 "Cuts, sources and their refusals."
 import hashlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ def test_profile_falls_from_n_max_to_its_share(k, n_max, ratio):
     counts = longtail_counts(n_max, k, ratio)
     assert counts[0] == n_max and (np.diff(counts) <= 0).all()
     assert abs(counts[-1] - n_max / ratio) <= 1
+
+
+def test_profile_ends_at_one_image_for_every_whole_ratio():
+    assert all(longtail_counts(n, 10, n)[-1] == 1 for n in range(1, 3000))
 
 
 @pytest.mark.parametrize("name, totals", [("cifar10", {10: 20431, 50: 13996, 100: 12406, 200: 11203}), ("cifar100", {10: 19573, 50: 12608, 100: 10847, 200: 9502})])
@@ -61,7 +67,8 @@ def arrays(**changes):
     (dict(train_labels=None), "lacks train_labels"), (dict(train_labels=np.repeat([0, 2], 15)), "class '1' .number 1. has no training image"), (dict(train_labels=np.full(30, -1)), "0 or more"),
     (dict(class_names=np.array(["a", "b"])), "0 to 1 for 2 classes"), (dict(train_labels=np.zeros(29, int)), "30 images need 30 labels"), (dict(train_images=np.zeros((30, 8, 8, 3))), "uint8"),
     (dict(test_images=np.zeros((6, 9, 9, 3), np.uint8)), "shape"), (dict(train_labels=np.array(["a"] * 30)), "whole numbers"), (dict(train_images=np.zeros((30, 8), np.uint8)), "must be"),
-    (dict(train_labels=np.array([{}] * 30)), "damaged or no .npz"), (dict(val_labels=np.zeros(3, int)), "no val_images")])
+    (dict(train_labels=np.array([{}] * 30)), "damaged or no .npz"), (dict(test_labels=np.array([0, 0, 1, 1, 2, 2**33])), "cannot fill"), (dict(class_names=np.array("abc")), "list of texts"),
+    (dict(class_names=np.array([["a"], ["b"], ["c"]])), "list of texts"), (dict(val_labels=np.zeros(3, int)), "no val_images")])
 def test_npz_refuses(tmp_path, changes, word):
     np.savez(tmp_path / "a.npz", **arrays(**changes))
     with pytest.raises(DataError, match=word): LongTail.npz(tmp_path / "a.npz")
@@ -82,7 +89,6 @@ def test_cut_that_would_empty_a_class(tmp_path):
 
 def test_real_cifar(tmp_path):
     "The pack beside the project, through the layout that users have"
-    import subprocess, sys
     out = tmp_path / "c.npz"
     subprocess.run([sys.executable, shared("load.py"), shared("cifar10_lt.npz"), "--out", out], check=True, capture_output=True)
     data = LongTail.npz(out)
@@ -108,6 +114,7 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
 
 def test_sources_by_config():
     assert load_data(DataConfig(imb_ratio=20), 0).imb_ratio == 114 / 5
-    for cfg, word in ((DataConfig(dataset="npz"), "--data-root"), (DataConfig(data_root="x"), "npz"), (DataConfig(dataset="cifar10", data_root="nowhere"), "--download")):
+    with pytest.raises(UsageError, match="at most"): LongTail.digits(n_max=1000)
+    for cfg, word in ((DataConfig(download=True), "--download"), (DataConfig(dataset="npz"), "--data-root"), (DataConfig(data_root="x"), "npz"), (DataConfig(dataset="cifar10", data_root="nowhere"), "--download")):
         with pytest.raises(LtnbError, match=word): load_data(cfg, 0)
     assert list(BANDS) == list(bands([1]))

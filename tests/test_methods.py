@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import shared
-from hypothesis import given, settings
+from conftest import cifar_pack, shared
+from hypothesis import given
 from hypothesis import strategies as st
 from ltnb.core import DataError, Progress, UsageError, generator, load_tensors
 from ltnb.data import LongTail
@@ -32,14 +32,10 @@ def test_label_shift_formula(counts, tau):
 
 def test_reference_weights_give_the_published_features():
     "The authors' ResNet-32 in our network, on the CIFAR test images: the reference features, and their accuracy"
-    import subprocess, sys
-    from importlib.util import module_from_spec, spec_from_file_location
     net, ref = ResNet(10), np.load(shared("ldmlr_cifar10_if100_features.npz"))
     from safetensors.torch import load_file
     net.load_state_dict(load_file(shared("ldmlr_cifar10_if100_resnet32.safetensors")))
-    spec = spec_from_file_location("load", shared("load.py"))
-    spec.loader.exec_module(load := module_from_spec(spec))
-    pack = load.load(shared("cifar10_lt.npz"))
+    pack = cifar_pack()
     clf = Classifier(net, pack["class_names"], (3, 32, 32), np.array([125.3, 123.0, 113.9]) / 255, np.array([63.0, 62.1, 66.7]) / 255, "resnet32")
     some = np.flatnonzero(pack["test_labels"].ravel() == 3)[:200]
     bgr = np.ascontiguousarray(pack["test_images"][some].transpose(0, 3, 1, 2)[:, ::-1]) # those weights were trained on blue-green-red images
@@ -89,15 +85,18 @@ def test_effective_prior_is_removed_exactly_once():
     assert torch.allclose(same.logits(z), base.logits(z), atol=1e-5)
 
 
-def test_syn_weight_scales_the_loss_as_repetition_does():
-    "Weight 2 on an item is that item twice"
-    z, y = torch.randn(64, 3), torch.randint(0, 2, (64,))
-    w = torch.where(torch.arange(64) < 32, 2., 1.)
-    from torch.nn.functional import cross_entropy
-    head = torch.nn.Linear(3, 2)
-    weighted = (cross_entropy(head(z), y, reduction="none") * w).sum() / w.sum()
-    repeated = cross_entropy(head(torch.cat([z, z[:32]])), torch.cat([y, y[:32]]))
-    assert torch.allclose(weighted, repeated, atol=1e-6)
+def test_syn_weight_zero_is_no_generation():
+    "Items of weight 0 change nothing, whatever they are; weight 2 moves the scale as two copies do"
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(200, 4, generator=g), torch.arange(200) % 2
+    junk = 1000 * torch.randn(50, 4, generator=g)
+    alone = fit_head(z, y, [100, 100], steps=20, lr=1e-2)
+    weightless = fit_head(torch.cat([z, junk]), torch.cat([y, y[:50]]), [100, 100], torch.cat([torch.ones(200), torch.zeros(50)]), steps=20, lr=1e-2)
+    assert torch.equal(alone.weight, weightless.weight)
+    shifted = torch.cat([z, z[:50] + 3])
+    double = fit_head(shifted, torch.cat([y, y[:50]]), [150, 150], torch.cat([torch.ones(200), torch.full((50,), 2.)]), steps=1, lr=0.)
+    copies = fit_head(torch.cat([shifted, shifted[200:]]), torch.cat([y, y[:50], y[:50]]), [150, 150], steps=1, lr=0.)
+    assert torch.allclose(double.bias, copies.bias, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -184,18 +183,42 @@ def test_epoch_is_a_function_of_its_key():
 
 def test_garbage_in_the_config():
     with pytest.raises(UsageError, match="--data-root"): LDMLRConfig(features="f.npz", data_root="d")
+    for more in (dict(arch="resnet32"), dict(n_epochs=3), dict(dataset="cifar10"), dict(download=True), dict(mixup=.1)):
+        with pytest.raises(UsageError, match=f"{list(more)[0]} cannot be used with features"): LDMLRConfig(features="f.npz", **more)
+    assert LDMLRConfig(dataset="cifar10", download=True).digest() == LDMLRConfig(dataset="cifar10").digest()
     assert resolve(LDMLRConfig(n_steps=7), np.array([1000, 10]), 32).n_steps == 7
 
 
 def test_npz_images_run_to_the_end(tmp_path):
     "Real CIFAR photographs, one epoch of a small network, through every stage"
-    import sys
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("load", shared("load.py"))
-    spec.loader.exec_module(load := module_from_spec(spec))
-    pack = load.load(shared("cifar10_lt.npz"))
+    pack = cifar_pack()
     keep = np.concatenate([np.flatnonzero(pack["train_labels"] == k)[:60] for k in range(10)])
     np.savez(tmp_path / "c.npz", train_images=pack["train_images"][keep], train_labels=pack["train_labels"][keep][:, None], test_images=pack["test_images"][:300], test_labels=pack["test_labels"][:300], class_names=pack["class_names"])
     r = run(LDMLRConfig(dataset="npz", data_root=str(tmp_path / "c.npz"), imb_ratio=20, arch="resnet8", n_epochs=1, n_steps=50, out=str(tmp_path / "run")))
     assert len(r.scores()) == 7 and json.loads((r.path / "config.json").read_text())["mixup"] == .5
     assert json.loads((r.path / "model" / "model.json").read_text())["classes"][0] == "airplane"
+
+
+def test_odd_but_valid_features(tmp_path):
+    "One dimension, one test item, a dollar in the name: it runs to its report"
+    d = dict(train_features=np.linspace(0, 1, 30, dtype="f4")[:, None], train_labels=np.repeat([0, 1, 2], [20, 8, 2]), test_features=np.ones((1, 1), "f4"), test_labels=np.array([2]))
+    np.savez(tmp_path / "cost_$5_vs_$6.npz", **d, class_names=np.array(["$a$", "b", "c_$"]))
+    r = run(LDMLRConfig(features=str(tmp_path / "cost_$5_vs_$6.npz"), n_steps=60, out=str(tmp_path / "run")))
+    assert (r.path / "report.html").exists() and len(r.scores()) == 7
+
+
+def test_divergence_is_named_and_not_a_usage_error(tmp_path):
+    from ltnb.core import LtnbError
+    data = LongTail.digits()
+    z = torch.from_numpy(data.train.images).flatten(1).float()
+    with pytest.raises(LtnbError, match="--diff-lr") as e: train_latent(z, torch.from_numpy(data.train.labels), 10, n_steps=100, width=16, diff_lr=1e30)
+    assert e.value.exit_code == 1
+
+
+def test_other_head_is_other_data(tmp_path):
+    d = dict(train_features=np.ones((6, 3), "f4"), train_labels=np.array([0, 0, 1, 1, 2, 2]), test_features=np.ones((4, 3), "f4"), test_labels=np.array([0, 1, 2, 2]), fc_bias=np.zeros(3, "f4"))
+    prints = []
+    for w in (0., 1.):
+        np.savez(tmp_path / "f.npz", **d, fc_weight=np.full((3, 3), w, "f4"))
+        prints.append(Features.npz(tmp_path / "f.npz").fingerprint())
+    assert prints[0] != prints[1]

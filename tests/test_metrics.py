@@ -26,7 +26,7 @@ def test_against_scikit_learn(k, n, seed):
 
 def test_refusals():
     with pytest.raises(DataError, match="0 to 1 for 2 classes"): score(np.array([0]), np.array([2]), np.array([5, 5]))
-    with pytest.raises(DataError, match="cannot be held against"): score(np.array([0, 1]), np.array([0]), np.array([5, 5]))
+    with pytest.raises(DataError, match="cannot be compared"): score(np.array([0, 1]), np.array([0]), np.array([5, 5]))
 
 
 def test_intervals_cover():

