@@ -161,7 +161,7 @@ def run_notebook(notebook:Path, # the entry notebook
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")
         before = {k: os.environ.get(k) for k in (*env, "PYTHONPATH")}
         os.environ.update(env, PYTHONPATH=os.pathsep.join(filter(None, [str(Path(ltnb.__file__).parent.parent), before["PYTHONPATH"]])))
-        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=os.getcwd(), config=Config({"KernelManager": {"transport": "ipc"}}), extra_arguments=["--Application.log_level=50"])
+        try: execute_notebook(str(notebook), str(folder/notebook.name), values, kernel_name="python3", progress_bar=False, log_output=False, cwd=os.getcwd(), config=Config({"KernelManager": {"transport": "ipc", "ip": os.path.join(env["JUPYTER_RUNTIME_DIR"], "kernel")}}), extra_arguments=["--Application.log_level=50"])
         except OSError as e: raise os_error(e, f"writing {folder/notebook.name}") from e
         except PapermillExecutionError as e:
             kind = {c.__name__: c for c in (UsageError, LtnbError)}.get(e.ename, LtnbError)

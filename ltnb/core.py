@@ -56,7 +56,7 @@ def os_error(e:OSError, # what the system said
     hint = _OS_HINTS.get(errno.errorcode.get(e.errno, ""), e.strerror or str(e))
     return LtnbError(f"{doing} failed: {hint}, then run the same command again; what was computed before is kept.")
 
-
+# %% ../nbs/00_core.ipynb #e90049ea
 def _sync_folder(folder):
     fd = os.open(folder, os.O_RDONLY)
     try: os.fsync(fd)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1") # two workers on two cores; subprocesses inherit it
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n-epochs", "3", "--n-steps", "60", "--per-class", "20", "--head-steps", "10", "--scratch-steps", "10", "--device", "cpu", "--precision", "fp32"]
 SHARED = Path(os.environ.get("LTNB_SHARED", ROOT.parent / "shared"))
@@ -32,33 +33,53 @@ def cifar_pack():
     return load.load(shared("cifar10_lt.npz"))
 
 
+def once(tmp_path_factory, name, make):
+    "Make a folder once for all workers; the others wait for it"
+    from ltnb.core import lock_file, unlock_file
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    lock = lock_file(folder.with_suffix(".lock"), wait=300)
+    try:
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    finally: unlock_file(folder.with_suffix(".lock"), lock)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    "A finished `ltnb demo`, and what it printed"
-    out = tmp_path_factory.mktemp("demo") / "run"
-    done = ltnb("demo", "--out", out, env={"COLUMNS": "150"})
-    assert done.returncode == 0, done.stderr
-    return out, done
+    "A finished `ltnb demo`: (run directory, stdout, stderr)"
+    def make(folder):
+        done = ltnb("demo", "--out", folder / "run", env={"COLUMNS": "150"})
+        assert done.returncode == 0, done.stderr
+        (folder / "stdout").write_text(done.stdout)
+        (folder / "stderr").write_text(done.stderr)
+    folder = once(tmp_path_factory, "demo", make)
+    return folder / "run", (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "The wheel, built from a copy of the project"
-    folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "src", ignore=shutil.ignore_patterns(".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu"), symlinks=True)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder / "src")], check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    def make(folder):
+        shutil.copytree(ROOT, folder / "src", ignore=shutil.ignore_patterns(".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu"), symlinks=True)
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder / "src")], check=True, capture_output=True)
+    return next(once(tmp_path_factory, "wheel", make).glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
 def through_papermill(wheel, tmp_path_factory):
-    "A finished `ltnb run ldmlr`, from the installed wheel and outside the repository: (run directory, finished process, environment)"
-    folder = tmp_path_factory.mktemp("papermill")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, capture_output=True)
-    env = {"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"}
-    done = ltnb("run", "ldmlr", *TINY, "--out", "here", cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    return folder / "here", done, env
+    "A finished `ltnb run ldmlr`, from the installed wheel and outside the repository: (run directory, stdout, stderr, environment)"
+    def make(folder):
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, capture_output=True)
+        done = ltnb("run", "ldmlr", *TINY, "--out", "here", cwd=folder, env={"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"})
+        assert done.returncode == 0, done.stderr
+        (folder / "stdout").write_text(done.stdout)
+        (folder / "stderr").write_text(done.stderr)
+    folder = once(tmp_path_factory, "papermill", make)
+    return folder / "here", (folder / "stdout").read_text(), (folder / "stderr").read_text(), {"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"}
 
 
 @pytest.fixture

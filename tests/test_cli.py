@@ -100,8 +100,7 @@ def test_full_disk_is_one_sentence(main, tmp_path, monkeypatch):
 
 
 def test_demo(demo):
-    out, done = demo
-    text = done.stdout
+    out, text, log = demo
     assert [m for m in METHODS if re.search(rf"^{re.escape(m)}  ", text, flags=re.M)] == list(METHODS)
     for column in ("all", "many", "medium", "few", "top third", "middle third", "last third", "vs label shift", "all, from scratch", "from scratch vs label shift"): assert column in text
     rows = json.loads((out / "scores.json").read_text())
@@ -111,25 +110,25 @@ def test_demo(demo):
     assert mean("label shift", "all") > mean("cross-entropy", "all") + .02
     assert mean("ldmlr + label shift", "scratch_all") - mean("garbage", "scratch_all") > .1, "from scratch, garbage shows"
     assert abs(mean("ldmlr + label shift", "all") - mean("garbage", "all")) < .05, "the warm start hides it"
-    assert "seed 4: heads: done" in done.stderr
+    assert "seed 4: heads: done" in log
 
 
 def test_files_hold_no_time_host_or_path(demo):
-    out, _ = demo
+    out = demo[0]
     for name in ("scores.json", "metrics.jsonl", "synthetic/seed-0/manifest.jsonl"):
         text = (out / name).read_text()
         assert str(out) not in text and not re.search(r"\d{4}-\d\d-\d\d|seconds|\btime|hostname", text)
 
 
 def test_finished_run_is_printed_and_unchanged(demo):
-    out, first = demo
+    out, first, _ = demo
     before = tree(out)
     again = ltnb("demo", "--out", out, env={"COLUMNS": "150"})
-    assert again.returncode == 0 and again.stdout == first.stdout and tree(out) == before
+    assert again.returncode == 0 and again.stdout == first and tree(out) == before
 
 
 def test_other_settings_are_refused_with_the_difference(demo, main):
-    out, _ = demo
+    out = demo[0]
     before = tree(out)
     code, _, err = main("demo", "--seeds", "3", "--out", out)
     assert code == 2 and "seeds: 5 there, 3 here" in err
@@ -139,17 +138,17 @@ def test_other_settings_are_refused_with_the_difference(demo, main):
 
 
 def test_run_keeps_the_executed_notebook(through_papermill):
-    out, done, _ = through_papermill
+    out, printed, log, _ = through_papermill
     nb = json.loads((out / "61_run_ldmlr.ipynb").read_text())
     assert sum("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", [])) >= 4
     text = json.dumps(nb)
     assert "n_steps = 60" in text and "done (3)" not in text, "settings are injected, progress stays out"
-    assert "seed 0: classifier: done (3)" in done.stderr and "label shift" in done.stdout and "WARNING" not in done.stderr
-    assert not [p.name for p in out.iterdir() if "lock" in p.name or "kernel" in p.name]
+    assert "seed 0: classifier: done (3)" in log and "label shift" in printed and "WARNING" not in log
+    assert not [p.name for p in (*out.iterdir(), *out.parent.iterdir()) if "lock" in p.name or "kernel" in p.name]
 
 
 def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, main):
-    out, _, _ = through_papermill
+    out = through_papermill[0]
     assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "plain")[0] == 0
     files = lambda p: {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
     assert files(out) - files(tmp_path / "plain") == {"61_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(out)
@@ -157,7 +156,7 @@ def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, m
 
 
 def test_finished_notebook_run_is_unchanged(through_papermill):
-    out, _, env = through_papermill
+    out, _, _, env = through_papermill
     before = tree(out)
     again = ltnb("run", "ldmlr", *TINY, "--out", out, cwd=out.parent, env=env)
     assert again.returncode == 0 and "label shift" in again.stdout and tree(out) == before
@@ -165,15 +164,15 @@ def test_finished_notebook_run_is_unchanged(through_papermill):
 
 def test_killed_command_is_continued_at_once(tmp_path):
     "SIGKILL of the command while its kernel works; the same command right after takes over"
-    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "60", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "60", "--out", "run"]
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     end = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again = subprocess.run([*args[:-4], "--n-epochs", "60", "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
+    again = subprocess.run(args, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "run" / "scores.json").exists()
+    assert (tmp_path / "run" / "scores.json").exists() and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_papermill_alone(tmp_path):
