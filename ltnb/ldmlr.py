@@ -264,7 +264,7 @@ def finish_run(run:Run, # open
     write_report(run.path/"report.html", f"LDMLR on {source_name(cfg)}", f"{seeds[0].upper()}{seeds[1:]}; {len(counts)} classes, {int(np.sum(counts))} training items. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
         ("What it says", "<ul>" + "".join(f"<li>{s}</li>" for s in verdict(rows)) + "</ul>"),
         ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a method that fits no head.</p>" + html_table(table(rows))),
-        ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")),
+        ("The long tail", f"<p>Training items per class, seed {cfg.seed}.</p>" + picture("counts", "Training images per class on a log axis, coloured by band")),
         ("Two starts", "<p>Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few steps, it can stay near label shift whatever it is fed.</p>" + picture("starts", "Accuracy of heads fitted from scratch and started from label shift")),
         ("Two readings", "<p>The same heads, read by plain argmax and with the effective prior removed. A gain over cross-entropy by argmax alone says little about a generator: compare the row of garbage.</p>" + html_table(readings)),
         ("Accuracy per class, before and after", picture("per_class", "Test accuracy of each class for cross-entropy, label shift and LDMLR")),
