@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ltnb.core.Run.sweep': ('core.html#run.sweep', 'ltnb/core.py'),
                            'ltnb.core.Run.timed': ('core.html#run.timed', 'ltnb/core.py'),
                            'ltnb.core.UsageError': ('core.html#usageerror', 'ltnb/core.py'),
+                           'ltnb.core._open_pipe': ('core.html#_open_pipe', 'ltnb/core.py'),
                            'ltnb.core._sync_folder': ('core.html#_sync_folder', 'ltnb/core.py'),
                            'ltnb.core.atomic_write': ('core.html#atomic_write', 'ltnb/core.py'),
                            'ltnb.core.autocast': ('core.html#autocast', 'ltnb/core.py'),

@@ -121,9 +121,12 @@ def kernel_folder(quiet:bool # say nothing
         def copy():
             import select
             while not done.is_set() or select.select([keep_open], [], [], 0)[0]:
-                if select.select([keep_open], [], [], 0.1)[0]:
-                    sys.stderr.write(os.read(keep_open, 65536).decode("utf-8", "replace"))
+                if not select.select([keep_open], [], [], 0.1)[0]: continue
+                text = os.read(keep_open, 65536).decode("utf-8", "replace")
+                try:
+                    sys.stderr.write(text)
                     sys.stderr.flush()
+                except (OSError, ValueError): pass # a closed terminal must not stop the kernel
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()
         try: yield {"LTNB_PROGRESS": pipe, "folder": folder, "LTNB_PROGRESS_TTY": "1" if sys.stderr.isatty() else "0"}

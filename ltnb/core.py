@@ -302,6 +302,12 @@ def digest(self:Config)->str: # six hexadecimal digits
     return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
 
 # %% ../nbs/00_core.ipynb #3e204016
+def _open_pipe(path): # text stream into a pipe; fails at once when nobody reads it
+    stream = open(path, "w", encoding="utf-8", opener=lambda p, _: os.open(p, os.O_WRONLY | os.O_NONBLOCK))
+    os.set_blocking(stream.fileno(), True)
+    return stream
+
+
 def notebook_shell(): # IPython's shell in Jupyter or papermill, else None
     "The kernel's shell, if this code runs in a notebook"
     ip = sys.modules.get("IPython")
@@ -318,12 +324,13 @@ class Progress:
                  total:int, # how many steps it takes
                  start:int=0 # how many are done already
                 ):
-        self.name, self.total, self.done, self.bar, self.lines, self.shown = name, total, start, None, None, 0.
+        self.name, self.total, self.done, self.bar, self.lines, self.pipe, self.shown = name, total, start, None, None, None, 0.
         pipe, shell = os.environ.get("LTNB_PROGRESS"), notebook_shell()
         self.in_cell = not Progress.quiet and not pipe and type(shell).__name__ == "ZMQInteractiveShell"
         if Progress.quiet or self.in_cell or (shell and not pipe): return
-        try: stream = open(pipe, "w", encoding="utf-8") if pipe else sys.stderr
-        except OSError: return
+        try: stream = _open_pipe(pipe) if pipe else sys.stderr
+        except OSError: return # the command that would show it is gone
+        if pipe: self.pipe = stream
         if os.environ.get("LTNB_PROGRESS_TTY") == "1" if pipe else stream.isatty():
             from tqdm import tqdm
             self.bar = tqdm(total=total, initial=start, desc=name, file=stream, leave=False, ncols=90 if pipe else None, dynamic_ncols=not pipe, mininterval=0.2)
@@ -354,6 +361,9 @@ def close(self:Progress):
     if self.in_cell: self._show(f"{self.name}: done")
     if self.lines:
         try: print(f"{self.name}: done ({self.total})", file=self.lines, flush=True)
+        except OSError: pass
+    if self.pipe:
+        try: self.pipe.close()
         except OSError: pass
 
 # %% ../nbs/00_core.ipynb #32d39676

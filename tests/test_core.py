@@ -153,3 +153,21 @@ def test_the_directory_is_looked_at_again_once_it_is_locked(tmp_path, monkeypatc
 
 def test_a_folder_that_cannot_be_read(tmp_path):
     with pytest.raises(LtnbError): Run(Toy(out=str(tmp_path / ("x" * 300)))).check_same()
+
+
+def test_progress_into_a_pipe(tmp_path, monkeypatch):
+    "Lines and bars reach whoever reads; when nobody does, the work goes on"
+    from ltnb.core import Progress
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("LTNB_PROGRESS", str(tmp_path / "pipe"))
+    p = Progress("alone", 2)
+    p.step()
+    p.close()
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for tty, word in (("0", b"stage: done (2)"), ("1", b"stage:   0%|")):
+        monkeypatch.setenv("LTNB_PROGRESS_TTY", tty)
+        p = Progress("stage", 2)
+        p.step(2)
+        p.close()
+        assert word in os.read(reader, 10000)
+    os.close(reader)
