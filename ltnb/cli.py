@@ -12,7 +12,6 @@ import argparse, importlib, json, os, shutil, sys, tempfile, threading, tracebac
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
 
 import ltnb
 from .core import LtnbError, Progress, Run, UsageError, lock_file, nearest, os_error, unlock_file

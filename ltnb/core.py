@@ -11,7 +11,7 @@ __all__ = ['LtnbError', 'UsageError', 'DataError', 'nearest', 'os_error', 'atomi
 # %% ../nbs/00_core.ipynb #53f12598
 import errno, hashlib, json, math, os, platform, shutil, sys, time, types, typing
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar, Literal

@@ -19,7 +19,7 @@ from .core import Progress, Run, UsageError, choose_device, choose_precision, ne
 from .data import DataConfig, LongTail, load_data, plot_counts
 from .heads import Features, Head, fit_head
 from .latent import LatentModel, garbage_features, gaussian_features, sample_features, train_latent
-from .losses import effective_counts, label_shift, log_prior
+from .losses import effective_counts, log_prior
 from .metrics import paired_over_images, score
 from .models import ARCHS, Classifier, LinearNet, build_model, pixel_stats
 from .report import html_figure, html_table, new_figure, plot_feature_map, plot_per_class, plot_starts, render, save_figure, table, verdict, write_report

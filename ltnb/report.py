@@ -8,12 +8,12 @@ __all__ = ['BASELINE', 'COLUMNS', 'methods', 'values', 'percent', 'difference', 
            'html_figure', 'write_report']
 
 # %% ../nbs/08_report.ipynb #473f76ab
-import base64, html, json
+import base64, html
 from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, atomic_write, os_error
+from .core import atomic_write, os_error
 from .data import BANDS, THIRDS
 from .metrics import Difference, paired_over_seeds
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ltnb import core
-from ltnb.core import Config, DataError, LtnbError, Run, UsageError, atomic_write, load_tensors, read_jsonl, save_tensors, stable_seed, write_json
+from ltnb.core import Config, DataError, LtnbError, Run, UsageError, load_tensors, read_jsonl, save_tensors, stable_seed, write_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 from ltnb.core import DataError, LtnbError, UsageError
-from ltnb.data import BANDS, DataConfig, ImageSet, LongTail, bands, load_data, longtail_counts, longtail_indices, thirds
+from ltnb.data import BANDS, DataConfig, LongTail, bands, load_data, longtail_counts, longtail_indices, thirds
 
 
 @given(st.integers(2, 200), st.integers(1, 5000), st.floats(1, 500))

@@ -7,12 +7,12 @@ import torch
 from conftest import cifar_pack, shared
 from hypothesis import given
 from hypothesis import strategies as st
-from ltnb.core import DataError, Progress, UsageError, generator, load_tensors
+from ltnb.core import DataError, Progress, UsageError, generator
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
-from ltnb.latent import Denoiser, alpha_sigma, ddim, sample_features, shrink_strength, train_latent
-from ltnb.ldmlr import METHODS, LDMLRConfig, base_head, resolve, run, score_rows, stage_encode
-from ltnb.losses import effective_counts, label_shift, log_prior
+from ltnb.latent import alpha_sigma, ddim, sample_features, shrink_strength, train_latent
+from ltnb.ldmlr import METHODS, LDMLRConfig, resolve, run, stage_encode
+from ltnb.losses import effective_counts, label_shift
 from ltnb.models import Classifier, ResNet, build_model, encode, pixel_stats
 from ltnb.synthetic import make_plan
 from ltnb.training import crop_flip, train_epoch

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def content(folder, leave=("timing.jsonl", "environment.json", "config.json", "r
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in leave and p.suffix not in (".png", ".ipynb")}
 
 
-def classifier_training(path, stop_at=None):
-    data = LongTail.digits(seed=1)
-    clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
+@contextmanager
+def open_run(path, stop_at=None):
+    "A run whose power fails right after the checkpoint of step `stop_at`"
     with Run(LDMLRConfig(out=str(path))) as r:
         r.start(LDMLRConfig(), "cpu", "fp32")
         original = r.save
@@ -44,21 +45,19 @@ def classifier_training(path, stop_at=None):
             original(name, tensors, **meta)
             if meta["step"] == stop_at: raise Stop
         r.save = save
-        return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=True, run=r, save_every=0)
+        yield r
+
+
+def classifier_training(path, stop_at=None):
+    data = LongTail.digits(seed=1)
+    clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
+    with open_run(path, stop_at) as r: return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=True, run=r, save_every=0)
 
 
 def latent_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
-    with Run(LDMLRConfig(out=str(path))) as r:
-        r.start(LDMLRConfig(), "cpu", "fp32")
-        original = r.save
-
-        def save(name, tensors, **meta):
-            original(name, tensors, **meta)
-            if meta["step"] == stop_at: raise Stop
-        r.save = save
-        return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
+    with open_run(path, stop_at) as r: return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
 
 
 @pytest.mark.parametrize("train, stops", [(classifier_training, (1, 4, 6)), (latent_training, (50, 200, 220))])
