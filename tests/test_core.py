@@ -159,6 +159,7 @@ def test_progress_into_a_pipe(tmp_path, monkeypatch):
     "Lines and bars reach whoever reads; when nobody does, the work goes on"
     from ltnb.core import Progress
     os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Progress, "quiet", False)
     monkeypatch.setenv("LTNB_PROGRESS", str(tmp_path / "pipe"))
     p = Progress("alone", 2)
     p.step()

@@ -2,9 +2,11 @@
 import ast
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
+from ltnb.core import Progress
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
@@ -22,7 +24,8 @@ def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 def test_runs(path, tmp_path, monkeypatch):
     from nbdev.test import test_nb
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(Progress, "quiet", False) # and what the notebook does to it is undone
     ok, seconds = test_nb(path, skip_flags=["slow", "cuda"], basepath=ROOT)
     assert ok, "a cell failed: see the traceback above"
     assert seconds < 45 * 4, f"{seconds:.0f} s: a notebook takes at most 45 s on two idle cores; mark long cells #| slow"
