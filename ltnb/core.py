@@ -415,11 +415,11 @@ def environment(device:str="cpu", # where the run computes
 def show_differences(there:dict, # settings of the directory
                      here:dict # settings of the command
                     )->list[str]: # one line a difference
-    "Settings that differ, `name: there -> here`"
+    "Settings that differ, as `name: x there, y here`"
     return [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
 
 
-_OWN = ("scores.json", "metrics.jsonl", "timing.jsonl", "environment.json", "report.html", "checkpoints", "figures", "model", "synthetic") # what a run writes
+_FILES, _FOLDERS = ("scores.json", "metrics.jsonl", "timing.jsonl", "environment.json", "report.html"), ("checkpoints", "figures", "model", "synthetic") # what a run writes
 
 
 class Run:
@@ -444,7 +444,7 @@ def check_same(self:Run):
     try:
         if self.path.exists() and not self.path.is_dir(): raise UsageError(f"--out {self.path} is a file: name a folder.")
         if not (self.path/"config.json").exists():
-            if foreign := [n for n in _OWN if (self.path/n).exists()]:
+            if foreign := [n for n in (*_FILES, *_FOLDERS) if (self.path/n).exists()]:
                 raise UsageError(f"{self.path} has {', '.join(foreign)} but no config.json, so it is not a run of ltnb, and they could be overwritten: choose an empty or new folder for --out.")
             return
     except OSError as e: raise os_error(e, f"looking at the run directory {self.path}") from e
@@ -468,7 +468,7 @@ def open(self:Run, wait:float=5. # seconds to wait for another writer to end
     except Exception:
         self.close()
         raise
-    for pattern in (".*.part", *(f"{n}/**/.*.part" for n in _OWN[5:])):
+    for pattern in (".*.part", *(f"{n}/**/.*.part" for n in _FOLDERS)):
         for p in self.path.glob(pattern): p.unlink(missing_ok=True)
     return self
 

@@ -169,8 +169,9 @@ def plot_counts(counts:np.ndarray, # (K,) training images
                 ax=None # matplotlib Axes; a new one when left out
                ): # the Axes
     "Class sizes on a log axis, coloured by band"
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(6, 2.6))
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6, 2.6))
     counts, name = np.asarray(counts), name.replace("$", r"\$")
     rank = np.argsort(-counts, kind="stable")
     for band, classes in bands(counts).items():

@@ -159,7 +159,7 @@ METHODS = ("cross-entropy", "label shift", "real refit", "garbage", "gaussian", 
 
 
 def read_heads(f:Features, base:Head, heads:dict # of stages 1 and 3
-              )->dict[tuple[str, str], torch.Tensor]: # (method, start) -> (M,) predicted classes
+              )->dict[tuple[str, str|None], np.ndarray]: # (method, start) -> (M,) predicted classes
     "What each method predicts for the test features; the baselines fit no head, so they have no start"
     logits = {("cross-entropy", None): base.logits(f.test), ("label shift", None): base.corrected(f.test)}
     for (source, start), head in heads.items():
