@@ -10,7 +10,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-lab, dev = cfg["lab_requirements"].split(), cfg["dev_requirements"].split()
+lab, evaluation, dev = (cfg[f"{name}_requirements"].split() for name in ("lab", "eval", "dev"))
 
 
 def is_entry(path):
@@ -51,7 +51,7 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=["ltnb"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "dev": lab + dev},
+    extras_require={"lab": lab, "eval": evaluation, "dev": lab + evaluation + dev},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     cmdclass={"build_py": build_py_with_notebooks},
 )

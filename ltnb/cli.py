@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIONS', 'COMMANDS', 'Recipe', 'entry_notebook', 'Parser', 'help_of', 'add_settings', 'add_options',
            'parse', 'settings', 'kernel_folder', 'notebook_finished', 'run_notebook', 'run_command', 'execute',
-           'demo_command', 'list_command', 'usage', 'main']
+           'demo_command', 'keep_card', 'data_command', 'list_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #305a3f2b
 import argparse, importlib, json, os, shutil, sys, tempfile, threading, traceback
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ltnb
-from .core import LtnbError, Progress, Run, UsageError, lock_file, nearest, os_error, unlock_file
+from .core import DataError, LtnbError, Progress, Run, UsageError, atomic_write, lock_file, nearest, os_error, unlock_file, write_json
 
 # %% ../nbs/90_cli.ipynb #e251813e
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def add_settings(parser:argparse.ArgumentParser, config_class, # gets one flag a
         if only and f.name not in only: continue
         kind, choices, _ = config_class.hints()[f.name]
         shown = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT", bool: "[true|false]"}[kind]
-        if f.name in ("out", "data_root", "features"): shown = "PATH"
+        if f.name == "out" or f.name in config_class.paths: shown = "PATH"
         text = (helps.get(f.name) or "").replace("%", "%%") + ("" if f.default is None else f" (default: {str(f.default).lower() if kind is bool else f.default})")
         parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=argparse.SUPPRESS, metavar=shown, help=text, **(dict(nargs="?", const="true") if kind is bool else {}))
 
@@ -157,7 +157,7 @@ def run_notebook(notebook:Path, # the entry notebook
     import logging
     logging.getLogger("papermill").setLevel(logging.ERROR)
     values = {**config.to_dict(), "out": str(folder.resolve())}
-    values = {k: os.path.abspath(v) if v is not None and k in ("data_root", "features") else v for k, v in values.items()}
+    values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
     with kernel_folder(quiet) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")
@@ -224,7 +224,50 @@ def demo_command(args:list[str] # after `ltnb demo`
     run = execute(ldmlr, config, quiet=given["quiet"])
     print(f"report: {run.path/'report.html'}")
 
+# %% ../nbs/90_cli.ipynb #982600f3
+def keep_card(out:Path, data, facts:dict, # a folder, the LongTail, of `describe`
+              listed:bool # without images
+             ):
+    "Write what `ltnb data --out` promises"
+    from ltnb.data import plot_counts, show_bands
+    from ltnb.report import new_figure, save_figure
+    write_json(out/"card.json", facts)
+    if data.kept is not None:
+        with atomic_write(out/"kept.txt") as f: f.writelines(f"{i}\n" for i in data.kept)
+    fig, ax = new_figure(6, 2.6)
+    plot_counts(data.counts, data.class_names, data.name, ax=ax)
+    save_figure(fig, out/"figures"/"counts.png")
+    if listed: return
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6, 2.7), layout="constrained")
+    show_bands(data, axes=fig.subplots(3, 1))
+    save_figure(fig, out/"figures"/"images.png")
 
+# %% ../nbs/90_cli.ipynb #9d780df4
+def data_command(args:list[str] # after `ltnb data`
+                ):
+    "ltnb data: the card of an image set: classes, tail, bands, duplicates"
+    from ltnb.data import DataConfig, check_source, load_data, unreadable
+    parser = Parser("ltnb data", description="Print what is in an image set: classes, tail, bands, duplicates between train and test. Lists can be read without their images.")
+    add_settings(parser, DataConfig, only=[f.name for f in fields(DataConfig) if f.name not in ("seeds", "device", "precision")])
+    parser.add_argument("--check", action="store_true", help="decode every photograph and name those that cannot be read")
+    parser.add_argument("--out", metavar="PATH", help="folder for card.json, the kept positions and the figures")
+    add_options(parser, "quiet", "debug")
+    given = parse(parser, args)
+    Progress.quiet = given["quiet"]
+    config = settings(DataConfig, given)
+    check_source(config)
+    data = load_data(config, config.seed, need_images=given["check"])
+    listed = config.dataset == "lists" and not config.data_root
+    facts = data.describe(compare=not listed)
+    if listed: facts["notes"].append("read from the lists alone: give --data-root to look at the images.")
+    print(data.card(facts=facts))
+    if given.get("out"): keep_card(Path(given["out"]), data, facts, listed)
+    bad = [text for s in data.parts.values() if given["check"] and s.on_disk for _, text in unreadable(s.images)]
+    if bad: raise DataError(f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read. The first: {bad[0]}")
+    if given["check"]: print("  checked      every image can be read")
+
+# %% ../nbs/90_cli.ipynb #58455a65
 def list_command(args:list[str] # after `ltnb list`
                 ):
     "ltnb list: what can be run, with parameters, defaults and help"
@@ -241,7 +284,7 @@ def list_command(args:list[str] # after `ltnb list`
             print(f"  --{f.name.replace('_', '-'):<15} {kind:<26} {'-' if f.default is None else str(f.default):<8} {helps.get(f.name) or ''}")
 
 # %% ../nbs/90_cli.ipynb #8e8ce12a
-COMMANDS = {"demo": demo_command, "run": run_command, "list": list_command}
+COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "list": list_command}
 
 
 def usage()->str: # the help text

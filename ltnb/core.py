@@ -228,6 +228,7 @@ class Config:
     recipe: ClassVar[str] = "base" # how the recipe is called
     limits: ClassVar[dict] = {} # name -> (lowest, highest), either None
     not_identity: ClassVar[tuple] = ("out",) # where a run is kept does not change what it is
+    paths: ClassVar[tuple] = () # settings that are paths
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, self.check(f.name, getattr(self, f.name)))
@@ -294,7 +295,7 @@ def to_dict(self:Config)->dict: # name -> value
 def identity(self:Config)->dict: # the settings that make a run what it is; paths made absolute
     "What two runs must share to be the same run"
     d = {k: v for k, v in self.to_dict().items() if k not in self.not_identity}
-    return {k: os.path.abspath(v) if v is not None and k in ("data_root", "features") else v for k, v in d.items()}
+    return {k: os.path.abspath(v) if v is not None and k in self.paths else v for k, v in d.items()}
 
 @patch
 def digest(self:Config)->str: # six hexadecimal digits

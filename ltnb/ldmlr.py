@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LDMLRConfig', 'DemoConfig', 'resolve', 'stage_encode', 'base_head', 'stage_generate', 'stage_sample',
-           'stage_classify', 'read_heads', 'score_rows', 'source_name', 'read_data', 'check_inputs', 'run_seed',
+           'stage_classify', 'read_heads', 'score_rows', 'data_name', 'read_data', 'check_inputs', 'run_seed',
            'keep_first', 'finish_run', 'run_directory', 'run', 'summary']
 
 # %% ../nbs/11_ldmlr.ipynb #95de0b19
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .core import Progress, Run, UsageError, choose_device, choose_precision, nearest, read_json, write_json
-from .data import DataConfig, LongTail, load_data, plot_counts
+from .data import BALANCED, DataConfig, LongTail, load_data, plot_counts
 from .heads import Features, Head, fit_head
 from .latent import LatentModel, garbage_features, gaussian_features, sample_features, train_latent
 from .losses import effective_counts, log_prior
@@ -53,6 +53,7 @@ class LDMLRConfig(DataConfig):
     scratch_steps: int = 300 # steps of a head fitted from scratch
     scratch_lr: float = 1e-2 # its learning rate
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
+    paths: ClassVar[tuple] = (*DataConfig.paths, "features")
     limits: ClassVar[dict] = {**DataConfig.limits, "n_epochs": (1, None), "bs": (1, None), "lr": (0, None), "wd": (0, None), "mixup": (0, None), "n_steps": (1, None), "diff_bs": (1, None), "diff_lr": (0, None),
                               "diff_width": (8, None), "sample_steps": (1, None), "per_class": (1, None), "shrink_n0": (0, None), "temperature": (0, None), "syn_weight": (0, None), "head_steps": (1, None),
                               "head_lr": (0, None), "scratch_steps": (1, None), "scratch_lr": (0, None)}
@@ -60,8 +61,9 @@ class LDMLRConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.features:
-            for name in ("imb_ratio", "data_root", "arch", "n_epochs", "bs", "mixup", "augment", "download", "dataset"):
-                if getattr(self, name) not in (None, False, "digits"): raise UsageError(f"{name} cannot be used with features: the file {self.features} takes the place of images and their encoder. Leave out --{name.replace('_', '-')}.")
+            images_only = [f for f in fields(LDMLRConfig) if f.name in ("arch", "n_epochs", "bs", "mixup", "augment") or (f.name in DataConfig.__dataclass_fields__ and f.name not in ("seed", "seeds", "device", "precision"))]
+            for name in (f.name for f in images_only if getattr(self, f.name) not in (None, f.default)):
+                raise UsageError(f"{name} cannot be used with features: the file {self.features} takes the place of images and their encoder. Leave out --{name.replace('_', '-')}.")
         if self.arch is not None and self.arch not in ARCHS: raise UsageError(f"arch={self.arch!r} is not a network. {nearest(self.arch, ARCHS)}")
 
 # %% ../nbs/11_ldmlr.ipynb #6fb484ab
@@ -81,7 +83,7 @@ def resolve(cfg:LDMLRConfig, # as given
     defaults = dict(n_steps=300 if small else 600, per_class=max(100, int(max(counts)) // 5), shrink_n0=5. if small else 60., temperature=1. if small else 1.4)
     if side is not None:
         defaults |= dict(arch="convnet" if side < 16 else "resnet32", n_epochs=80 if small else 200, bs=32 if small else 64, mixup=0. if small else 0.5, augment=not small)
-        if cfg.dataset != "npz": defaults["imb_ratio"] = 100.
+        if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
     given = {k: getattr(cfg, k) for k in defaults}
     return replace(cfg, dataset=None if cfg.features else cfg.dataset, **{k: defaults[k] if v is None else v for k, v in given.items()})
 
@@ -159,40 +161,40 @@ METHODS = ("cross-entropy", "label shift", "real refit", "garbage", "gaussian", 
 
 
 def read_heads(f:Features, base:Head, heads:dict # of stages 1 and 3
-              )->dict[tuple[str, str|None], np.ndarray]: # (method, start) -> (M,) predicted classes
-    "What each method predicts for the test features; the baselines fit no head, so they have no start"
+              )->dict[tuple[str, str|None], np.ndarray]: # (method, start) -> (M, K) logits
+    "What each method says of the test features; the baselines fit no head, so they have no start"
     logits = {("cross-entropy", None): base.logits(f.test), ("label shift", None): base.corrected(f.test)}
     for (source, start), head in heads.items():
         if source == "ldmlr": logits |= {("ldmlr", start): head.logits(f.test), ("ldmlr + label shift", start): head.corrected(f.test)}
         else: logits |= {(source, start): head.corrected(f.test), (f"{source}, argmax", start): head.logits(f.test)}
-    return {k: z.argmax(1).numpy() for k, z in logits.items()}
+    return {k: z.numpy() for k, z in logits.items()}
 
 
 def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
                seed:int
               )->list[dict]: # one a method; numbers of heads from scratch begin with scratch_
     "All rows of one seed, with standard errors over test images of the differences to the controls"
-    truth, predicted, rows = f.test_labels.numpy(), read_heads(f, base, heads), []
+    truth, logits, rows = f.test_labels.numpy(), read_heads(f, base, heads), []
+    right = {k: z.argmax(1) == truth for k, z in logits.items()}
     def se(method, start): # of the difference to each control with the same start
         controls = {"label shift": ("label shift", None), **{c: (c, start) for c in ("real refit", "gaussian") if start and c != method}}
-        of = {c: paired_over_images(predicted[method, start] == truth, predicted[k] == truth) for c, k in controls.items()}
+        of = {c: paired_over_images(right[method, start], right[k]) for c, k in controls.items()}
         return {c: (d.high - d.mean) / 1.959964 for c, d in of.items()}
     for method in METHODS:
-        start = None if (method, None) in predicted else "label shift"
-        row = score(predicted[method, start], truth, f.counts, method, seed).to_row() | {"se": se(method, start)}
+        start = None if (method, None) in logits else "label shift"
+        row = score(None, truth, f.counts, method, seed, logits[method, start]).to_row() | {"se": se(method, start)}
         if start:
-            s = score(predicted[method, "scratch"], truth, f.counts).to_row()
+            s = score(None, truth, f.counts, logits=logits[method, "scratch"]).to_row()
             row |= {f"scratch_{k}": s[k] for k in s if k not in ("method", "seed", "per_class")} | {"scratch_se": se(method, "scratch")}
             for prefix, at in (("", start), ("scratch_", "scratch")):
-                if (k := (f"{method}, argmax", at)) in predicted: row[f"{prefix}argmax_all"] = score(predicted[k], truth, f.counts).all
+                if (k := (f"{method}, argmax", at)) in logits: row[f"{prefix}argmax_all"] = float(right[k].mean())
         rows.append(row)
     return rows
 
 # %% ../nbs/11_ldmlr.ipynb #3065fe47
-def source_name(cfg:LDMLRConfig)->str: # how directory and report call the data
+def data_name(cfg:LDMLRConfig)->str: # how directory and report call the data
     "The name of the data"
-    if cfg.features: return Path(cfg.features).stem
-    return Path(cfg.data_root).stem if cfg.dataset == "npz" and cfg.data_root else str(cfg.dataset)
+    return Path(cfg.features).stem if cfg.features else cfg.source_name
 
 
 def read_data(cfg:LDMLRConfig # as given
@@ -224,7 +226,7 @@ def run_seed(cfg:LDMLRConfig, # resolved
     with run.timed(seed=seed, stage="sample"): made = stage_sample(cfg, model, plan, seed, run.path/"synthetic"/f"seed-{seed}")
     with run.timed(seed=seed, stage="heads"): heads = stage_classify(cfg, f, base, made, seed)
     out = score_rows(f, base, heads, seed)
-    if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, source_name(cfg))
+    if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, data_name(cfg))
     write_json(rows, out)
     return out
 
@@ -258,10 +260,10 @@ def finish_run(run:Run, # open
     mean = lambda method, key: f"{np.mean([r[key] for r in rows if r['method'] == method]) * 100:.1f}"
     for m in ("real refit", "garbage", "gaussian"): readings.append([m, *(mean(m, k) for k in ("scratch_argmax_all", "scratch_all", "argmax_all", "all"))])
     readings.append(["ldmlr", *(mean(m, k) for k in ("scratch_all", "all") for m in ("ldmlr", "ldmlr + label shift"))])
-    settings = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in ("data_root", "features"))
+    settings = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in cfg.paths)
     env = read_json(run.path/"environment.json")
     seeds = (f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed") + (" of generator and head; one encoder" if cfg.features else "")
-    write_report(run.path/"report.html", f"LDMLR on {source_name(cfg)}", f"{seeds[0].upper()}{seeds[1:]}; {len(counts)} classes, {int(np.sum(counts))} training items. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
+    write_report(run.path/"report.html", f"LDMLR on {data_name(cfg)}", f"{seeds[0].upper()}{seeds[1:]}; {len(counts)} classes, {int(np.sum(counts))} training items. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
         ("What it says", "<ul>" + "".join(f"<li>{s}</li>" for s in verdict(rows)) + "</ul>"),
         ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a method that fits no head.</p>" + html_table(table(rows))),
         ("The long tail", f"<p>Training items per class, seed {cfg.seed}.</p>" + picture("counts", "Training images per class on a log axis, coloured by band")),
@@ -276,7 +278,7 @@ def finish_run(run:Run, # open
 def run_directory(config:LDMLRConfig # the settings
                  )->Run: # not opened; named by recipe, data and settings when there is no `out`
     "Where a config runs; a directory of another config is refused"
-    r = Run(config, f"{config.recipe}-{source_name(config)}")
+    r = Run(config, f"{config.recipe}-{data_name(config)}")
     r.check_same()
     return r
 
@@ -297,6 +299,7 @@ def run(config:LDMLRConfig # the settings
         is_images = isinstance(data, LongTail)
         cfg = resolve(config, data.counts, min(data.train.images.shape[2:]) if is_images else None)
         r.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint())
+        if is_images: data = data.in_memory()
         rows = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             again = data if seed == cfg.seed or cfg.dataset != "digits" else load_data(cfg, seed)

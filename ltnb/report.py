@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import atomic_write, os_error
 from .data import BANDS, THIRDS
-from .metrics import Difference, paired_over_seeds
+from .metrics import Difference, mean_sd, paired_over_seeds, plot_by_rank
 
 # %% ../nbs/08_report.ipynb #7c8f832b
 def methods(rows:list[dict] # of scores.json
@@ -36,9 +36,8 @@ def values(rows:list[dict], # of scores.json
 def percent(v:np.ndarray # (S,) fractions
            )->str: # "81.2 ± 1.3", "81.2", or "–"
     "Mean ± standard deviation over seeds"
-    if not len(v) or np.isnan(v).all(): return "–"
-    mean, sd = np.nanmean(v) * 100, v.std(ddof=1) * 100 if len(v) > 1 else np.nan
-    return f"{mean:.1f} ± {sd:.1f}" if np.isfinite(sd) else f"{mean:.2f}"
+    mean, sd = mean_sd(v)
+    return "–" if np.isnan(mean) else f"{mean * 100:.1f} ± {sd * 100:.1f}" if np.isfinite(sd) else f"{mean * 100:.2f}"
 
 # %% ../nbs/08_report.ipynb #cb08c016
 BASELINE = "label shift"
@@ -138,15 +137,8 @@ def plot_per_class(rows:list[dict], # of scores.json
                   ): # the Axes
     "Accuracy per class against its rank"
     if ax is None: _, ax = new_figure()
-    rank = np.argsort(-np.asarray(counts), kind="stable")
-    for m, color in zip(shown, ("0.6", "#0072B2", "#009E73", "#D55E00")):
-        v = np.array([r["per_class"] for r in rows if r["method"] == m], dtype=float)
-        if len(v): ax.plot(np.ma.masked_invalid(v).mean(0).filled(np.nan)[rank] * 100, marker="o" if len(rank) <= 20 else "", ms=4, lw=1.4, color=color, label=m)
-    ax.axhline(100 / len(rank), color="k", lw=0.8, ls=":", label="chance")
-    ax.set(xlabel="class, largest first (tick: training images)", ylabel="test accuracy, %", ylim=(0, 102))
-    if len(rank) <= 20: ax.set_xticks(range(len(rank)), [f"{class_names[k] + chr(10) if class_names else ''}{counts[k]}".replace("$", r"\$") for k in rank])
-    ax.legend(frameon=False, fontsize=8)
-    return ax
+    accuracy = {m: np.array([r["per_class"] for r in rows if r["method"] == m], dtype=float) for m in shown}
+    return plot_by_rank({m: v for m, v in accuracy.items() if len(v)}, counts, class_names, ax=ax)
 
 # %% ../nbs/08_report.ipynb #1e84303c
 def plot_starts(rows:list[dict], # of scores.json
