@@ -254,7 +254,7 @@ def lengths(self:ImageFiles)->list[int]: # bytes of each file
 def duplicates(a:ImageSet, b:ImageSet|None=None # where to look; None looks for repeats within a
               )->list[tuple[int, int]]: # (position in a, position in b) of equal images; within a set the first one comes second
     "Images of a that are also in b, by content"
-    other, found = a if b is None else b, []
+    other = a if b is None else b
     if a.on_disk != other.on_disk: raise UsageError("images in memory cannot be compared with files: load both in the same way.")
     if a.on_disk:
         n = dict(zip(*np.unique(other.images.lengths, return_counts=True)))
