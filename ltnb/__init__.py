@@ -1,1 +1,8 @@
 __version__ = "0.0.1"
+
+
+def load(run # a run directory, or its folder `model`
+        ):
+    "The classifier of a run; see `ltnb.models.load_classifier`"
+    from ltnb.models import load_classifier
+    return load_classifier(run)

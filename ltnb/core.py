@@ -9,7 +9,7 @@ __all__ = ['LtnbError', 'UsageError', 'DataError', 'nearest', 'os_error', 'atomi
            'Progress', 'lock_file', 'unlock_file', 'environment', 'show_differences', 'Run']
 
 # %% ../nbs/00_core.ipynb #53f12598
-import errno, hashlib, json, math, os, platform, shutil, sys, time, types, typing
+import contextlib, errno, hashlib, json, math, os, platform, shutil, sys, time, types, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -534,23 +534,32 @@ def timed(self:Run, **key # which stage
 
 # %% ../nbs/00_core.ipynb #5f3e57e7
 @patch
+def _checkpoint(self:Run, name, age=0): return self.path/"checkpoints"/f"{name}{f'.{age}' if age else ''}.safetensors"
+
+@patch
 def save(self:Run, name:str, # the checkpoint's name
          tensors:dict, # name -> tensor
+         keep_last:int=1, # how many of this name to keep
          **meta # where the stage is
         ):
     "Save a checkpoint, whole or not at all"
-    save_tensors(self.path/"checkpoints"/f"{name}.safetensors", tensors, meta)
+    try:
+        for age in range(keep_last - 1, 0, -1):
+            if self._checkpoint(name, age - 1).exists(): os.replace(self._checkpoint(name, age - 1), self._checkpoint(name, age))
+    except OSError as e: raise os_error(e, f"keeping the checkpoint {name}") from e
+    save_tensors(self._checkpoint(name), tensors, meta)
 
 @patch
 def load(self:Run, name:str # the checkpoint's name
         )->tuple[dict|None, dict]: # tensors and description, or (None, {}) when there is no usable one
-    "Load a checkpoint; a torn one is skipped with a warning that names it"
-    path = self.path/"checkpoints"/f"{name}.safetensors"
-    if not path.exists(): return None, {}
-    try: return load_tensors(path)
-    except DataError as e:
-        print(f"warning: {e} It is skipped, and its stage is done again.", file=sys.stderr)
-        return None, {}
+    "Load the newest checkpoint that is whole; a torn one is skipped with a warning that names it"
+    for path in (self._checkpoint(name, age) for age in range(100)):
+        if not path.exists():
+            if path == self._checkpoint(name): continue # a kill between two steps of `save` leaves only the older one
+            break
+        try: return load_tensors(path)
+        except DataError as e: print(f"warning: {e} It is skipped, and what came after the checkpoint before it is done again.", file=sys.stderr)
+    return None, {}
 
 @patch
 def finish(self:Run, rows:list[dict] # one a method and seed
@@ -569,3 +578,41 @@ def sweep(self:Run):
 def scores(self:Run)->list[dict]: # one a method and seed
     "The rows of a finished run"
     return read_json(self.path/"scores.json")
+
+# %% ../nbs/00_core.ipynb #ca3a7446
+@patch
+def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
+              resolve, # (config, data) -> config with nothing left open
+              one_seed, # (config, data, seed, device, precision, run) -> rows of scores.json
+              finish, # (run, config, rows, data): figures and report
+              join=None # device -> Team, of recipes that several processes can run
+             )->"Run": # finished
+    "Run a recipe, or what is left of it; a finished run is left as it is"
+    from dataclasses import replace
+    self.check_same()
+    device = choose_device(self.config.device)
+    team = join(device) if join else None
+    writes = team is None or team.writes
+    if self.finished:
+        if writes and (self.path/"checkpoints").exists(): # killed between the last two steps
+            with self.open(): self.sweep()
+        return self
+    precision, data = choose_precision(self.config.precision, device), load(self.config.seed)
+    with self if writes else contextlib.nullcontext():
+        if self.finished: return self
+        cfg = resolve(self.config, data)
+        if writes: self.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint())
+        if team: team.wait()
+        rows = []
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
+            if not done.exists():
+                new = one_seed(cfg, data if seed == cfg.seed else load(seed), seed, device, precision, self)
+                if writes: write_json(done, new)
+            if team: team.wait()
+            rows += read_json(done)
+        if writes:
+            finish(self, cfg, rows, data)
+            self.finish(rows)
+        if team: team.wait()
+    return self

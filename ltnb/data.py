@@ -149,6 +149,11 @@ class ImageFiles:
         if self.root is None: raise UsageError("these images were listed without their folder: give it with --data-root.")
         return os.path.join(self.root, self.paths[i])
 
+    def take(self, index:np.ndarray # positions
+            )->"ImageFiles": # a part of the files
+        "Some of the files"
+        return ImageFiles(self.root, [self.paths[i] for i in index], self.size, self.cache_mb)
+
     def _one(self, i):
         with self._lock:
             if i in self._cache: self._cache.move_to_end(i); return self._cache[i]
@@ -228,8 +233,7 @@ def take(self:ImageSet, index:np.ndarray # positions, or a mask
         )->ImageSet: # nothing is decoded
     "A part of the set"
     index, x = np.arange(len(self))[index], self.images
-    part = ImageFiles(x.root, [x.paths[i] for i in index], x.size, x.cache_mb) if self.on_disk else x[index]
-    return ImageSet(part, self.labels[index], self.class_names)
+    return ImageSet(x.take(index) if self.on_disk else x[index], self.labels[index], self.class_names)
 
 # %% ../nbs/01_data.ipynb #8fd402e7
 @patch

@@ -15,7 +15,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .core import Progress, Run, UsageError, choose_device, choose_precision, nearest, read_json, write_json
+from .augment import Augment
+from .core import Progress, Run, UsageError, choose_device, nearest, read_json
 from .data import BALANCED, DataConfig, LongTail, load_data, plot_counts
 from .heads import Features, Head, fit_head
 from .latent import LatentModel, garbage_features, gaussian_features, sample_features, train_latent
@@ -38,7 +39,7 @@ class LDMLRConfig(DataConfig):
     lr: float = 0.1 # learning rate of the classifier
     wd: float = 5e-4 # weight decay of the classifier
     mixup: float|None = None # mixup alpha, 0 for none (default: 0 for digits, else 0.5)
-    augment: bool|None = None # random crop and mirror (default: false for digits, else true)
+    augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     n_steps: int|None = None # optimiser steps of the diffusion model (default: 300 for digits, else 600)
     diff_bs: int = 512 # features a step of the diffusion model
     diff_lr: float = 1e-3 # learning rate of the diffusion model
@@ -64,7 +65,8 @@ class LDMLRConfig(DataConfig):
             images_only = [f for f in fields(LDMLRConfig) if f.name in ("arch", "n_epochs", "bs", "mixup", "augment") or (f.name in DataConfig.__dataclass_fields__ and f.name not in ("seed", "seeds", "device", "precision"))]
             for name in (f.name for f in images_only if getattr(self, f.name) not in (None, f.default)):
                 raise UsageError(f"{name} cannot be used with features: the file {self.features} takes the place of images and their encoder. Leave out --{name.replace('_', '-')}.")
-        if self.arch is not None and self.arch not in ARCHS: raise UsageError(f"arch={self.arch!r} is not a network. {nearest(self.arch, ARCHS)}")
+        if self.augment is not None: Augment(self.augment) # its names are checked now
+        if self.arch is not None and self.arch not in ARCHS and not self.arch.startswith("timm:"): raise UsageError(f"arch={self.arch!r} is not a network. {nearest(self.arch, ARCHS)}")
 
 # %% ../nbs/11_ldmlr.ipynb #6fb484ab
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def resolve(cfg:LDMLRConfig, # as given
     small = cfg.dataset == "digits" and not cfg.features
     defaults = dict(n_steps=300 if small else 600, per_class=max(100, int(max(counts)) // 5), shrink_n0=5. if small else 60., temperature=1. if small else 1.4)
     if side is not None:
-        defaults |= dict(arch="convnet" if side < 16 else "resnet32", n_epochs=80 if small else 200, bs=32 if small else 64, mixup=0. if small else 0.5, augment=not small)
+        defaults |= dict(arch="convnet" if side < 16 else "resnet32", n_epochs=80 if small else 200, bs=min(32 if small else 64, int(np.sum(counts))), mixup=0. if small else 0.5, augment="none" if small else "crop+flip")
         if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
     given = {k: getattr(cfg, k) for k in defaults}
     return replace(cfg, dataset=None if cfg.features else cfg.dataset, **{k: defaults[k] if v is None else v for k, v in given.items()})
@@ -97,7 +99,7 @@ def stage_encode(cfg:LDMLRConfig, # resolved
     mean, std = pixel_stats(data.train.images)
     shape = data.train.images.shape[1:]
     clf = Classifier(build_model(cfg.arch, data.n_classes, shape[0], seed), data.class_names, shape, mean, std, cfg.arch)
-    fit(clf, data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, cfg.augment, seed, device, precision, run)
+    fit(clf, data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment), seed, device, precision, run)
     name = f"features-seed-{seed}"
     saved = run.load(name)[0] if run else None
     if saved: return clf, Features(saved["train"], torch.from_numpy(data.train.labels), saved["test"], torch.from_numpy(data.test.labels), data.class_names, Head(saved["weight"], saved["bias"], torch.from_numpy(data.counts).double()))
@@ -216,8 +218,6 @@ def run_seed(cfg:LDMLRConfig, # resolved
              run:Run # open
             )->list[dict]: # rows of scores.json
     "The three stages with one seed; each is kept when it is done"
-    rows = run.path/"checkpoints"/f"scores-seed-{seed}.json"
-    if rows.exists(): return read_json(rows)
     clf, f = None, data
     if isinstance(data, LongTail):
         with run.timed(seed=seed, stage="encode"): clf, f = stage_encode(cfg, data, seed, device, precision, run)
@@ -225,10 +225,8 @@ def run_seed(cfg:LDMLRConfig, # resolved
     with run.timed(seed=seed, stage="generator"): model, plan = stage_generate(cfg, f, seed, device, precision, run)
     with run.timed(seed=seed, stage="sample"): made = stage_sample(cfg, model, plan, seed, run.path/"synthetic"/f"seed-{seed}")
     with run.timed(seed=seed, stage="heads"): heads = stage_classify(cfg, f, base, made, seed)
-    out = score_rows(f, base, heads, seed)
     if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, data_name(cfg))
-    write_json(rows, out)
-    return out
+    return score_rows(f, base, heads, seed)
 
 # %% ../nbs/11_ldmlr.ipynb #ecad031e
 def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthetic, name:str):
@@ -248,9 +246,10 @@ def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthet
 def finish_run(run:Run, # open
                cfg:LDMLRConfig, # resolved
                rows:list[dict], # of all seeds
-               counts:np.ndarray, class_names # for the pictures; no names where they differ between seeds
+               data:LongTail|Features # of the first
               ):
-    "Figures, report and scores, in that order: scores.json says that all is there"
+    "Figures and report"
+    counts, class_names = data.counts, None if cfg.dataset == "digits" and cfg.seeds > 1 else data.class_names # names differ between the seeds of Digits-LT
     for name, draw in (("per_class", lambda ax: plot_per_class(rows, class_names, counts, ax=ax)), ("starts", lambda ax: plot_starts(rows, ax=ax))):
         fig, ax = new_figure()
         draw(ax)
@@ -272,7 +271,6 @@ def finish_run(run:Run, # open
         ("Accuracy per class, before and after", picture("per_class", "Test accuracy of each class for cross-entropy, label shift and LDMLR")),
         ("Real and generated features", f"<p>First two principal components of the real training features, seed {cfg.seed}.</p>" + picture("features", "Three maps: real training features, generated features, unseen real features")),
         ("Settings", f"<pre>{settings}</pre>")])
-    run.finish(rows)
 
 # %% ../nbs/11_ldmlr.ipynb #bd5c4eca
 def run_directory(config:LDMLRConfig # the settings
@@ -286,26 +284,11 @@ def run_directory(config:LDMLRConfig # the settings
 def run(config:LDMLRConfig # the settings
        )->Run: # finished
     "Run LDMLR with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
-    r = run_directory(config)
-    if r.finished:
-        if (r.path/"checkpoints").exists(): # killed between the last two steps
-            with r.open(): r.sweep()
-        return r
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    data = read_data(config)
-    with r.open():
-        if r.finished: return r
-        is_images = isinstance(data, LongTail)
-        cfg = resolve(config, data.counts, min(data.train.images.shape[2:]) if is_images else None)
-        r.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint())
-        if is_images: data = data.in_memory()
-        rows = []
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            again = data if seed == cfg.seed or cfg.dataset != "digits" else load_data(cfg, seed)
-            rows += run_seed(cfg, again, seed, device, precision, r)
-        finish_run(r, cfg, rows, data.counts, None if cfg.dataset == "digits" and cfg.seeds > 1 else data.class_names)
-    return r
+    def load(seed): # only Digits-LT is drawn anew for each seed
+        data = read_data(replace(config, seed=seed if config.dataset == "digits" else config.seed))
+        return data.in_memory() if isinstance(data, LongTail) else data
+    def close(cfg, data): return resolve(cfg, data.counts, min(data.train.images.shape[2:]) if isinstance(data, LongTail) else None)
+    return run_directory(config).carry_out(load, close, run_seed, finish_run)
 
 
 def summary(r:Run, # finished

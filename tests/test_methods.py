@@ -7,6 +7,7 @@ import torch
 from conftest import cifar_pack, shared
 from hypothesis import given
 from hypothesis import strategies as st
+from ltnb.augment import Augment
 from ltnb.core import DataError, Progress, UsageError, generator
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
@@ -15,7 +16,7 @@ from ltnb.ldmlr import METHODS, LDMLRConfig, resolve, run, stage_encode
 from ltnb.losses import effective_counts, label_shift
 from ltnb.models import Classifier, ResNet, build_model, encode, pixel_stats
 from ltnb.synthetic import make_plan
-from ltnb.training import crop_flip, train_epoch
+from ltnb.training import fit
 
 
 @pytest.fixture(autouse=True)
@@ -161,24 +162,13 @@ def test_generator_learns_the_class_means():
     assert .4 < (made[:50] - made[:50].mean(0)).std() < 1.6, "the spread is that of the data"
 
 
-def test_crop_flip_is_torchvisions():
-    "Every view is a window of the zero-padded image or of its mirror"
-    x = torch.randint(1, 256, (64, 3, 6, 6), dtype=torch.uint8)
-    views = crop_flip(x, generator("t"), pad=2)
-    for image, view in zip(x, views):
-        windows = [p[:, i:i + 6, j:j + 6] for p in (torch.nn.functional.pad(image, (2, 2, 2, 2)), torch.nn.functional.pad(image.flip(-1), (2, 2, 2, 2))) for i in range(5) for j in range(5)]
-        assert any(torch.equal(view, w) for w in windows)
-
-
-def test_epoch_is_a_function_of_its_key():
+def test_training_is_a_function_of_its_seed():
     data = LongTail.digits()
-    x, y = torch.from_numpy(data.train.images), torch.from_numpy(data.train.labels)
-    def once(key):
+    def once(seed):
         clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
         torch.rand(5)
-        train_epoch(clf, x, y, torch.optim.SGD(clf.net.parameters(), .1), key, mixup=.5, augment=True)
-        return clf.net.fc.weight
-    assert torch.equal(once((0, 1)), once((0, 1))) and not torch.equal(once((0, 1)), once((0, 2)))
+        return fit(clf, data.train.images, data.train.labels, n_epochs=1, mixup=.5, augment=Augment("crop+flip"), seed=seed).net.fc.weight
+    assert torch.equal(once(0), once(0)) and not torch.equal(once(0), once(1))
 
 
 def test_garbage_in_the_config():

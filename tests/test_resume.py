@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY
 from ltnb import core
+from ltnb.augment import Augment
 from ltnb.core import LtnbError, Progress, Run, read_jsonl
 from ltnb.data import LongTail
 from ltnb.latent import train_latent
@@ -51,7 +52,7 @@ def open_run(path, stop_at=None):
 def classifier_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
-    with open_run(path, stop_at) as r: return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=True, run=r, save_every=0)
+    with open_run(path, stop_at) as r: return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=Augment("crop+flip"), run=r, save_every=0)
 
 
 def latent_training(path, stop_at=None):

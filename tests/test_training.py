@@ -1,0 +1,323 @@
+"The training engine: batches, views, resume, averages, stops, several seeds at once, several processes."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ltnb
+from ltnb import core, training
+from ltnb.augment import Augment
+from ltnb.baseline import BaselineConfig, run
+from ltnb.core import DataError, LtnbError, Progress, Run, UsageError, generator, load_tensors, read_jsonl
+from ltnb.data import ImageFiles, LongTail
+from ltnb.losses import build_loss
+from ltnb.models import Classifier, build_model, pixel_stats
+from ltnb.training import SCHEDULES, Averages, Batches, Team, balanced_indices, epoch_order, fit, fit_seeds, held_out, lr_factor, train_step, view
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+
+
+DATA = LongTail.digits(imb_ratio=10, seed=1)
+
+
+def fresh(arch="convnet", seed=0, channels=1, **more):
+    return Classifier(build_model(arch, 10, channels, seed, **more), DATA.class_names, (channels, *DATA.train.images.shape[2:]), *pixel_stats(DATA.train.images.repeat(channels, 1)), arch, norm=more.get("norm", "batch"))
+
+
+def equal(a, b): return all(torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+
+
+def distance(a, b): return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.values(), b.values()))
+
+
+def test_schedules():
+    assert [lr_factor("ldam", e, 200, 5) for e in (0, 3, 5, 159, 160, 180)] == pytest.approx([.2, .8, 1, 1, .01, .0001])
+    assert [lr_factor("multistep", e, 10) for e in (0, 4.9, 5, 7.5)] == pytest.approx([1, 1, .1, .01])
+    assert lr_factor("cosine", 5, 10) == pytest.approx(.5) and lr_factor("cosine", 9.999, 10) < 1e-5 and lr_factor("constant", 3, 10) == 1
+    assert all(lr_factor(s, e, 10) <= 1 for s in SCHEDULES for e in range(10))
+
+
+def test_views_mix_what_they_say():
+    clf, x = fresh(), torch.from_numpy(DATA.train.images[:40])
+    for kind in ("mixup", "cutmix"):
+        a, parts = view(clf, x, ("k", 3), None, **{kind: 1.})
+        assert sum(float(s) for s, _ in parts) == pytest.approx(1) and torch.equal(a, view(clf, x, ("k", 3), None, **{kind: 1.})[0])
+        (lam, own), (_, partner) = parts
+        plain = clf.prepare(x)
+        if kind == "mixup": assert torch.allclose(a, lam * plain + (1 - lam) * plain[partner], atol=1e-6)
+        else: assert ((a == plain) | (a == plain[partner])).all()
+    kinds = {len(view(clf, x[:4], ("k", i), None, 1., 1.)[1]) for i in range(9)}
+    assert kinds == {2} and len(view(clf, x, ("k", 3))[1]) == 1
+
+
+def files(tmp_path):
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 3, 16, 16), np.uint8)
+    for i, x in enumerate(images): Image.fromarray(x.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    return images, ImageFiles(tmp_path, [f"{i}.png" for i in range(30)], 16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_train_like_memory(tmp_path, workers):
+    "A DataLoader that decodes files gives the weights of the same images in memory"
+    images, on_disk = files(tmp_path)
+    order = epoch_order(torch.arange(30), 1, generator("o")).split(8)
+    assert all(torch.equal(a, b) for a, b in zip(Batches(images).follow(order), Batches(on_disk, workers=workers).follow(order)))
+    y, nets = np.arange(30) % 10, []
+    for x in (images, on_disk):
+        clf = Classifier(build_model("convnet", 10), DATA.class_names, (3, 16, 16), *pixel_stats(images), "convnet")
+        nets.append(fit(clf, x, y, n_epochs=2, bs=8, augment=Augment("crop+flip"), workers=workers).net.state_dict())
+    assert equal(*nets)
+
+
+class Stop(Exception): "A stand-in for a power cut"
+
+
+SETTINGS = dict(n_epochs=4, bs=64, mixup=.3, augment=Augment("crop+cutout", size=3), ema=.9, clip=5., schedule="cosine", warmup=1)
+
+
+def whole_fit(path, stop=None, monkeypatch=None):
+    "One fit in a run; the power fails before optimiser step `stop`"
+    clf, original, count = fresh(), training.train_step, [0]
+    with Run(BaselineConfig(out=str(path))) as r:
+        r.start(BaselineConfig(), "cpu", "fp32")
+        if stop is not None:
+            def step(*a, **k):
+                if count[0] == stop: raise Stop
+                count[0] += 1
+                return original(*a, **k)
+            monkeypatch.setattr(training, "train_step", step)
+        try: fit(clf, DATA.train.images, DATA.train.labels, run=r, save_every=0., loss=build_loss("cross_entropy_drw", DATA.counts), **SETTINGS)
+        finally: monkeypatch and monkeypatch.setattr(training, "train_step", original)
+    return clf
+
+
+def left(path):
+    "Everything that a training leaves: weights, averages, momentum, metrics"
+    tensors, meta = load_tensors(path / "checkpoints" / "classifier-seed-0.safetensors")
+    return tensors, meta, (path / "metrics.jsonl").read_bytes()
+
+
+def test_ten_power_cuts_end_bit_for_bit(tmp_path, monkeypatch):
+    "Cuts at random steps, one inside a save and one right at an epoch boundary; weights, averages, optimizer and metrics are those of the undisturbed run"
+    reference = whole_fit(tmp_path / "whole")
+    want, n_steps = left(tmp_path / "whole"), -(-len(DATA.train) // 64)
+    assert any(k.startswith("ema.") for k in want[0]) and any(k.startswith("optimizer.") for k in want[0])
+    path, rng, done = tmp_path / "cut", random.Random(0), 0
+    for attempt in range(10):
+        if attempt == 3: # inside a save: the older checkpoint was moved, the new one not yet written
+            original = core.save_tensors
+            monkeypatch.setattr(core, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
+        try: whole_fit(path, n_steps if attempt == 5 else rng.randint(1, 3), monkeypatch)
+        except Stop: done += 1
+        if attempt == 3: monkeypatch.setattr(core, "save_tensors", original)
+    again = whole_fit(path)
+    got = left(path)
+    assert done > 5
+    assert want[0].keys() == got[0].keys() and all(torch.equal(want[0][k], got[0][k]) for k in want[0]) and want[1:] == got[1:]
+    assert equal(reference.net.state_dict(), again.net.state_dict())
+
+
+def test_work_is_not_repeated(tmp_path, monkeypatch):
+    "After a cut in the middle of an epoch the next start does the steps that are left, no more"
+    n_steps = -(-len(DATA.train) // 64)
+    with pytest.raises(Stop): whole_fit(tmp_path, n_steps + 2, monkeypatch)
+    count, original = [0], training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *a, **k: count.__setitem__(0, count[0] + 1) or original(*a, **k))
+    whole_fit(tmp_path)
+    assert count[0] == 4 * n_steps - (n_steps + 2)
+
+
+def test_torn_newest_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch, capsys):
+    whole_fit(tmp_path / "whole")
+    with pytest.raises(Stop): whole_fit(tmp_path / "cut", 9, monkeypatch)
+    folder = tmp_path / "cut" / "checkpoints"
+    assert {p.name for p in folder.iterdir()} == {"classifier-seed-0.safetensors", "classifier-seed-0.1.safetensors"}, "the last two are kept"
+    torn = folder / "classifier-seed-0.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    whole_fit(tmp_path / "cut")
+    assert "classifier-seed-0.safetensors" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(left(tmp_path / "whole")[0].values(), left(tmp_path / "cut")[0].values()))
+
+
+def test_checkpoint_of_another_network(tmp_path, monkeypatch):
+    with pytest.raises(Stop): whole_fit(tmp_path, 9, monkeypatch)
+    clf = fresh("resnet8")
+    with Run(BaselineConfig(out=str(tmp_path))) as r, pytest.raises(LtnbError, match="belongs to another network.*--arch"): fit(clf, DATA.train.images, DATA.train.labels, run=r, **SETTINGS)
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path):
+    run(BaselineConfig(n_epochs=1, heads=False, out=str(tmp_path / "r")))
+    with pytest.raises(UsageError, match="n_epochs: 1 there, 2 here"): run(BaselineConfig(n_epochs=2, heads=False, out=str(tmp_path / "r")))
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    original, count = training.train_step, [0]
+
+    def step(*a, **k):
+        count[0] += 1
+        return original(*a, **k) * (float("nan") if count[0] == 9 else 1)
+
+    monkeypatch.setattr(training, "train_step", step)
+    n_steps = -(-len(DATA.train) // 64)
+    with pytest.raises(LtnbError, match=f"the loss is nan at step {(9 - 1) % n_steps + 1} of epoch {(9 - 1) // n_steps + 1}: lower --lr"): whole_fit(tmp_path)
+    tensors, meta = load_tensors(tmp_path / "checkpoints" / "classifier-seed-0.safetensors")
+    assert meta["step"] == 8 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
+
+
+def test_bad_settings():
+    clf, x, y = fresh(), DATA.train.images, DATA.train.labels
+    for more, word in ((dict(bs=5000), "bs=5000 is more than"), (dict(schedule="cosin"), "Did you mean 'cosine'"), (dict(patience=2), "held-out"), (dict(augment="flip"), "Augment"), (dict(mixup=-1.), "at least 0")):
+        with pytest.raises(UsageError, match=word): fit(clf, x, y, n_epochs=1, **{"bs": 32, **more})
+    with pytest.raises(DataError, match="no training image"): fit(clf, x[y > 0], y[y > 0], n_epochs=1, bs=32)
+    with pytest.raises(DataError, match="built on other counts"): fit(clf, x, y, n_epochs=1, bs=32, loss=build_loss("balanced_softmax", np.arange(1, 11)))
+    with pytest.raises(UsageError, match="augmentation"): run(BaselineConfig(augment="flop"))
+    with pytest.raises(UsageError, match="--side-by-side|seeds"): run(BaselineConfig(side_by_side=True))
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr(training, "train_step", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(LtnbError, match="lower --bs"): fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=32)
+
+
+def test_early_stop_keeps_the_best_epoch_on_held_out_images(tmp_path, monkeypatch):
+    looks = iter([.5, .7, .6, .65, .4, .9])
+    states = []
+    monkeypatch.setattr(training, "held_out_score", lambda clf, *a: states.append({k: v.clone() for k, v in clf.net.state_dict().items()}) or {"held_out_all": 0., "held_out_macro": next(looks), "held_out_nll": 0.})
+    clf = fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=6, bs=64, held_out=(DATA.test.images, DATA.test.labels), patience=3)
+    assert len(states) == 5 and equal(clf.net.state_dict(), states[1])
+
+
+def test_averages_are_a_moving_average():
+    net = torch.nn.Linear(2, 1)
+    a, want = Averages(net, .9), net.weight.detach().clone()
+    for i in range(5):
+        torch.nn.init.constant_(net.weight, i)
+        a.update()
+        want = .9 * want + .1 * i
+    with a.used(): assert torch.allclose(net.weight, want)
+    assert (net.weight == 4).all()
+
+
+def test_balanced_sampling_and_its_loss():
+    y = torch.from_numpy(DATA.train.labels)
+    assert np.bincount(y[balanced_indices(y, 20000, generator("b"))]).std() < 120
+    fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=64, power=0., loss=build_loss("cross_entropy", np.ones(10)))
+    with pytest.raises(DataError, match="built on other counts"): fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=64, power=0., loss=build_loss("balanced_softmax", DATA.counts))
+    a, b = held_out(y, generator("h"), .2)
+    assert sorted(torch.cat([a, b]).tolist()) == list(range(len(y))) and (torch.bincount(y[a]) > 0).all()
+
+
+@pytest.mark.parametrize("arch, settings", [("convnet", dict(ema=.8, mixup=.4)), ("resnet8", dict(augment=Augment("crop"), schedule="cosine", cutmix=1.))])
+def test_seeds_side_by_side_equal_each_alone(tmp_path, arch, settings):
+    x, y, seeds = DATA.train.images, DATA.train.labels, [3, 4]
+    alone = [fit(fresh(arch, s), x, y, n_epochs=2, bs=128, seed=s, lr=.005, **settings) for s in seeds]
+    together = fit_seeds([fresh(arch, s) for s in seeds], x, y, seeds, n_epochs=2, bs=128, lr=.005, **settings)
+    relative = lambda a, b: max(((x - y).abs() / (1 + y.abs())).max().item() for x, y in zip(a.values(), b.values()))
+    assert max(relative(a.net.state_dict(), b.net.state_dict()) for a, b in zip(alone, together)) < 1e-4
+    assert distance(together[0].net.state_dict(), together[1].net.state_dict()) > 1e-2
+
+
+def test_seeds_side_by_side_continue(tmp_path, monkeypatch):
+    def go(path, stop=None):
+        with Run(BaselineConfig(out=str(path))) as r:
+            r.start(BaselineConfig(), "cpu", "fp32")
+            original = r.log
+            if stop: r.log = lambda **row: (_ for _ in ()).throw(Stop()) if row["step"] == stop else original(**row)
+            return fit_seeds([fresh(seed=s) for s in (0, 1)], DATA.train.images, DATA.train.labels, [0, 1], n_epochs=4, bs=128, run=r, save_every=0., ema=.5)
+    want = go(tmp_path / "whole")
+    with pytest.raises(Stop): go(tmp_path / "cut", 3)
+    got = go(tmp_path / "cut")
+    assert all(equal(a.net.state_dict(), b.net.state_dict()) for a, b in zip(want, got)) and (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+
+
+def test_a_team_shares_one_mean():
+    "Two pretended processes: their losses and gradients add up to those of one"
+    clf, x, y = fresh(norm="group"), torch.from_numpy(DATA.train.images[:30]), torch.from_numpy(DATA.train.labels[:30])
+    x, parts = view(clf, x, ("t",), None, .5)
+    loss = build_loss("class_balanced", DATA.counts)
+
+    class Half(Team):
+        def sum(self, v): return v if v.requires_grad else v
+
+    def gradients(team, weight=None):
+        for p in clf.net.parameters(): p.grad = None
+        opt = torch.optim.SGD(clf.net.parameters(), lr=0.)
+        train_step(clf.net, opt, loss, x, y, parts, team=team)
+        return [p.grad.clone() for p in clf.net.parameters()]
+
+    whole = gradients(Team())
+    totals = [loss.total(clf.net(x).float(), y[at])[1].detach() for _, at in parts]
+
+    class Known(Half):
+        def sum(self, v):
+            if v.dim() == 0 and not hasattr(self, "done"): self.n = getattr(self, "n", -1) + 1; return totals[self.n] if self.n < len(totals) else v
+            return v
+        def sum_gradients(self, parameters): pass
+
+    halves = [gradients(Known(r, 2)) for r in (0, 1)]
+    assert max((a + b - w).abs().max().item() for a, b, w in zip(*halves, whole)) < 1e-6
+
+
+def processes(n, out, *more):
+    "`ltnb run baseline` in n processes; gives the finished launcher"
+    args = ["-m", "ltnb", "run", "baseline", "--plain", "--quiet", "--device", "cpu", "--precision", "fp32", "--norm", "group", "--n-epochs", "2", "--imb-ratio", "10", "--bs", "50", "--mixup", "0.5", "--loss", "class_balanced", "--out", str(out), *more]
+    launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.run([sys.executable, *launcher, *args], capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    "The same global batch, normalised without batch statistics: weights within 1e-5 after two epochs; one process writes"
+    for n in (1, 2):
+        done = processes(n, tmp_path / str(n))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("run directory") == 1, "the table is printed once"
+    one, two = (load_tensors(tmp_path / str(n) / "model" / "model.safetensors")[0] for n in (1, 2))
+    assert distance(one, two) < 1e-5
+    files = lambda p: sorted(str(f.relative_to(p)) for f in p.rglob("*") if f.is_file())
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    a, b = (read_jsonl(tmp_path / str(n) / "metrics.jsonl") for n in (1, 2))
+    assert len(a) == len(b) and all(abs(r["loss"] - s["loss"]) < 1e-5 for r, s in zip(a, b))
+
+
+def test_several_processes_need_plain(main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--plain" in main("run", "baseline")[2]
+    assert "one process" in main("run", "ldmlr", "--plain")[2]
+
+
+def test_sigkill_of_the_command(tmp_path):
+    "SIGKILL at random moments, then the same command: the files of an undisturbed run"
+    args = ["run", "baseline", "--plain", "--quiet", "--n-epochs", "30", "--device", "cpu", "--precision", "fp32", "--ema", "0.9"]
+    assert ltnb(*args, "--out", tmp_path / "whole").returncode == 0
+    path, rng, kills = tmp_path / "cut", random.Random(1), 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-m", "ltnb", *args, "--out", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (path / "metrics.jsonl").exists(): time.sleep(.01)
+        time.sleep(rng.uniform(0, .4))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() != 0
+    assert ltnb(*args, "--out", path).returncode == 0 and kills
+    for name in ("scores.json", "metrics.jsonl", "model/model.safetensors"): assert (path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "balanced_softmax", "ldam_drw", "wcdas"])
+def test_every_kind_of_head_ends_in_a_model(tmp_path, loss):
+    r = run(BaselineConfig(loss=loss, n_epochs=2, imb_ratio=10., out=str(tmp_path / "r"), device="cpu", precision="fp32"))
+    rows = r.scores()
+    names = [x["method"] for x in rows]
+    assert ("label shift" in names) == (loss == "cross_entropy") and ("balanced softmax + label shift" not in names) and "nearest mean" in names and (("crt" in names) == (loss in ("cross_entropy", "balanced_softmax")))
+    clf = Classifier.load(r.path / "model")
+    with torch.no_grad(): said = clf(torch.from_numpy(LongTail.digits(10., 0).test.images)).argmax(1).numpy()
+    method = json.loads((r.path / "model" / "model.json").read_text())["method"]
+    row = next(x for x in rows if x["method"] == method)
+    assert (said == LongTail.digits(10., 0).test.labels).mean() == pytest.approx(row["all"], abs=2e-3), "what was scored is what was saved"
