@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from .augment import Augment
-from .core import Progress, Run, UsageError, generator, nearest, read_json, read_jsonl
+from .core import Run, UsageError, nearest, read_json, read_jsonl
 from .data import BALANCED, DataConfig, LongTail, free_memory, load_data, plot_counts
 from .heads import Features, choose_tau, crt, lws, nearest_mean, tau_norm
 from .losses import LOSSES, build_loss, label_shift, log_prior
 from .metrics import paired_over_images, plot_flow, score
 from .models import ARCHS, Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, table, write_report
-from .training import Team, fit, fit_seeds, held_out, join_team
+from .training import Team, fit, fit_seeds, join_team
 
 # %% ../nbs/09_baseline.ipynb #b412a6dc
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def check_settings(cfg:BaselineConfig # as given
     if cfg.arch is not None and cfg.arch not in ARCHS and not cfg.arch.startswith("timm:"): raise UsageError(f"arch={cfg.arch!r} is not a network. {nearest(cfg.arch, ARCHS)}")
     for name in ("tau", "gamma", "beta"):
         if getattr(cfg, name) != cfg.__dataclass_fields__[name].default and name not in OPTIONS.get(cfg.loss, ()): raise UsageError(f"{name} is for the losses {', '.join(k for k, v in OPTIONS.items() if name in v)}; loss={cfg.loss!r} does not use it. Leave out --{name}.")
-    if cfg.side_by_side and (cfg.seeds < 2 or alone(cfg)): raise UsageError(f"side_by_side trains several seeds at once, without {alone(cfg) or 'other settings'}: give --seeds 2 or more and leave out --{(alone(cfg) or 'side-by-side').replace('_', '-')}.")
+    if cfg.side_by_side and cfg.seeds < 2: raise UsageError("side_by_side trains several seeds at once: give --seeds 2 or more, or leave it out.")
+    if cfg.side_by_side and alone(cfg): raise UsageError(f"side_by_side does not go with {alone(cfg)}: leave out --side-by-side or --{alone(cfg)}.")
+    if cfg.patience and cfg.loss.endswith("drw"): raise UsageError(f"loss={cfg.loss!r} changes its weights late, so an epoch from before cannot be compared with one from after: leave out --patience.")
+    if cfg.power != 1 and cfg.loss in ("label_aware_smoothing", "ldam", "ldam_drw"): raise UsageError(f"loss={cfg.loss!r} is built on the class sizes, which sampling with power={cfg.power:g} hides: leave out --power.")
 
 
 def alone(cfg:BaselineConfig # as given
@@ -161,6 +164,7 @@ def run_seed(cfg:BaselineConfig, data:LongTail, seed:int, device:str, precision:
         kept = run.load(f"trained-seed-{seed}")[0]
         clf, loss = new_classifier(cfg, data, seed) if kept else train(cfg, data, seed, device, precision, run, team), new_loss(cfg, data.counts)
         if kept: clf.net.load_state_dict(kept)
+        loss.set_epoch(cfg.n_epochs - 1, cfg.n_epochs) # as it was at the end: its prior depends on that
     if not team.writes: return None
     with run.timed(seed=seed, stage="heads"): said = answers(cfg, clf.eval(), loss, data, seed, device, precision)
     if seed == cfg.seed: keep_first(run, clf.cpu(), loss, data, said, cfg)

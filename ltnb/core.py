@@ -561,6 +561,7 @@ def load(self:Run, name:str # the checkpoint's name
         except DataError as e: print(f"warning: {e} It is skipped, and what came after the checkpoint before it is done again.", file=sys.stderr)
     return None, {}
 
+# %% ../nbs/00_core.ipynb #5acfd5ec
 @patch
 def finish(self:Run, rows:list[dict] # one a method and seed
           ):
@@ -581,6 +582,16 @@ def scores(self:Run)->list[dict]: # one a method and seed
 
 # %% ../nbs/00_core.ipynb #ca3a7446
 @patch
+def _rows(self:Run, seed, team, make): # of one seed, made once
+    done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
+    if not done.exists():
+        rows = make()
+        if team is None or team.writes: write_json(done, rows)
+    if team: team.wait()
+    return read_json(done)
+
+# %% ../nbs/00_core.ipynb #5b56d3d8
+@patch
 def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
               resolve, # (config, data) -> config with nothing left open
               one_seed, # (config, data, seed, device, precision, run) -> rows of scores.json
@@ -594,8 +605,8 @@ def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
     team = join(device) if join else None
     writes = team is None or team.writes
     if self.finished:
-        if writes and (self.path/"checkpoints").exists(): # killed between the last two steps
-            with self.open(): self.sweep()
+        if writes and (self.path/"checkpoints").exists():
+            with self.open(): self.sweep() # killed between the last two steps
         return self
     precision, data = choose_precision(self.config.precision, device), load(self.config.seed)
     with self if writes else contextlib.nullcontext():
@@ -603,16 +614,7 @@ def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
         cfg = resolve(self.config, data)
         if writes: self.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint())
         if team: team.wait()
-        rows = []
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
-            if not done.exists():
-                new = one_seed(cfg, data if seed == cfg.seed else load(seed), seed, device, precision, self)
-                if writes: write_json(done, new)
-            if team: team.wait()
-            rows += read_json(done)
-        if writes:
-            finish(self, cfg, rows, data)
-            self.finish(rows)
+        rows = [r for seed in range(cfg.seed, cfg.seed + cfg.seeds) for r in self._rows(seed, team, lambda: one_seed(cfg, data if seed == cfg.seed else load(seed), seed, device, precision, self))]
+        if writes: finish(self, cfg, rows, data); self.finish(rows)
         if team: team.wait()
     return self

@@ -9,7 +9,6 @@ __all__ = ['SCHEDULES', 'multistep', 'lr_factor', 'power_indices', 'balanced_ind
 
 # %% ../nbs/05_training.ipynb #702b9a63
 import contextlib, copy, math, os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -196,7 +195,7 @@ def train_step(net:nn.Module, optimizer:torch.optim.Optimizer, # in place
     for share, at in parts:
         at = team.mine(at)
         total, weight = loss.total(logits, y[at], None if weights is None else weights[at])
-        value = value + share * total / team.sum(weight.detach())
+        value = value + share * total / team.sum(weight.detach()).clamp_min(1e-30) # 0 where no item has a weight
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     team.sum_gradients(net.parameters())
@@ -312,40 +311,30 @@ def held_out_score(clf:Classifier, loss:Loss, # trained so far
 def fit(clf:Classifier, # in place
         images:np.ndarray|ImageFiles, labels:np.ndarray, # (N, C, H, W) uint8 and (N,)
         n_epochs:int=200, bs:int=64, lr:float=0.1, wd:float=5e-4, # epochs, images a step, learning rate, weight decay: those of the LDMLR encoders
-        mixup:float=0., # alpha; 0 for none
-        augment=None, # (x, generator) -> x, such as `Augment("crop+flip")`
+        mixup:float=0., augment=None, # alpha, 0 for none; (x, generator) -> x, such as `Augment("crop+flip")`
         seed:int=0, device:str="cpu", precision:str="fp32", # of all randomness; where and in which number format
-        run=None, name:str="classifier", # a Run that keeps checkpoints and metrics; the stage's name there
-        save_every:float=20., # seconds between checkpoints
-        *, loss:Loss|None=None, # of `build_loss`; cross-entropy when left out
-        weights:np.ndarray|None=None, # (N,) of the items, such as omega for a generated one
-        power:float=1., # classes are drawn with p_k ~ n_k^power; 1 visits every image once
-        schedule:str="multistep", warmup:int=0, # a name of `SCHEDULES`, epochs of linear warm-up
+        run=None, name:str="classifier", save_every:float=20., # a Run that keeps checkpoints and metrics; the stage's name there; seconds between checkpoints
+        *, loss:Loss|None=None, weights:np.ndarray|None=None, # of `build_loss`, cross-entropy when left out; (N,) of the items, such as omega for a generated one
+        power:float=1., schedule:str="multistep", warmup:int=0, # classes are drawn with p_k ~ n_k^power; a name of `SCHEDULES`; epochs of linear warm-up
         cutmix:float=0., ema:float=0., clip:float=0., # alpha, decay of averaged weights, longest gradient; 0 for none
-        held_out:tuple|None=None, eval_every:int=1, # (images, labels) of held-out training images; epochs between looks
-        patience:int=0, # looks without a gain before stopping; the best epoch's weights are kept
-        after_epoch=None, # function of the epoch's number, for lessons
-        team:Team=Team(), workers:int=2, compiled:bool=False # who shares the batches; processes that decode files; use torch.compile
+        held_out:tuple|None=None, eval_every:int=1, patience:int=0, # (images, labels) of training images; epochs between looks; looks without a gain before stopping with the best epoch's weights
+        after_epoch=None, team:Team=Team(), workers:int=2, compiled:bool=False # function of the epoch's number, for lessons; who shares the batches; processes that decode files; use torch.compile
        )->Classifier: # trained, in evaluation mode
     "Train a classifier; a training that was killed goes on where it stopped, bit for bit on the CPU"
     check_fit(len(labels), bs, schedule, power, patience, held_out, augment, mixup, cutmix)
     t = _Training(clf, images, labels, weights, loss, power, device, team, workers, compiled, lr, wd, ema)
-    stage, key = f"{name}-seed-{seed}", dict(stage=name, seed=seed)
-    first = t.restore(run, stage) if run else 0
-    n_steps, writer = math.ceil(len(labels) / bs), run if team.writes else None
+    stage, key, n_steps = f"{name}-seed-{seed}", dict(stage=name, seed=seed), math.ceil(len(labels) / bs)
+    first, writer, saved = t.restore(run, stage) if run else 0, run if team.writes else None, Clock()
     if writer and first < n_epochs * n_steps: run.cut_back(first // n_steps, **key)
-    bar, saved = Progress(f"seed {seed}: {name}", n_epochs, first // n_steps), Clock()
+    bar = Progress(f"seed {seed}: {name}", n_epochs, first // n_steps)
     for epoch in range(first // n_steps, 0 if t.stopped else n_epochs):
-        t.loss.set_epoch(epoch, n_epochs)
         order = epoch_order(t.y, power, generator(seed, name, epoch, device=device)).split(bs)
-        done = max(first - epoch * n_steps, 0)
-        t.begin(n_steps, done)
+        done = t.begin(epoch, n_epochs, n_steps, first)
         for i, x in enumerate(t.batches.follow(order[done:]), done):
-            for group in t.optimizer.param_groups: group["lr"] = lr * lr_factor(schedule, epoch + i / n_steps, n_epochs, warmup)
-            x, parts = view(clf, x, (seed, name, epoch, i), augment, mixup, cutmix)
-            t.step(i, order[i], x, parts, precision, clip)
+            rate = t.set_rate(lr * lr_factor(schedule, epoch + i / n_steps, n_epochs, warmup))
+            t.step(i, order[i], *view(clf, x, (seed, name, epoch, i), augment, mixup, cutmix), precision, clip)
             if writer and i + 1 < n_steps and saved.older_than(save_every): t.keep(run, stage, epoch * n_steps + i + 1)
-        row = dict(step=epoch + 1, lr=group["lr"], loss=t.finish_epoch(epoch, lr))
+        row = dict(step=epoch + 1, lr=rate, loss=t.finish_epoch(epoch, lr))
         if held_out and ((epoch + 1) % eval_every == 0 or epoch + 1 == n_epochs): row |= t.look(held_out, epoch, patience, precision)
         if writer:
             run.log(**key, **row)
@@ -365,7 +354,7 @@ class _Training:
         counts = torch.bincount(y, minlength=len(clf.class_names)).double()
         if not counts.all(): raise DataError(f"class {clf.class_names[int(counts.argmin())]!r} has no training image.")
         w = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        self.clf, self.device, self.team, self.loss = clf.to(device, memory_format=torch.channels_last), device, team, (loss or build_loss("cross_entropy", counts if w is None else torch.bincount(y, w, len(counts)).double())).to(device)
+        self.clf, self.device, self.team, self.loss = clf.to(device, memory_format=torch.channels_last), device, team, (loss or build_loss("cross_entropy", (counts if w is None else torch.bincount(y, w, len(counts)).double()) * counts ** (power - 1))).to(device)
         self.loss.check(y, (1. if w is None else w.double()) * counts[y] ** (power - 1))
         if team.size > 1 and device == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
         self.batches, self.y, self.w = Batches(images, device, workers), y.to(device), None if w is None else w.to(device)
@@ -373,10 +362,17 @@ class _Training:
         self.optimizer = torch.optim.SGD(clf.net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=wd)
         self.averages, self.best, self.meta, self.stopped, self.values = Averages(clf.net, ema), {}, {}, False, None
 
-    def begin(self, n_steps, done):
+    def begin(self, epoch, n_epochs, n_steps, first): # steps of this epoch that were done before a stop
+        self.loss.set_epoch(epoch, n_epochs)
         self.clf.train()
-        self.loaded, self.values = self.values, torch.zeros(n_steps, device=self.device)
-        if done: self.values[:done] = self.loaded[:done]
+        done, before = max(first - epoch * n_steps, 0), self.values
+        self.values = torch.zeros(n_steps, device=self.device)
+        if done: self.values[:done] = before[:done]
+        return done
+
+    def set_rate(self, rate):
+        for group in self.optimizer.param_groups: group["lr"] = rate
+        return rate
 
     def step(self, i, index, x, parts, precision, clip):
         try: self.values[i] = train_step(self.net, self.optimizer, self.loss, x, self.y[index], parts, None if self.w is None else self.w[index], precision, clip, self.team)
@@ -386,6 +382,7 @@ class _Training:
 # %% ../nbs/05_training.ipynb #df92fe4d
 def _finite(t:_Training, epoch, lr):
     bad = (~torch.isfinite(t.values)).nonzero()
+    if not len(bad) and not t.whole(): raise LtnbError(f"the weights are no numbers after the last step of epoch {epoch + 1}: lower --lr (now {lr}), with another --out. The last good checkpoint is kept.")
     if len(bad): raise LtnbError(f"the loss is {t.values[bad[0, 0]].item()} at step {int(bad[0, 0]) + 1} of epoch {epoch + 1}: lower --lr (now {lr}), use --warmup or --precision fp32, with another --out. The last good checkpoint is kept.")
 
 
@@ -408,8 +405,12 @@ def look(self:_Training, held_out, epoch, patience, precision): # what to log, a
 
 
 @patch
+def whole(self:_Training): return all(torch.isfinite(p).all() for p in self.clf.net.parameters())
+
+# %% ../nbs/05_training.ipynb #a1ad9a54
+@patch
 def keep(self:_Training, run, stage, step):
-    if not torch.isfinite(self.values).all(): return # `finish_epoch` says which step it was
+    if not (torch.isfinite(self.values).all() and self.whole()): return # `finish_epoch` says which step it was
     more = {"values": self.values, **{f"ema.{k}": v for k, v in self.averages.state.items()}, **{f"best.{k}": v for k, v in self.best.items()}}
     keep(run, stage, step, self.clf.net, self.optimizer, meta=self.meta, **more)
 
@@ -454,24 +455,20 @@ class Stack(nn.Module):
 
 # %% ../nbs/05_training.ipynb #0afbd71b
 def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
-              images, labels, # of all seeds, or lists with those of each: (N, C, H, W) uint8 and (N,)
-              seeds:list, # S numbers
+              images, labels, seeds:list, # of all seeds, or lists with those of each: (N, C, H, W) uint8 and (N,); S numbers
               n_epochs:int=200, bs:int=64, lr:float=0.1, wd:float=5e-4, mixup:float=0., augment=None, # as in `fit`
               device:str="cpu", precision:str="fp32", run=None, name:str="classifier", save_every:float=20., # as in `fit`; one checkpoint holds all seeds
-              *, losses:list|None=None, # S losses of `build_loss`; cross-entropy when left out
-              power:float=1., schedule:str="multistep", warmup:int=0, cutmix:float=0., ema:float=0. # as in `fit`
+              *, losses:list|None=None, power:float=1., schedule:str="multistep", warmup:int=0, cutmix:float=0., ema:float=0. # S losses of `build_loss`; as in `fit`
              )->list: # the classifiers, trained, in evaluation mode
     "Train several seeds at once; each gets what `fit` would give it alone, up to rounding"
-    each = lambda v: v if isinstance(v, list) else [v] * len(clfs)
-    images, labels = each(images), each(labels)
+    images, labels = (v if isinstance(v, list) else [v] * len(clfs) for v in (images, labels))
     if len({len(y) for y in labels}) > 1: raise UsageError(f"seeds that train side by side need equally many images, got {sorted({len(y) for y in labels})}.")
     check_fit(len(labels[0]), bs, schedule, power, 0, None, augment, mixup, cutmix)
     x = {id(i): Batches(i, device) for i in images}
     ys = [torch.from_numpy(np.asarray(y, dtype=np.int64)).to(device) for y in labels]
-    losses = [l.to(device) for l in losses or [build_loss("cross_entropy", np.bincount(y, minlength=len(c.class_names))) for c, y in zip(clfs, labels)]]
-    for loss, y in zip(losses, ys): loss.check(y, loss.counts.to(device)[y] ** (power - 1))
-    for c in clfs: c.to(device).train()
-    stack, n_steps = Stack([c.net for c in clfs]).to(device), math.ceil(len(ys[0]) / bs)
+    losses = [l.to(device) for l in losses or [build_loss("cross_entropy", np.bincount(y, minlength=len(c.class_names)).astype(float) ** power) for c, y in zip(clfs, labels)]]
+    for loss, y in zip(losses, ys): loss.check(y, torch.bincount(y, minlength=len(loss.counts)).double()[y] ** (power - 1))
+    stack, n_steps = Stack([c.to(device).train().net for c in clfs]).to(device), math.ceil(len(ys[0]) / bs)
     optimizer, averages = torch.optim.SGD(stack.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=wd), Averages(stack, ema)
     stage, key, more = f"{name}-seeds-{seeds[0]}-{seeds[-1]}", dict(stage=name, seed=seeds[0]), {}
     first = restore(run, stage, stack, optimizer, more) if run else 0
@@ -505,7 +502,7 @@ def stack_step(stack:Stack, optimizer:torch.optim.Optimizer, # in place
     "One step of all seeds; the sum of their losses gives each its own gradient"
     x = torch.stack([v for v, _ in views])
     with autocast(x.device.type, precision): logits = stack(x)
-    values = torch.stack([sum(share * (t := loss.total(z, y[at]))[0] / t[1] for share, at in parts) for loss, z, y, (_, parts) in zip(losses, logits.float(), ys, views)])
+    values = torch.stack([sum(share * (t := loss.total(z, y[at]))[0] / t[1].clamp_min(1e-30) for share, at in parts) for loss, z, y, (_, parts) in zip(losses, logits.float(), ys, views)])
     optimizer.zero_grad(set_to_none=True)
     values.sum().backward()
     optimizer.step()

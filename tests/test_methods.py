@@ -8,7 +8,7 @@ from conftest import cifar_pack, shared
 from hypothesis import given
 from hypothesis import strategies as st
 from ltnb.augment import Augment
-from ltnb.core import DataError, Progress, UsageError, generator
+from ltnb.core import DataError, Progress, UsageError
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
 from ltnb.latent import alpha_sigma, ddim, sample_features, shrink_strength, train_latent

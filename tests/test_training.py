@@ -181,7 +181,8 @@ def test_bad_settings():
     with pytest.raises(DataError, match="no training image"): fit(clf, x[y > 0], y[y > 0], n_epochs=1, bs=32)
     with pytest.raises(DataError, match="built on other counts"): fit(clf, x, y, n_epochs=1, bs=32, loss=build_loss("balanced_softmax", np.arange(1, 11)))
     with pytest.raises(UsageError, match="augmentation"): run(BaselineConfig(augment="flop"))
-    with pytest.raises(UsageError, match="--side-by-side|seeds"): run(BaselineConfig(side_by_side=True))
+    for more, word in ((dict(side_by_side=True), "--seeds 2"), (dict(side_by_side=True, seeds=2, clip=1.), "does not go with clip"), (dict(loss="ldam_drw", patience=3), "--patience"), (dict(loss="ldam", power=0.), "--power")):
+        with pytest.raises(UsageError, match=word): run(BaselineConfig(**more))
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch):
@@ -225,6 +226,37 @@ def test_seeds_side_by_side_equal_each_alone(tmp_path, arch, settings):
     relative = lambda a, b: max(((x - y).abs() / (1 + y.abs())).max().item() for x, y in zip(a.values(), b.values()))
     assert max(relative(a.net.state_dict(), b.net.state_dict()) for a, b in zip(alone, together)) < 1e-4
     assert distance(together[0].net.state_dict(), together[1].net.state_dict()) > 1e-2
+
+
+def test_seeds_side_by_side_with_balanced_draws():
+    loss = lambda: build_loss("cross_entropy", np.ones(10))
+    alone = fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, lr=.005, power=0., loss=loss())
+    one, _ = fit_seeds([fresh(seed=s) for s in (0, 1)], DATA.train.images, DATA.train.labels, [0, 1], n_epochs=1, bs=128, lr=.005, power=0., losses=[loss(), loss()])
+    assert distance(alone.net.state_dict(), one.net.state_dict()) < 1e-4
+    for power in (.5, 0.): fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, power=power) # the default loss knows what it sees
+
+
+def test_a_batch_without_weight_changes_nothing():
+    w = np.zeros(len(DATA.train), np.float32)
+    w[DATA.train.labels < 10] = 1
+    w[::2] = 0
+    w[DATA.train.labels == 9] = 1
+    clf = fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=2, lr=.01, weights=w)
+    assert all(torch.isfinite(p).all() for p in clf.net.parameters())
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
+    original, count = training.train_step, [0]
+
+    def step(net, *a, **k):
+        value = original(net, *a, **k)
+        count[0] += 1
+        if count[0] == -(-len(DATA.train) // 64): net.fc.weight.data.fill_(float("nan"))
+        return value
+
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(LtnbError, match="weights are no numbers after the last step of epoch 1"): whole_fit(tmp_path)
+    assert all(torch.isfinite(v).all() for v in load_tensors(tmp_path / "checkpoints" / "classifier-seed-0.safetensors")[0].values() if v.is_floating_point())
 
 
 def test_seeds_side_by_side_continue(tmp_path, monkeypatch):
