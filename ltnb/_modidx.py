@@ -114,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ltnb.core.Run.__init__': ('core.html#run.__init__', 'ltnb/core.py'),
                            'ltnb.core.Run._append': ('core.html#run._append', 'ltnb/core.py'),
                            'ltnb.core.Run._checkpoint': ('core.html#run._checkpoint', 'ltnb/core.py'),
+                           'ltnb.core.Run._notes': ('core.html#run._notes', 'ltnb/core.py'),
                            'ltnb.core.Run._rows': ('core.html#run._rows', 'ltnb/core.py'),
                            'ltnb.core.Run.carry_out': ('core.html#run.carry_out', 'ltnb/core.py'),
                            'ltnb.core.Run.check_same': ('core.html#run.check_same', 'ltnb/core.py'),

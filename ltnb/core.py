@@ -582,6 +582,14 @@ def scores(self:Run)->list[dict]: # one a method and seed
 
 # %% ../nbs/00_core.ipynb #ca3a7446
 @patch
+def _notes(self:Run, data): # what was done to the data on the way: said once, and kept in config.json
+    notes = list(getattr(data, "notes", ()))
+    if not Progress.quiet:
+        for n in notes: print(f"note: {n}", file=sys.stderr)
+    return {"notes": notes} if notes else {}
+
+
+@patch
 def _rows(self:Run, seed, team, make): # of one seed, made once
     done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
     if not done.exists():
@@ -612,7 +620,7 @@ def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
     with self if writes else contextlib.nullcontext():
         if self.finished: return self
         cfg = resolve(self.config, data)
-        if writes: self.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint())
+        if writes: self.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint(), **self._notes(data))
         if team: team.wait()
         rows = [r for seed in range(cfg.seed, cfg.seed + cfg.seeds) for r in self._rows(seed, team, lambda: one_seed(cfg, data if seed == cfg.seed else load(seed), seed, device, precision, self))]
         if writes: finish(self, cfg, rows, data); self.finish(rows)

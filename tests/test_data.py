@@ -534,3 +534,14 @@ def test_folder_through_the_recipe(main, tmp_path):
     code, out, err = main("run", "ldmlr", "--plain", "--quiet", "--dataset", "folder", "--data-root", tmp_path / "photos", "--image-size", "8", "--n-epochs", "2", "--n-steps", "30", "--per-class", "10", "--head-steps", "5", "--scratch-steps", "5", "--out", tmp_path / "run")
     assert code == 0 and "ldmlr + label shift" in out, err
     assert json.loads((tmp_path / "run" / "model" / "model.json").read_text())["classes"] == ["cat", "dog", "eel"]
+
+
+def test_what_was_left_out_is_said_and_kept(main, tmp_path):
+    root = folders(tmp_path / "photos", (("cat", 30), ("dog", 12)))
+    (root / "train" / "cat" / "train3.png").write_bytes(b"torn")
+    args = ["run", "baseline", "--plain", "--dataset", "folder", "--data-root", root, "--image-size", "8", "--n-epochs", "1", "--bs", "16", "--heads", "false", "--out", tmp_path / "run"]
+    code, _, err = main(*args)
+    assert code == 1 and "train3.png cannot be decoded" in err
+    code, _, err = main(*args, "--bad-images", "skip")
+    assert code == 0 and "note: left out 1 unreadable train image: train/cat/train3.png" in err, err
+    assert "train3.png" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["notes"][0]
