@@ -157,6 +157,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ltnb.core.write_json': ('core.html#write_json', 'ltnb/core.py'),
                            'ltnb.core.write_jsonl': ('core.html#write_jsonl', 'ltnb/core.py')},
             'ltnb.data': { 'ltnb.data.DataConfig': ('data.html#dataconfig', 'ltnb/data.py'),
+                           'ltnb.data.DataConfig.data_seed': ('data.html#dataconfig.data_seed', 'ltnb/data.py'),
                            'ltnb.data.DataConfig.source_name': ('data.html#dataconfig.source_name', 'ltnb/data.py'),
                            'ltnb.data.ImageFiles': ('data.html#imagefiles', 'ltnb/data.py'),
                            'ltnb.data.ImageFiles.__array__': ('data.html#imagefiles.__array__', 'ltnb/data.py'),

@@ -10,6 +10,7 @@ __all__ = ['OPTIONS', 'LOSS_HEADS', 'BaselineConfig', 'check_settings', 'alone',
 # %% ../nbs/09_baseline.ipynb #84917420
 import contextlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -88,7 +89,7 @@ def resolve(cfg:BaselineConfig, # as given
     "Fill in what depends on the data"
     small, side = cfg.dataset == "digits", min(data.train.images.shape[2:])
     defaults = dict(arch="convnet" if side < 16 else "resnet32" if side <= 64 else "resnet10", n_epochs=80 if small else 200, bs=min(32 if small else 128, len(data.train)), wd=5e-4 if small else 2e-4,
-                    schedule="multistep" if small else "ldam", warmup=0 if small else 5, augment="none" if small else "crop+flip", side_by_side=False)
+                    schedule="multistep" if small else "ldam", warmup=0 if small else 5, augment="none" if small else "crop+flip")
     if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
     if cfg.patience and data.val is None: raise UsageError(f"patience={cfg.patience} needs validation images to stop on: give --val-per-class, or a set that has some.")
     return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
@@ -239,16 +240,18 @@ def run(config:BaselineConfig # the settings
        )->Run: # finished
     "Train a baseline; the same call continues a run that was stopped, and changes nothing in a finished one"
     check_settings(config)
-    team = []
+    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed))
+    fits = lambda data: sum(np.prod(s.images.shape) for s in data.parts.values()) < (free_memory() or 1e9) / 2
+    ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if fits(data) else data) # photographs are decoded once, where they fit
     def join(device): team.append(join_team(device)); return team[0]
-    def load(seed): # only Digits-LT is drawn anew for each seed; photographs are decoded once where they fit
-        data = load_data(config, seed if config.dataset == "digits" else config.seed)
-        return data.in_memory() if sum(np.prod(s.images.shape) for s in data.parts.values()) < (free_memory() or 1e9) / 2 else data
+    def load(seed): return read(config.data_seed(seed))
+    def close(cfg, data): return ready(data) and resolve(cfg, data) # a photograph that cannot be read stops the run before it begins
     def one_seed(cfg, data, seed, device, precision, run):
-        together = cfg.side_by_side or (config.side_by_side is None and device == "cuda" and cfg.seeds > 1 and not alone(cfg) and data.val is None)
-        if together and team[0].size == 1 and not data.train.on_disk: train_together(cfg, load, device, precision, run)
+        data = ready(data)
+        together = cfg.side_by_side or (cfg.side_by_side is None and device == "cuda" and cfg.seeds > 1 and not alone(cfg) and data.val is None)
+        if together and team[0].size == 1 and not data.train.on_disk: train_together(cfg, lambda s: ready(load(s)), device, precision, run)
         return run_seed(cfg, data, seed, device, precision, run, team[0])
-    return run_directory(config).carry_out(load, resolve, one_seed, finish_run, join)
+    return run_directory(config).carry_out(load, close, one_seed, finish_run, join)
 
 
 def summary(r:Run, # finished

@@ -901,6 +901,13 @@ def source_name(self:DataConfig)->str: # how directory and report call the data
     return str(self.dataset)
 
 
+@patch
+def data_seed(self:DataConfig, seed:int # of a run
+             )->int: # of the data
+    "Digits-LT is drawn anew for each seed; every other source keeps one set, which is then read once"
+    return seed if self.dataset == "digits" else self.seed
+
+
 def check_source(cfg:DataConfig # as given
                 ):
     "Refuse settings that the source lacks, or does not have"

@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'LDMLRConfig', 'DemoConfig', 'resolve', 'stage_encode', 'b
 
 # %% ../nbs/11_ldmlr.ipynb #95de0b19
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -284,11 +285,12 @@ def run_directory(config:LDMLRConfig # the settings
 def run(config:LDMLRConfig # the settings
        )->Run: # finished
     "Run LDMLR with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
-    def load(seed): # only Digits-LT is drawn anew for each seed
-        data = read_data(replace(config, seed=seed if config.dataset == "digits" else config.seed))
-        return data.in_memory() if isinstance(data, LongTail) else data
-    def close(cfg, data): return resolve(cfg, data.counts, min(data.train.images.shape[2:]) if isinstance(data, LongTail) else None)
-    return run_directory(config).carry_out(load, close, run_seed, finish_run)
+    read = lru_cache(maxsize=1)(lambda seed: read_data(replace(config, seed=seed)))
+    ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if isinstance(data, LongTail) else data) # photographs are decoded once
+    def load(seed): return read(config.seed if config.features else config.data_seed(seed))
+    def close(cfg, data): return ready(data) and resolve(cfg, data.counts, min(data.train.images.shape[2:]) if isinstance(data, LongTail) else None)
+    def one_seed(cfg, data, *more): return run_seed(cfg, ready(data), *more)
+    return run_directory(config).carry_out(load, close, one_seed, finish_run)
 
 
 def summary(r:Run, # finished

@@ -536,6 +536,20 @@ def test_folder_through_the_recipe(main, tmp_path):
     assert json.loads((tmp_path / "run" / "model" / "model.json").read_text())["classes"] == ["cat", "dog", "eel"]
 
 
+@pytest.mark.parametrize("recipe", ["baseline", "ldmlr"])
+def test_photographs_are_read_once_and_memory_does_not_change_what_they_are(tmp_path, monkeypatch, recipe):
+    "Two seeds decode each file once; the fingerprint is that of the files, whether or not they fit into memory"
+    from importlib import import_module
+    root, module, seen = folders(tmp_path / "photos", (("cat", 30), ("dog", 12))), import_module(f"ltnb.{recipe}"), []
+    original = D.decode_image
+    monkeypatch.setattr(D, "decode_image", lambda path, size=None: seen.append(path) or original(path, size))
+    config = getattr(module, {"baseline": "BaselineConfig", "ldmlr": "LDMLRConfig"}[recipe])
+    small = dict(baseline=dict(heads=False), ldmlr=dict(n_steps=20, per_class=5, head_steps=2, scratch_steps=2))[recipe]
+    r = module.run(config(dataset="folder", data_root=str(root), image_size=8, n_epochs=1, bs=16, seeds=2, out=str(tmp_path / "run"), device="cpu", precision="fp32", **small))
+    assert len(seen) == len(set(seen)) == 84
+    assert json.loads((r.path / "config.json").read_text())["data"]["train"] == LongTail.folder(root, image_size=8).fingerprint()
+
+
 def test_what_was_left_out_is_said_and_kept(main, tmp_path):
     root = folders(tmp_path / "photos", (("cat", 30), ("dog", 12)))
     (root / "train" / "cat" / "train3.png").write_bytes(b"torn")
