@@ -907,7 +907,7 @@ def data_seed(self:DataConfig, seed:int # of a run
     "Digits-LT is drawn anew for each seed; every other source keeps one set, which is then read once"
     return seed if self.dataset == "digits" else self.seed
 
-
+# %% ../nbs/01_data.ipynb #a7c56dd4
 def check_source(cfg:DataConfig # as given
                 ):
     "Refuse settings that the source lacks, or does not have"
