@@ -65,7 +65,7 @@ def show_difference(d:Difference|None # as fractions
     return "–" if d is None else f"{d.mean * 100:+.1f} [{d.low * 100:.1f}, {d.high * 100:.1f}]"
 
 # %% ../nbs/08_report.ipynb #05ef8cb9
-COLUMNS = {"all": "all", "scratch_all": "all, from scratch", **{b: b for b in BANDS}, **{t: t.replace("_", " ") for t in THIRDS}}
+COLUMNS = {"all": "all", "scratch_all": "all, from scratch", "argmax_all": "all, argmax", **{b: b for b in BANDS}, **{t: t.replace("_", " ") for t in THIRDS}}
 
 
 def table(rows:list[dict] # of scores.json
@@ -103,6 +103,8 @@ def verdict(rows:list[dict], # of scores.json
         return f"{what} {how}: {show_difference(d)} points (95 % interval over {d.over})."
     out = []
     if (d := difference(rows, method)): out.append(say(d, f"{method} against {BASELINE}"))
+    controls = {m: np.nanmean(values(rows, m)) for m in methods(rows) if m in set().union(*(r.get("se", {}) for r in rows if r["method"] == method))}
+    if controls and (d := difference(rows, method, "all", best := max(controls, key=controls.get))): out.append(say(d, f"{method} against the best control, {best} (best on the test set, which favours it),"))
     for other, key in ((BASELINE, "all"), ("gaussian", "scratch_all"), ("real refit", "scratch_all")):
         if (d := difference(rows, method, "scratch_all", other, key)): out.append(say(d, f"Fitted from scratch, {method} against {other}"))
     means = {(m, k): np.nanmean(values(rows, m, k)) * 100 for m in (method, noise) for k in ("all", "scratch_all") if np.isfinite(values(rows, m, k)).any()}
@@ -142,7 +144,7 @@ def plot_per_class(rows:list[dict], # of scores.json
 
 # %% ../nbs/08_report.ipynb #1e84303c
 def plot_starts(rows:list[dict], # of scores.json
-                shown=("real refit", "garbage", "gaussian", "ldmlr + label shift"), # methods with two starts
+                shown=("real refit", "garbage", "gaussian", "neighbour mixing", "ldmlr + label shift"), # methods with two starts
                 ax=None # matplotlib Axes; a new one when left out
                ): # the Axes
     "The same heads, fitted from scratch and started from label shift"

@@ -11,8 +11,8 @@ from ltnb.augment import Augment
 from ltnb.core import DataError, Progress, UsageError
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
-from ltnb.latent import alpha_sigma, ddim, sample_features, shrink_strength, train_latent
-from ltnb.ldmlr import METHODS, LDMLRConfig, resolve, run, stage_encode
+from ltnb.latent import Neighbourhood, alpha_sigma, class_means, ddim, draw_neighbours, draw_pull, gaussian_features, memorised, mixed_features, neighbour_classes, pooled_covariance, sample_features, shrink_strength, train_latent
+from ltnb.ldmlr import ABLATIONS, CONTROLS, METHODS, LDMLRConfig, ablation_settings, planned_counts, resolve, run, split_rows, stage_encode
 from ltnb.losses import effective_counts, label_shift
 from ltnb.models import Classifier, ResNet, build_model, encode, pixel_stats
 from ltnb.synthetic import make_plan
@@ -123,25 +123,92 @@ def test_ddim_against_diffusers_formula():
     "With the exact velocity of a point mass, DDIM lands on that point from any noise, at any number of steps"
     class Exact(torch.nn.Module):
         n_classes = 1
-        def forward(self, x, t, y):
+        def forward(self, x, t, code):
             alpha, sigma = alpha_sigma(t)
             return (alpha * x - torch.full_like(x, 3.)) / sigma.clamp_min(1e-6)
-    for steps in (1, 5, 20): assert torch.allclose(ddim(Exact(), torch.randn(4, 2), torch.zeros(4, dtype=torch.long), torch.ones(4), steps), torch.full((4, 2), 3.), atol=2e-2)
+    for steps in (1, 5, 20): assert torch.allclose(ddim(Exact(), torch.randn(4, 2), torch.zeros(4, 8), None, steps), torch.full((4, 2), 3.), atol=2e-2)
 
 
-def test_samples_do_not_depend_on_their_batch():
+def digits_features():
     data = LongTail.digits()
-    z = torch.from_numpy(data.train.images).flatten(1).float()
-    model = train_latent(z, torch.from_numpy(data.train.labels), 10, n_steps=60, width=32)
+    z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
+    return z, y, fit_head(z, y, data.counts, steps=50, lr=1e-2)
+
+
+@pytest.mark.parametrize("pull", ["neighbours", "any class", "none"])
+def test_samples_do_not_depend_on_their_batch(pull):
+    z, y, head = digits_features()
+    model, around = train_latent(z, y, 10, n_steps=60, width=32), Neighbourhood.find(head, z, y, 10)
     plan = make_plan([40] * 10)
-    whole, rows = sample_features(model, plan)
+    whole, rows = sample_features(model, plan, around, pull)
     some = np.array([3, 57, 399, 120])
-    few, few_rows = sample_features(model, plan[some])
+    few, few_rows = sample_features(model, plan[some], around, pull)
     assert (whole[some] - few).abs().max() < 255 * 1e-5 and [rows[i] for i in some] == few_rows
     assert whole.min() >= 0, "features behind a ReLU stay so"
-    assert not torch.equal(sample_features(model, plan, shrink_n0=5.)[0], whole)
-    centred = train_latent(z - 100, torch.from_numpy(data.train.labels), 10, n_steps=60, width=32)
-    assert sample_features(centred, plan)[0].min() < 0, "features that can be negative are not clipped"
+    other = sample_features(model, plan, Neighbourhood.find(head, z, y, 10, shrink_n0=5.), pull)[0]
+    assert torch.equal(other, whole) == (pull == "none")
+    centred = train_latent(z - 100, y, 10, n_steps=60, width=32)
+    assert sample_features(centred, plan, pull="none")[0].min() < 0, "features that can be negative are not clipped"
+
+
+def test_no_pull_is_plain_sampling():
+    "Strength 0 gives the items of the class alone, whatever the neighbours; strength 1 with one neighbour gives that class"
+    z, y, head = digits_features()
+    model, plan = train_latent(z, y, 10, n_steps=60, width=32), make_plan([5] * 10)
+    around = Neighbourhood.find(head, z, y, 10, shrink_n0=0.)
+    assert not around.strength.any() and all(r["pull"] == 0 for r in sample_features(model, plan, around)[1])
+    always = Neighbourhood(torch.eye(10)[(torch.arange(10) + 1) % 10], np.ones(10))
+    rows = sample_features(model, plan, always, kappa=1e6)[1]
+    assert all(r["toward"] == (c + 1) % 10 and r["pull"] > .99 for r, (c, _) in zip(rows, plan))
+
+
+@given(st.integers(2, 12), st.floats(.05, 5), st.integers(0, 5))
+def test_neighbour_classes_are_a_distribution_over_others(k, temperature, seed):
+    g = torch.Generator().manual_seed(seed)
+    head, means = Head(torch.randn(k, 4, generator=g), torch.randn(k, generator=g), torch.ones(k)), torch.randn(k, 4, generator=g)
+    q = neighbour_classes(head, means, temperature)
+    assert torch.allclose(q.sum(1), torch.ones(k), atol=1e-5) and not q.diagonal().any() and (q >= 0).all()
+    logits = head.logits(means).fill_diagonal_(-torch.inf)
+    assert torch.equal(q.argmax(1), logits.argmax(1)), "the class that is confused most"
+
+
+def test_draws_follow_their_law():
+    plan, a = make_plan([4000, 4000]), np.array([.3, .8])
+    u = draw_pull(("t",), plan, a, 4.)
+    for c in (0, 1):
+        mine = u[plan[:, 0] == c]
+        assert abs(mine.mean() - a[c]) < .02 and abs(mine.var() - a[c] * (1 - a[c]) / 5) < .01, "Beta(kappa a, kappa (1 - a))"
+    toward = torch.tensor([[0., .25, .75], [1., 0., 0.]])
+    j = draw_neighbours(("t",), plan, toward)
+    assert abs((j[:4000] == 2).mean() - .75) < .03 and (j[4000:] == 0).all()
+
+
+def test_memorised_is_one_where_the_head_is_sure_and_low_where_it_guesses():
+    z, y = torch.tensor([[9., 0.], [9., 0.], [0., 0.]]), torch.tensor([0, 0, 1])
+    rho = memorised(Head(torch.tensor([[3., 0.], [0., 0.]]), torch.zeros(2), torch.ones(2)), z, y, 2)
+    assert rho[0] > .999 and abs(rho[1] - .5) < 1e-6
+
+
+def test_mixed_features_lie_between_a_class_and_its_neighbour():
+    z, y = torch.cat([torch.zeros(50, 3), torch.ones(20, 3), torch.full((5, 3), 9.)]), torch.repeat_interleave(torch.arange(3), torch.tensor([50, 20, 5]))
+    around = Neighbourhood(torch.tensor([[0., 1., 0.], [1., 0., 0.], [0., 1., 0.]]), np.array([.1, .5, .9]))
+    plan = make_plan([300] * 3)
+    made = mixed_features(z, y, plan, around, seed=1)
+    for c, (own, other) in enumerate([(0, 1), (1, 0), (9, 1)]):
+        mine = made[plan[:, 0] == c, 0]
+        assert min(own, other) <= mine.min() and mine.max() <= max(own, other) and abs(mine.mean() - (own + around.strength[c] * (other - own))) < .5
+    assert torch.equal(made[100:130], mixed_features(z, y, plan[100:130], around, seed=1)), "an item depends on its row alone"
+
+
+def test_pooled_covariance_is_that_of_the_residuals():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(3).repeat_interleave(7000)
+    root = torch.tensor([[1., 0.], [.5, .2]])
+    z = torch.randn(len(y), 2, generator=g) @ root.T + 10 * y[:, None]
+    cov = pooled_covariance(z, y, class_means(z, y, 3), shrink=0)
+    assert torch.allclose(cov.float(), root @ root.T, atol=.03)
+    made = gaussian_features(z, y, make_plan([5000] * 3))
+    assert torch.allclose(torch.cov(made[:5000].T), .95 * root @ root.T + .05 * cov.diagonal().mean().float() * torch.eye(2), atol=.05)
 
 
 def test_shrink_strength():
@@ -156,7 +223,7 @@ def test_generator_learns_the_class_means():
     z = means[y] + torch.randn(len(y), 2, generator=torch.Generator().manual_seed(0))
     model = train_latent(z, y, 3, n_steps=400, width=64)
     plan = make_plan([50] * 3)
-    made, _ = sample_features(model, plan, shrink_n0=0., temperature=1.)
+    made, _ = sample_features(model, plan, pull="none", temperature=1.)
     nearest = torch.cdist(made, means).argmin(1)
     assert (nearest == torch.from_numpy(plan[:, 0])).float().mean() > .95
     assert .4 < (made[:50] - made[:50].mean(0)).std() < 1.6, "the spread is that of the data"
@@ -185,7 +252,7 @@ def test_npz_images_run_to_the_end(tmp_path):
     keep = np.concatenate([np.flatnonzero(pack["train_labels"] == k)[:60] for k in range(10)])
     np.savez(tmp_path / "c.npz", train_images=pack["train_images"][keep], train_labels=pack["train_labels"][keep][:, None], test_images=pack["test_images"][:300], test_labels=pack["test_labels"][:300], class_names=pack["class_names"])
     r = run(LDMLRConfig(dataset="npz", data_root=str(tmp_path / "c.npz"), imb_ratio=20, arch="resnet8", n_epochs=1, n_steps=50, out=str(tmp_path / "run")))
-    assert len(r.scores()) == 7 and json.loads((r.path / "config.json").read_text())["mixup"] == .5
+    assert len(r.scores()) == len(METHODS) and json.loads((r.path / "config.json").read_text())["mixup"] == .5
     assert json.loads((r.path / "model" / "model.json").read_text())["classes"][0] == "airplane"
 
 
@@ -194,7 +261,7 @@ def test_odd_but_valid_features(tmp_path):
     d = dict(train_features=np.linspace(0, 1, 30, dtype="f4")[:, None], train_labels=np.repeat([0, 1, 2], [20, 8, 2]), test_features=np.ones((1, 1), "f4"), test_labels=np.array([2]))
     np.savez(tmp_path / "cost_$5_vs_$6.npz", **d, class_names=np.array(["$a$", "b", "c_$"]))
     r = run(LDMLRConfig(features=str(tmp_path / "cost_$5_vs_$6.npz"), n_steps=60, out=str(tmp_path / "run")))
-    assert (r.path / "report.html").exists() and len(r.scores()) == 7
+    assert (r.path / "report.html").exists() and len(r.scores()) == len(METHODS)
 
 
 def test_divergence_is_named_and_not_a_usage_error(tmp_path):
@@ -212,3 +279,76 @@ def test_other_head_is_other_data(tmp_path):
         np.savez(tmp_path / "f.npz", **d, fc_weight=np.full((3, 3), w, "f4"))
         prints.append(Features.npz(tmp_path / "f.npz").fingerprint())
     assert prints[0] != prints[1]
+
+
+def test_no_control_carries_the_name_of_the_method():
+    assert CONTROLS and all("ldmlr" not in c for c in CONTROLS) and set(CONTROLS) < set(METHODS)
+
+
+def tiny_file(folder, head=True, d=6, k=4):
+    g = torch.Generator().manual_seed(0)
+    y = torch.repeat_interleave(torch.arange(k), torch.tensor([120, 60, 30, 6])[:k])
+    test = torch.arange(k).repeat(40)
+    centre = 3 * torch.randn(k, d, generator=g)
+    parts = dict(train_features=(centre[y] + torch.randn(len(y), d, generator=g)).numpy(), train_labels=y.numpy(), test_features=(centre[test] + torch.randn(len(test), d, generator=g)).numpy(), test_labels=test.numpy())
+    if head:
+        h = fit_head(torch.from_numpy(parts["train_features"]), y, torch.bincount(y), steps=100, lr=1e-2)
+        parts |= dict(fc_weight=h.weight.numpy(), fc_bias=h.bias.numpy())
+    np.savez(folder / "f.npz", **parts)
+    return str(folder / "f.npz")
+
+
+def test_ablations_add_rows_and_change_none(tmp_path):
+    "The main table is the same with and without ablations; each of them is one more row a seed, with its differences"
+    base = dict(features=tiny_file(tmp_path), n_steps=60, diff_width=16, per_class=30, head_steps=20, scratch_steps=20, device="cpu", precision="fp32", seeds=2)
+    plain = run(LDMLRConfig(**base, out=str(tmp_path / "a"))).scores()
+    r = run(LDMLRConfig(**base, ablate="count,bands,guidance,sample-steps,width", out=str(tmp_path / "b")))
+    main, extra = split_rows(r.scores())
+    assert main == plain
+    labels = [x["method"] for x in extra if "ablation" in x and x["seed"] == 0]
+    assert labels == [label for label, _ in ablation_settings(resolve(LDMLRConfig(**base, ablate="all"), np.array([120, 60, 30, 6])), np.array([120, 60, 30, 6]))]
+    assert {x["ablation"] for x in extra if "ablation" in x} == set(ABLATIONS) - {"encoding"} and all("label shift" in x["se"] for x in extra if "ablation" in x)
+    assert "bands: few only" in labels and "What each setting is worth" in (r.path / "report.html").read_text()
+
+
+def test_encoding_ablation_needs_images(tmp_path):
+    with pytest.raises(UsageError, match="needs images"): LDMLRConfig(features=tiny_file(tmp_path), ablate="encoding")
+    with pytest.raises(UsageError, match="Did you mean 'sample-steps'"): LDMLRConfig(ablate="sample-step")
+    with pytest.raises(UsageError, match="Did you mean 'few'"): LDMLRConfig(bands="medium+fews")
+    with pytest.raises(UsageError, match="give one of them"): LDMLRConfig(per_class=3, ratio=.5)
+    data = dict(n_epochs=3, n_steps=30, diff_width=16, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32")
+    rows = run(LDMLRConfig(**data, arch="resnet8", ablate="encoding", out=str(tmp_path / "run"))).scores()
+    assert [x["method"] for x in rows if "ablation" in x] == ["encoding: training features as coded"]
+
+
+def test_planned_counts_follow_bands():
+    n = np.array([500, 101, 100, 20, 19, 1])
+    assert planned_counts(n, 7).tolist() == [7] * 6
+    assert planned_counts(n, 7, which="few").tolist() == [0, 0, 0, 0, 7, 7]
+    assert planned_counts(n, ratio=.2, which="many+few").tolist() == [100, 20, 0, 0, 5, 5]
+
+
+def test_defaults_depend_on_who_trained_the_encoder(tmp_path):
+    "No pull where the encoder has not been trained on these classes, or the set is known to be easy"
+    n = np.array([500, 5])
+    assert [resolve(LDMLRConfig(features="f.npz"), n, None, 64, own).shrink_n0 for own in (True, False)] == [60., 0.]
+    assert resolve(LDMLRConfig(), n, 8).shrink_n0 == 0 and resolve(LDMLRConfig(dataset="cifar10"), n, 32).shrink_n0 == 60
+    assert resolve(LDMLRConfig(features="f.npz"), n, None, 2048, False).diff_width == 256
+    config = json.loads((run(LDMLRConfig(features=tiny_file(tmp_path, head=False), n_steps=30, device="cpu", out=str(tmp_path / "run"))).path / "config.json").read_text())
+    assert config["shrink_n0"] == 0 and config["temperature"] == 1
+
+
+def test_published_variant_runs_with_its_controls(tmp_path):
+    "From features and from images; one start, real prior, counts of a fifth; a kill between the stages is covered by its own tests"
+    small = dict(variant="published", n_steps=6, diff_width=16, sample_steps=3, head_steps=20, device="cpu", precision="fp32")
+    r = run(LDMLRConfig(features=tiny_file(tmp_path), **small, out=str(tmp_path / "a")))
+    rows = {x["method"]: x for x in r.scores()}
+    assert list(rows) == list(METHODS) and "scratch_all" not in rows["ldmlr + label shift"]
+    config = json.loads((r.path / "config.json").read_text())
+    assert config["ratio"] == .2 and config["per_class"] is None and config["diff_lr"] == 1e-4 and (r.path / "report.html").exists()
+    made = [json.loads(line) for line in (r.path / "synthetic" / "seed-0" / "manifest.jsonl").read_text().splitlines()]
+    assert np.bincount([m["class"] for m in made]).tolist() == planned_counts([120, 60, 30, 6], ratio=.2).tolist()
+    config = json.loads((run(LDMLRConfig(n_epochs=2, arch="resnet8", **small, out=str(tmp_path / "b"))).path / "config.json").read_text())
+    assert config["encoding"] == "as coded"
+    for more in (dict(kappa=2.), dict(syn_weight=.5), dict(ablate="count")):
+        with pytest.raises(UsageError, match="no meaning in the published variant"): LDMLRConfig(variant="published", **more)
