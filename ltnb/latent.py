@@ -106,7 +106,7 @@ class LatentModel:
     def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of the weights"
         h = hashlib.blake2b(digest_size=8)
-        for v in (*self.net.state_dict().values(), self.mean, self.sd): h.update(v.detach().cpu().numpy().tobytes())
+        for v in (*self.net.state_dict().values(), self.mean, self.sd, torch.tensor(self.floor)): h.update(v.detach().cpu().numpy().tobytes())
         return h.hexdigest()
 
 
@@ -204,6 +204,7 @@ def neighbour_classes(head:Head, # of stage 1, its prior included
                       temperature:float=0.5 # T_Q; small: the nearest class alone
                      )->torch.Tensor: # (K, K) Q: rows sum to 1, the diagonal is 0
     "Which other classes a class is confused with"
+    if len(means) == 1: return torch.ones(1, 1) # there is no other class
     logits = head.logits(means).double() / temperature
     return logits.fill_diagonal_(-math.inf).softmax(1).float()
 
@@ -276,7 +277,7 @@ def sample_features(model:LatentModel, # trained
     "Generate the items of a plan"
     if pull not in PULLS: raise UsageError(f"pull={pull!r} is not a choice. {nearest(pull, PULLS)}")
     if pull != "none" and around is None: raise UsageError(f"pull={pull!r} needs to know around which classes: give a Neighbourhood, or pull='none'.")
-    key = ("latent", model.fingerprint, pull, kappa, temperature, guidance_scale, sample_steps)
+    key = ("latent", model.fingerprint) # other settings keep their noise, so that they can be compared item by item
     noise, code = item_noise(key, plan, model.mean.shape) * temperature, model.net.code(torch.from_numpy(plan[:, 0])).detach()
     u = draw_pull(key, plan, around.strength, kappa) if pull != "none" else np.zeros(len(plan))
     g, rows = torch.full((len(plan),), guidance_scale), [{"pull": round(float(v), 6)} for v in u]

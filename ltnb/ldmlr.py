@@ -10,7 +10,7 @@ __all__ = ['ABLATIONS', 'CORRECTED_ONLY', 'METHODS', 'CONTROLS', 'VARIANTS', 'La
            'finish_run', 'run_directory', 'run', 'summary']
 
 # %% ../nbs/11_ldmlr.ipynb #95de0b19
-import importlib
+import importlib, re
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +43,7 @@ class LatentConfig(DataConfig):
     diff_lr: float|None = None # learning rate of the diffusion model (default: 1e-3; published: 1e-4)
     diff_width: int|None = None # width of the denoiser (default: 128, 256 for more than 512 features; published: 64)
     sample_steps: int|None = None # steps of the sampler (default: 20; published: 1000)
-    per_class: int|None = None # features to make of each class (default: a fifth of the largest class, at least 100)
+    per_class: int|None = None # features to make of each class (default: a fifteenth of the largest class, at least 30)
     ratio: float|None = None # make this share of each class instead, at least 5 (default: not used; published: 0.2)
     bands: str = "all" # which classes get generated features: all, or names of bands such as medium+few
     pull: Literal["neighbours", "any class", "none"] = "neighbours" # what rare classes are pulled toward
@@ -61,12 +61,13 @@ class LatentConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for given, valid, what in ((self.bands, ("all", *BANDS), "a band"), (self.ablate, ("all", *ABLATIONS), "an ablation")):
-            for name in (given or "").replace("+", ",").split(",") if given is not None else ():
-                if name not in valid: raise UsageError(f"{name!r} is not {what}. {nearest(name, valid)}")
+        for names, valid, what in ((self.bands.split("+"), BANDS, "a band"), ((self.ablate or "all").split(","), ABLATIONS, "an ablation")):
+            for name in names if names != ["all"] else ():
+                if name not in valid: raise UsageError(f"{name!r} is not {what} (several are joined by '{'+' if valid is BANDS else ','}'). {nearest(name, valid)}")
         if self.per_class is not None and self.ratio is not None: raise UsageError("per_class and ratio both say how many features to make: give one of them.")
         unused = [f for f in fields(LatentConfig) if f.name in CORRECTED_ONLY and getattr(self, f.name) != f.default] if self.variant == "published" else []
         if unused: raise UsageError(f"{unused[0].name} has no meaning in the published variant: leave out --{unused[0].name.replace('_', '-')}.")
+        if self.variant == "published" and ((self.diff_width or 64) % 8 or (self.sample_steps or 1) > 1000): raise UsageError(f"the published network takes a diff_width that is a multiple of 8 and at most 1000 sample_steps, got {self.diff_width} and {self.sample_steps}.")
 
 
 ABLATIONS = ("count", "bands", "sample-steps", "width", "guidance", "encoding")
@@ -119,7 +120,7 @@ def resolve(cfg:LDMLRConfig, # as given
     if cfg.variant == "corrected":
         defaults = dict(n_steps=300 if small else 600, diff_bs=512, diff_lr=1e-3, diff_width=256 if n_features > 512 else 128, sample_steps=20, head_steps=200, head_lr=2e-3,
                         shrink_n0=60. if pulled else 0., temperature=1.4 if pulled else 1.)
-        if cfg.ratio is None: defaults["per_class"] = max(100, int(max(counts)) // 5)
+        if cfg.ratio is None: defaults["per_class"] = max(30, int(max(counts)) // 15)
     else:
         defaults = dict(diff_bs=256, diff_lr=1e-4, diff_width=64, sample_steps=1000, head_lr=1e-3, shrink_n0=60. if pulled else 0.)
         if cfg.per_class is None: defaults["ratio"] = 0.2
@@ -129,6 +130,7 @@ def resolve(cfg:LDMLRConfig, # as given
         defaults |= dict(arch="convnet" if side < 16 else "resnet32", n_epochs=80 if small else 200, bs=min(32 if small else 64, n), mixup=0. if small else 0.5, augment="none" if small else "crop+flip", encoding="clean" if cfg.variant == "corrected" else "as coded")
         if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
     given = {k: getattr(cfg, k) for k in defaults}
+    if cfg.bands != "all" and not planned_counts(counts, 1, None, cfg.bands).any(): raise UsageError(f"bands={cfg.bands!r} names no class of this set: its bands are {', '.join(b for b in BANDS if len(bands(counts)[b]))}.")
     return replace(cfg, dataset=None if cfg.features else cfg.dataset, **{k: defaults[k] if v is None else v for k, v in given.items()})
 
 
@@ -250,7 +252,8 @@ def decoupled_heads(cfg:LDMLRConfig, # resolved
     "Class-balanced refits with as many draws as the other heads: cRT as those from scratch, LWS as those from label shift; tau = 1"
     unit, d = 5 / f.train.norm(dim=1).mean().clamp_min(1e-6), f.n_classes * int(f.counts.max()) # features of other lengths would need other learning rates
     new = crt(f.train * unit, f.train_labels, f.n_classes, cfg.scratch_steps * 1024 / d, key=(seed,))
-    return {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,)), ("tau-norm", None): tau_norm(base)}
+    heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,))}
+    return heads | ({("tau-norm", None): tau_norm(base)} if (base.weight != 0).any(1).all() else {}) # a class without weights cannot be normalised: that row is left out
 
 # %% ../nbs/11_ldmlr.ipynb #56d96aa5
 METHODS = ("cross-entropy", "label shift", "real refit", "crt", "lws", "tau-norm", "garbage", "gaussian", "neighbour mixing", "ldmlr", "ldmlr + label shift")
@@ -280,7 +283,7 @@ def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
         others = {c: (c, start) if (c, start) in right else (c, None) for c in CONTROLS if c != method}
         of = {c: paired_over_images(right[method, start], right[k]) for c, k in others.items() if k in right}
         return {c: (d.high - d.mean) / 1.959964 for c, d in of.items()}
-    for method in shown:
+    for method in (m for m in shown if {(m, None), (m, "label shift")} & set(right)):
         start = None if (method, None) in right else "label shift"
         row = scores[method, start].to_row() | {"se": se(method, start)}
         if (method, "scratch") in right:
@@ -302,7 +305,7 @@ def ablation_settings(cfg:LDMLRConfig, # resolved
         bands=[(f"{b} only", dict(bands=b)) for b in there] + [(f"all but {b}", dict(bands="+".join(x for x in there if x != b))) for b in there[:1] if len(there) > 2],
         **{"sample-steps": [(f"{s} steps", dict(sample_steps=s)) for s in (5, 10, 50, 200)]},
         width=[(f"{w}", dict(diff_width=w)) for w in (32, 64, 256)],
-        guidance=[("the class alone", dict(pull="none")), ("the class alone, scale 2", dict(pull="none", guidance_scale=2.)), ("scale below 1 for rare classes", dict(pull="any class"))],
+        guidance=[("the class alone, scale 2", dict(pull="none", guidance_scale=2.))] + ([("the class alone", dict(pull="none")), ("scale below 1 for rare classes", dict(pull="any class"))] if cfg.shrink_n0 else []),
         encoding=[("training features as coded", dict(encoding="as coded"))] if not cfg.features else [])
     asked = ABLATIONS if cfg.ablate == "all" else (cfg.ablate or "").split(",")
     return [(f"{name}: {label}", changes) for name, settings in every.items() if name in asked for label, changes in settings if any(getattr(cfg, k) != v for k, v in changes.items())]
@@ -316,11 +319,11 @@ def ablation_rows(cfg:LDMLRConfig, # resolved
     "Stages 2 and 3 again, with one setting changed at a time"
     rows, settings = [], ablation_settings(cfg, f.counts)
     for label, changes in settings:
-        now, mine, generator = replace(cfg, **changes), f, model
-        if now.encoding != cfg.encoding: mine = replace(f, train=room_of("published").encode_as_coded(clf, data, seed=seed, device=device, precision=precision))
-        if mine is not f or now.diff_width != cfg.diff_width: generator = stage_generate(now, mine, seed, device, precision, run, name=f"denoiser {label}")[0]
+        now, mine, generator, file = replace(cfg, **changes), f, model, re.sub(r"\W+", "-", label)
+        if now.encoding != cfg.encoding: mine = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
+        if mine is not f or now.diff_width != cfg.diff_width: generator = stage_generate(now, mine, seed, device, precision, run, name=f"denoiser-{file}")[0]
         plan = make_plan(planned_counts(f.counts, now.per_class, now.ratio, now.bands))
-        made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/label.replace(" ", "-").replace(":", ""))
+        made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/file)
         heads = {("ldmlr", start): h for start, h in fit_heads(now, mine, base, made.items, made.labels, seed).items()}
         rows += [{**r, "method": label, "ablation": label.split(":")[0]} for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",))]
     return rows
@@ -363,7 +366,7 @@ def run_seed(cfg:LDMLRConfig, # resolved
     if isinstance(data, LongTail):
         with run.timed(seed=seed, stage="encode"): clf, f = stage_encode(cfg, data, seed, device, precision, run)
     base = base_head(f, cfg, seed)
-    if cfg.encoding == "as coded": f = replace(f, train=room_of("published").encode_as_coded(clf, data, seed=seed, device=device, precision=precision))
+    if cfg.encoding == "as coded": f = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
     with run.timed(seed=seed, stage="generator"): model, plan = room.stage_generate(cfg, f, seed, device, precision, run)
     with run.timed(seed=seed, stage="sample"): made = room.stage_sample(cfg, model, plan, f, base, seed, run.path/"synthetic"/f"seed-{seed}")
     with run.timed(seed=seed, stage="heads"): heads = room.stage_classify(cfg, f, base, made, seed)
@@ -404,7 +407,8 @@ def finish_run(run:Run, # open
     "Figures and report"
     counts, class_names = data.counts, None if cfg.dataset == "digits" and cfg.seeds > 1 else data.class_names # names differ between the seeds of Digits-LT
     rows, ablated = split_rows(rows)
-    for name, draw in (("per_class", lambda ax: plot_per_class(rows, class_names, counts, ax=ax)), ("starts", lambda ax: plot_starts(rows, ax=ax))):
+    two_starts = any("scratch_all" in r for r in rows)
+    for name, draw in (("per_class", lambda ax: plot_per_class(rows, class_names, counts, ax=ax)), ("starts", lambda ax: plot_starts(rows, ax=ax)))[:1 + two_starts]:
         fig, ax = new_figure()
         draw(ax)
         save_figure(fig, run.path/"figures"/f"{name}.png")
@@ -417,7 +421,7 @@ def finish_run(run:Run, # open
         ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a method that fits no head. The column <i>all, argmax</i> reads the same heads without removing the prior.</p>" + html_table(table(rows))),
         *([("What each setting is worth", "<p>One setting changed at a time; each row is read with the effective prior removed.</p>" + html_table(table(ablated)))] if ablated else []),
         ("The long tail", f"<p>Training items per class, seed {cfg.seed}.</p>" + picture("counts", "Training images per class on a log axis, coloured by band")),
-        ("Two starts", "<p>Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few steps, it can stay near label shift whatever it is fed.</p>" + picture("starts", "Accuracy of heads fitted from scratch and started from label shift")),
+        *([("Two starts", "<p>Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few steps, it can stay near label shift whatever it is fed.</p>" + picture("starts", "Accuracy of heads fitted from scratch and started from label shift"))] if two_starts else []),
         ("Accuracy per class, before and after", picture("per_class", "Test accuracy of each class for cross-entropy, label shift and LDMLR")),
         ("Real and generated features", f"<p>First two principal components of the real training features, seed {cfg.seed}.</p>" + picture("features", "Three maps: real training features, generated features, unseen real features")),
         ("Settings", f"<pre>{settings}</pre>")])
@@ -437,7 +441,10 @@ def run(config:LDMLRConfig # the settings
     read = lru_cache(maxsize=1)(lambda seed: read_data(replace(config, seed=seed)))
     ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if isinstance(data, LongTail) else data) # photographs are decoded once
     def load(seed): return read(config.seed if config.features else config.data_seed(seed))
-    def close(cfg, data): return ready(data) and resolve(cfg, data.counts, *((min(data.train.images.shape[2:]),) if isinstance(data, LongTail) else (None, data.train.shape[1], data.head is not None)))
+    def close(cfg, data):
+        ready(data) # a photograph that cannot be read stops the run before it begins
+        if isinstance(data, LongTail): return resolve(cfg, data.counts, min(data.train.images.shape[2:]))
+        return resolve(cfg, data.counts, None, data.train.shape[1], data.head is not None)
     def one_seed(cfg, data, *more): return run_seed(cfg, ready(data), *more)
     return run_directory(config).carry_out(load, close, one_seed, finish_run)
 

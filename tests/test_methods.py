@@ -48,7 +48,7 @@ def test_reference_weights_give_the_published_features():
 def test_reference_features(name, argmax, shifted, tmp_path):
     "Rows `cross-entropy` and `label shift` of a run from the authors' features; the corrected form holds its level"
     path = shared(f"ldmlr_{name}_if100_features.npz")
-    r = run(LDMLRConfig(features=str(path), out=str(tmp_path), n_steps=200, device="cpu"))
+    r = run(LDMLRConfig(features=str(path), out=str(tmp_path), n_steps=200, per_class=1000 if name == "cifar10" else 100, device="cpu"))
     rows = {row["method"]: row for row in r.scores()}
     assert list(rows) == list(METHODS)
     assert [round(rows[m]["all"] * 100, 2) for m in ("cross-entropy", "label shift")] == [argmax, shifted]
@@ -316,6 +316,13 @@ def test_encoding_ablation_needs_images(tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'sample-steps'"): LDMLRConfig(ablate="sample-step")
     with pytest.raises(UsageError, match="Did you mean 'few'"): LDMLRConfig(bands="medium+fews")
     with pytest.raises(UsageError, match="give one of them"): LDMLRConfig(per_class=3, ratio=.5)
+    for wrong in ("medium,few", "all+few", ""):
+        with pytest.raises(UsageError, match="is not a band"): LDMLRConfig(bands=wrong)
+    for wrong in ("count+bands", "all,count"):
+        with pytest.raises(UsageError, match="is not an ablation"): LDMLRConfig(ablate=wrong)
+    with pytest.raises(UsageError, match="names no class of this set: its bands are many, medium"): resolve(LDMLRConfig(bands="few"), np.array([500, 50]), 32)
+    with pytest.raises(UsageError, match="multiple of 8"): LDMLRConfig(variant="published", diff_width=20)
+    with pytest.raises(UsageError, match="at most 1000"): LDMLRConfig(variant="published", sample_steps=2000)
     data = dict(n_epochs=3, n_steps=30, diff_width=16, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32")
     rows = run(LDMLRConfig(**data, arch="resnet8", ablate="encoding", out=str(tmp_path / "run"))).scores()
     assert [x["method"] for x in rows if "ablation" in x] == ["encoding: training features as coded"]
@@ -336,6 +343,27 @@ def test_defaults_depend_on_who_trained_the_encoder(tmp_path):
     assert resolve(LDMLRConfig(features="f.npz"), n, None, 2048, False).diff_width == 256
     config = json.loads((run(LDMLRConfig(features=tiny_file(tmp_path, head=False), n_steps=30, device="cpu", out=str(tmp_path / "run"))).path / "config.json").read_text())
     assert config["shrink_n0"] == 0 and config["temperature"] == 1
+
+
+def test_odd_heads_and_one_class(tmp_path):
+    "A class whose weights are zero, and a set of one class: rows that make no sense are left out, the rest is there"
+    path = tiny_file(tmp_path)
+    with np.load(path) as z: parts = dict(z)
+    parts["fc_weight"][3] = 0
+    np.savez(path, **parts)
+    small = dict(n_steps=30, diff_width=16, per_class=10, head_steps=10, scratch_steps=10, device="cpu")
+    rows = run(LDMLRConfig(features=path, **small, out=str(tmp_path / "a"))).scores()
+    assert [r["method"] for r in rows] == [m for m in METHODS if m != "tau-norm"]
+    one = {k: v[parts[f"{k.split('_')[0]}_labels"] == 0] for k, v in parts.items() if k.split("_")[0] in ("train", "test")}
+    np.savez(tmp_path / "one.npz", **one)
+    assert all(r["all"] == 1 for r in run(LDMLRConfig(features=str(tmp_path / "one.npz"), **small, out=str(tmp_path / "b"))).scores())
+
+
+def test_other_settings_keep_their_noise():
+    "Two settings differ item by item through the setting alone"
+    z, y, head = digits_features()
+    model, plan, around = train_latent(z, y, 10, n_steps=60, width=32), make_plan([20] * 10), Neighbourhood.find(head, z, y, 10, shrink_n0=0.)
+    assert torch.equal(sample_features(model, plan, around)[0], sample_features(model, plan, pull="none")[0])
 
 
 def test_published_variant_runs_with_its_controls(tmp_path):
