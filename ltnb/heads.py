@@ -49,7 +49,7 @@ def weighted_scale(features:torch.Tensor, weights:torch.Tensor # (N, d), (N,) po
     mean = sum((w * x).sum(0) for x, w in parts) / total
     return mean, (sum((w * (x - mean) ** 2).sum(0) for x, w in parts) / total).sqrt().clamp_min(1e-6)
 
-
+# %% ../nbs/07_heads.ipynb #d244ec55
 def fit_head(features:torch.Tensor, # (N, d) float32, real and generated
              labels:torch.Tensor, # (N,) int64
              counts, # (K,) effective counts: real + omega x generated

@@ -224,7 +224,7 @@ def memorised(head:Head, # of stage 1
     p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in zip(z.split(8192), y.split(8192))])
     return class_means(p[:, None], y, n_classes)[:, 0].double().numpy()
 
-
+# %% ../nbs/10_latent.ipynb #5b76e7be
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
     "Toward which classes each class is pulled, and how far"
@@ -245,7 +245,7 @@ class Neighbourhood:
         "A hash of both"
         return hashlib.blake2b(self.toward.numpy().tobytes() + self.strength.tobytes(), digest_size=8).hexdigest()
 
-
+# %% ../nbs/10_latent.ipynb #82938ae6
 def draw_pull(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) rows (class, k)
               strength, # (K,) a_c
               kappa:float # how alike the pulls of one class are: Beta(kappa a, kappa (1 - a))
@@ -299,7 +299,7 @@ def garbage_features(z:torch.Tensor, # (N, d) training features
     u = draw_items(("garbage", seed), plan, lambda g, n, c: g.random((n, z.shape[1]), dtype=np.float32))
     return torch.from_numpy(u).mul_(high - low).add_(low)
 
-
+# %% ../nbs/10_latent.ipynb #16468869
 def pooled_covariance(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
                       means:torch.Tensor, # (K, d) of `class_means`
                       shrink:float=0.05 # share replaced by the same variance in all directions
@@ -320,7 +320,7 @@ def gaussian_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features
     out = item_noise(("gaussian", seed), plan, (z.shape[1],)) @ root.T
     return out.add_(means[torch.from_numpy(plan[:, 0])]).clamp_min_(floor)
 
-
+# %% ../nbs/10_latent.ipynb #93554fd9
 def mixed_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features, (N,) classes
                    plan:np.ndarray, # (M, 2) rows (class, k)
                    around:Neighbourhood, # of the real features

@@ -69,7 +69,7 @@ class LatentConfig(DataConfig):
         if unused: raise UsageError(f"{unused[0].name} has no meaning in the published variant: leave out --{unused[0].name.replace('_', '-')}.")
         if self.variant == "published" and ((self.diff_width or 64) % 8 or (self.sample_steps or 1) > 1000): raise UsageError(f"the published network takes a diff_width that is a multiple of 8 and at most 1000 sample_steps, got {self.diff_width} and {self.sample_steps}.")
 
-
+# %% ../nbs/11_ldmlr.ipynb #10644adb
 ABLATIONS = ("count", "bands", "sample-steps", "width", "guidance", "encoding")
 CORRECTED_ONLY = ("pull", "kappa", "temperature", "guidance_scale", "syn_weight", "scratch_steps", "scratch_lr", "ablate")
 
