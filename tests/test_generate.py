@@ -150,6 +150,15 @@ def test_two_processes_share_a_plan(tmp_path, trained):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_two_processes_train_one_model(tmp_path, trained):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb", "run", "diffusion", "--plain", "--quiet", *FLAGS, "--out", str(tmp_path / "run")],
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
+    one, two = (DiffusionModel.load(p / "model").unet.state_dict() for p in (trained.path, tmp_path / "run"))
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < .05, "the same up to the order of sums"
+
+
 def test_a_finished_folder_is_left_alone_and_another_job_refused(tmp_path, trained, main):
     args = ["generate", "--model", trained.path / "model", "--per-class", "4", "--sample-steps", "3", "--out", tmp_path / "g"]
     assert main(*args)[0] == 0
