@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_plan', 'item_id', 'draw_items', 'item_noise', 'bad_items', 'job_worker', 'ManifestRows', 'ShardItems',
-           'Synthetic', 'make_synthetic', 'job_summary', 'write_png', 'near_copies', 'flag_copies', 'copy_threshold',
-           'copies', 'mix']
+           'Synthetic', 'make_synthetic', 'job_summary', 'made_rows', 'write_png', 'near_copies', 'add_scores',
+           'flag_copies', 'copy_threshold', 'copies', 'mix']
 
 # %% ../nbs/06_synthetic.ipynb #16963217
 import hashlib, json, os, re, time
@@ -99,6 +99,10 @@ def _checked(plan): # the plan, if it can be one
     if (np.diff(_code(plan)) <= 0).any(): raise UsageError("a plan is sorted by (class, k), and names no item twice: sort it, or make it with make_plan.")
     return plan
 
+
+def _header(model, seed, settings): # what all items of a job share, as it is read back
+    return json.loads(json.dumps(plain(dict(format=1, model=model, seed=seed, settings=settings)), default=str))
+
 # %% ../nbs/06_synthetic.ipynb #7a802fb4
 @dataclass(frozen=True, eq=False)
 class _Job: # a plan, and the shards that hold it
@@ -118,7 +122,7 @@ def _refuse(folder, differ):
 def _open_job(folder, plan, header, shard_size, other):
     if other not in ("remake", "refuse"): raise UsageError(f"other={other!r} is not a choice: use 'remake' or 'refuse'.")
     if shard_size < 1: raise UsageError(f"shard_size must be at least 1, got {shard_size}.")
-    folder, plan, header = Path(folder), _checked(plan), json.loads(json.dumps(plain(header), default=str))
+    folder, plan = Path(folder), _checked(plan)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise os_error(e, f"making {folder}") from e
     lock = lock_file(folder/"job.lock", wait=60.)
@@ -466,7 +470,7 @@ def make_synthetic(folder:str|Path, # gets shards.jsonl, shard-*.safetensors, ma
                   )->Synthetic|None: # all of the plan; None with wait=0 while others are still at it
     "Make what is missing of a plan"
     if attempts < 1: raise UsageError(f"attempts must be at least 1, got {attempts}.")
-    job = _open_job(folder, plan, dict(format=1, model=model, seed=seed, settings=settings), shard_size, other)
+    job = _open_job(folder, plan, _header(model, seed, settings), shard_size, other)
     if not job.fill((make, check, attempts), worker, wait, progress): return None
     job.finish(wait)
     if not len(job.plan): return Synthetic(torch.empty(0), [])
@@ -484,6 +488,15 @@ def job_summary(folder:str|Path # of a finished job
         if row.get("attempt"): d["tried_again"][row["class"]] = d["tried_again"].get(row["class"], 0) + 1
     for row in _failed(Path(folder)): d["failed"][row["class"]] = d["failed"].get(row["class"], 0) + 1
     return d
+
+# %% ../nbs/06_synthetic.ipynb #fcf347bb
+def made_rows(folder:str|Path, # of a job, begun or not
+              model:str, seed:int=0, settings:tuple|dict=() # as in `make_synthetic`
+             )->ManifestRows|list: # rows of the manifest; none where the folder is new, unfinished, or of another job
+    "What a job has made so far"
+    folder, header = Path(folder), _header(model, seed, settings)
+    there = read_jsonl(folder/"shards.jsonl")[:1]
+    return ManifestRows(folder/"manifest.jsonl") if there == [header] and (folder/"manifest.jsonl").exists() else []
 
 # %% ../nbs/06_synthetic.ipynb #dc5d7ad4
 def _safe(name, c, taken): # a folder's name
@@ -570,6 +583,21 @@ def near_copies(made_items, # (N, ...) uint8 images or float features: tensor, a
         out["feature"] = np.sqrt(d), index
     return out
 
+# %% ../nbs/06_synthetic.ipynb #e6506ccd
+def add_scores(folder:str|Path, # of a finished job
+               score # Synthetic -> an iterable with a dict of scores for every item
+              )->Synthetic: # opened, with the new scores beside the old ones
+    "Write scores into the manifest; done again, it gives the same file"
+    folder = Path(folder)
+    before, made = _stamp(folder/"manifest.jsonl"), Synthetic.open(folder)
+    scores = score(made)
+    lock = lock_file(folder/"job.lock", wait=60.)
+    try:
+        if _stamp(folder/"manifest.jsonl") != before: raise LtnbError(f"{folder}/manifest.jsonl was written anew while its items were scored: do it again.")
+        _write_rows(folder/"manifest.jsonl", ({**row, "scores": {**row["scores"], **plain(more)}} for row, more in zip(made.manifest, scores, strict=True)))
+    finally: unlock_file(folder/"job.lock", lock)
+    return Synthetic.open(folder)
+
 # %% ../nbs/06_synthetic.ipynb #e8cd7818
 def flag_copies(folder:str|Path, # of a finished job that made images
                 train, # ImageSet with the real images
@@ -578,24 +606,16 @@ def flag_copies(folder:str|Path, # of a finished job that made images
                 device:str="cpu" # where distances are computed
                )->Synthetic: # opened, with `pixel_distance`, `nearest_id`, with embed `feature_distance`, with test `leak` in each row's scores
     "Say in the manifest how near every made image is to a real one; done again, it gives the same file"
-    folder = Path(folder)
-    before, made = _stamp(folder/"manifest.jsonl"), Synthetic.open(folder)
-    if made.items.dtype != torch.uint8: raise UsageError(f"{folder} holds {made.items.dtype} items: copies are looked for among uint8 images; use near_copies for features.")
-    near = near_copies(made.items, train.images, embed=embed, device=device)
-    other = near_copies(made.items, test.images, device=device)["pixel"][0] if test is not None else None
-    def scored():
-        ids = train.ids
-        for i, row in enumerate(made.manifest):
-            row["scores"] |= {"pixel_distance": round(float(near["pixel"][0][i]), 3), "nearest_id": ids[near["pixel"][1][i]]}
-            if "feature" in near: row["scores"]["feature_distance"] = round(float(near["feature"][0][i]), 4)
-            if other is not None: row["scores"]["leak"] = bool(other[i] < near["pixel"][0][i])
-            yield row
-    lock = lock_file(folder/"job.lock", wait=60.)
-    try:
-        if _stamp(folder/"manifest.jsonl") != before: raise LtnbError(f"{folder}/manifest.jsonl was written anew while its copies were looked for: do it again.")
-        _write_rows(folder/"manifest.jsonl", scored())
-    finally: unlock_file(folder/"job.lock", lock)
-    return Synthetic.open(folder)
+    def score(made):
+        if made.items.dtype != torch.uint8: raise UsageError(f"{folder} holds {made.items.dtype} items: copies are looked for among uint8 images; use near_copies for features.")
+        near = near_copies(made.items, train.images, embed=embed, device=device)
+        other = near_copies(made.items, test.images, device=device)["pixel"][0] if test is not None else None
+        def one(i, ids):
+            d = {"pixel_distance": round(float(near["pixel"][0][i]), 3), "nearest_id": ids[near["pixel"][1][i]]}
+            if "feature" in near: d["feature_distance"] = round(float(near["feature"][0][i]), 4)
+            return d if other is None else d | {"leak": bool(other[i] < near["pixel"][0][i])}
+        return (one(i, train.ids) for i in range(len(made)))
+    return add_scores(folder, score)
 
 # %% ../nbs/06_synthetic.ipynb #19057306
 def copy_threshold(real_items, # (M, ...) training images
