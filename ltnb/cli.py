@@ -36,6 +36,7 @@ class Recipe:
 
 RECIPES = {"baseline": Recipe("ltnb.baseline", "BaselineConfig", "60_run_baseline.ipynb", "one classifier, one loss, and every cheap reading of its last layer"),
            "ldmlr": Recipe("ltnb.ldmlr", "LDMLRConfig", "61_run_ldmlr.ipynb", "diffusion over features, with its controls (Han et al., 2024, corrected)"),
+           "diffult": Recipe("ltnb.diffult", "DiffuLTConfig", "62_run_diffult.ipynb", "a diffusion model of the long-tailed set itself, its images, and the classifier they help (Shao et al., 2024)"),
            "diffusion": Recipe("ltnb.generate", "DiffusionConfig", "65_run_diffusion.ipynb", "a class-conditional diffusion model of the images, judged; `ltnb generate` makes images with it")}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .core import Config, DataError, Progress, Run, UsageError, atomic_write, choose_device, choose_precision, read_json, read_jsonl, write_json
-from .data import BALANCED, BANDS, DataConfig, LongTail, load_data, plot_counts, show_images
+from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, load_data, plot_counts, show_images
 from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
@@ -92,13 +92,15 @@ def resolve(cfg:DiffusionConfig, data:LongTail # as given; images
 def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images in memory; which seed
                 device:str="cpu", precision:str="fp32", # where and in which number format
                 run:Run|None=None, team:Team=Team(), name:str="diffusion", # keeps checkpoints and metrics; who shares the batches; the stage's name
+                train:ImageSet|None=None, # instead of data.train
                 **more # instead of what cfg says, or beside it: `extra_losses`, `on_sample` and others of `train_diffusion`
                )->DiffusionModel: # on the CPU
     "A diffusion model with the settings of a config"
     own = dict(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power, flip=cfg.diff_flip,
                nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, ema=cfg.diff_ema)
     own |= dict(seed=seed, device=device, precision=precision, compiled=device == "cuda" if cfg.compiled is None else cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
-    return train_diffusion(np.asarray(data.train.images), data.train.labels, data.n_classes, **{**own, **more})
+    train = data.train if train is None else train
+    return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
 
 # %% ../nbs/20_generate.ipynb #00d814bb
 def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # trained; (N, 2) rows (class, k); gets shards and manifest

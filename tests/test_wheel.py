@@ -12,7 +12,7 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         notebooks = [n for n in names if n.endswith(".ipynb")]
-        assert sorted(notebooks) == ["ltnb/nbs/60_run_baseline.ipynb", "ltnb/nbs/61_run_ldmlr.ipynb", "ltnb/nbs/65_run_diffusion.ipynb"], "entry notebooks, and no other"
+        assert sorted(notebooks) == ["ltnb/nbs/60_run_baseline.ipynb", "ltnb/nbs/61_run_ldmlr.ipynb", "ltnb/nbs/62_run_diffult.ipynb", "ltnb/nbs/65_run_diffusion.ipynb"], "entry notebooks, and no other"
         assert not [o for c in json.loads(z.read(notebooks[0]))["cells"] for o in c.get("outputs", [])], "without outputs"
         assert {f"ltnb/{p.name}" for p in (ROOT / "ltnb").glob("*.py")} <= set(names)
         assert not [n for n in names if n.startswith(("tests", "nbs"))]
