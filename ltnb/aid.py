@@ -35,7 +35,7 @@ class Extractor:
                 ):
         if len(clf.input_size) != 3: raise UsageError(f"phi_0 takes images, this classifier features of length {clf.input_size[0]}: give one of images.")
         self.clf = copy.deepcopy(clf).eval().requires_grad_(False)
-        self.class_names, self.image_shape = self.clf.class_names, self.clf.input_size
+        self.class_names, self.image_shape, self._scale = self.clf.class_names, self.clf.input_size, {}
 
     def __call__(self, x:torch.Tensor # (B, C, H, W) floats, -1 to 1, as the diffusion model has them
                 )->torch.Tensor: # (B, d) float32, on the same device, differentiable in x
@@ -43,7 +43,8 @@ class Extractor:
         if not x.is_floating_point(): raise UsageError(f"phi_0 is called on floats from -1 to 1, got {x.dtype}: use `encode` for uint8 images.")
         if tuple(x.shape[1:]) != self.image_shape: raise UsageError(f"phi_0 takes images of {self.image_shape}, got {tuple(x.shape[1:])}.")
         if next(self.clf.parameters()).device != x.device: self.clf.to(x.device)
-        mean, std = (x.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (self.clf.mean, self.clf.std))
+        if x.device not in self._scale: self._scale[x.device] = [torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.clf.mean, self.clf.std)]
+        mean, std = self._scale[x.device]
         with torch.autocast(x.device.type, enabled=False): return self.clf.net.features(((x.float() + 1) / 2 - mean) / std)
 
     def encode(self, images, # (N, C, H, W) uint8: array, tensor, `ShardItems`, or `ImageFiles`
@@ -123,10 +124,11 @@ def diameter(z:torch.Tensor, # (n, d) features
              block:int=2048 # rows compared at a time: block^2 numbers are held in memory
             )->float: # 0 for a single one
     "Greatest Euclidean distance of two"
+    if not z.isfinite().all(): raise LtnbError("phi_0 gives features that are no numbers: train it again, with a lower learning rate.")
     z, best = z - z.mean(0), (0., 0, 0)
     for i in range(0, len(z), block):
         for j in range(i, len(z), block):
-            far = torch.cdist(z[i:i + block], z[j:j + block])
+            far = torch.cdist(z[i:i + block], z[j:j + block], compute_mode="donot_use_mm_for_euclid_dist")
             at = int(far.argmax())
             if (d := far.view(-1)[at].item()) > best[0]: best = d, i + at // far.shape[1], j + at % far.shape[1]
     return (z[best[1]].double() - z[best[2]].double()).norm().item()

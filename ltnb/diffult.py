@@ -8,8 +8,8 @@ __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUM
            'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images', 'describe_generator',
            'generator_rows', 'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps',
            'less_head', 'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'seconds_a_run', 'fit_budget',
-           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'finish_run',
-           'run_directory', 'check_inputs', 'run', 'summary']
+           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
+           'finish_run', 'run_directory', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/22_diffult.ipynb #b00c5b94
 import contextlib, time
@@ -112,7 +112,7 @@ def step_extract(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images 
     "Step 1: train phi_0 on the long-tailed set"
     clf = train_baseline(resolve_baseline(classifier_config(cfg), data), data, seed, device, precision, run, team).eval().cpu()
     phi = Extractor(clf)
-    check_extractor(phi, data.train, device=device)
+    check_extractor(phi, data.train, data.val, device=device)
     return Eye(clf, phi, class_geometry(phi, data.train, cfg.shrink, device=device))
 
 # %% ../nbs/22_diffult.ipynb #a9ada682
@@ -131,16 +131,18 @@ def step_calibrate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMo
                   )->Calibration:
     "The scale of the AID-biased loss"
     if cfg.aid_kappa: return Calibration(cfg.aid_kappa, float("nan"), float("nan"))
-    return calibrate(model, eye.phi, eye.geometry, data.train, seed=seed, device=device, precision=precision, sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale)
+    return calibrate(model, eye.phi, eye.geometry, data.train, power=cfg.diff_power, seed=seed, device=device, precision=precision, sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale)
 
 # %% ../nbs/22_diffult.ipynb #fdad8fbc
 def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, folder:str|Path, # resolved; images; which seed; of step 2; of step 1; gets shards and manifest
-                  device:str="cpu", precision:str="fp32", team:Team=Team(), **more # where, with whom; settings of `make_synthetic`
+                  device:str="cpu", precision:str="fp32", team:Team=Team(), # where, with whom
+                  only=None, **more # class numbers, None for all; settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
     settings = dict(sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale, precision=precision)
     def make(rows, attempt=0): return sample_images(model, rows, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, attempt, device=device, precision=precision)
     wanted = np.maximum(cfg.target_per_class - data.counts, 0)
+    if only is not None: wanted[~np.isin(np.arange(data.n_classes), only)] = 0
     return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
 
 
@@ -197,12 +199,14 @@ def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, devi
     "Bands, draws, copies and distance of a generator"
     made, total = unfiltered(f), lambda key: sum(d[key] for d in f.classes)
     share = lambda b: sum(d[b] * (d["drawn"] - d["bad"]) for d in f.classes if d[b] is not None) / max(total("drawn") - total("bad"), 1)
-    limit = copy_threshold(data.train.images, data.test.images, device=device)
-    flagged = flag_copies(folder, data.train, device=device)
+    limit, want = copy_threshold(data.train.images, data.test.images, device=device), {r["id"] for r in made.manifest}
+    flagged = flag_copies(folder, data.train, device=device).where(lambda r: r["id"] in want)
     near, few = copies(flagged, limit), np.isin(flagged.labels, data.bands["few"])
-    features = eye.phi.encode(made.items, device=device)
-    return {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept"), "copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None,
-            "distance": frechet_distance(features, encode(eye.clf, data.test.images, device=device))}
+    real = eye.phi.encode(data.test.images, device=device)
+    own = {c: np.flatnonzero(data.test.labels == c) for c in range(data.n_classes)}
+    at = [np.resize(own[c], n) for c, n in enumerate(made.counts(data.n_classes)) if n and len(own[c])] # test images in the same class mix
+    distance = frechet_distance(eye.phi.encode(made.items, device=device), real[np.concatenate(at)]) if len(made) > 1 and at else float("nan")
+    return {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept"), "copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None, "distance": distance}
 
 # %% ../nbs/22_diffult.ipynb #eaecb2d7
 def generator_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, f:Filtered, kind:str, train # resolved; images; which seed; of `step_generate`; "generation" or "aid loss"; as `step_classify`, with the rest filled in
@@ -251,11 +255,19 @@ class Stages:
         if self.team.writes: self.run.save(key, {"logits": z, "counts": counts})
         return z, counts
 
-    def generator(self, name, eye, calibration=None, form=None, **more): # a model, its images, and what describes them
-        cfg, folder = self.cfg, self.run.path/"made"/f"{name}-seed-{self.seed}"
+    def calibrate(self, model, eye): # kappa, measured once
+        key = f"calibration-seed-{self.seed}"
+        if self.team.writes and self.run.load(key)[0] is None:
+            c = step_calibrate(self.cfg, self.data, self.seed, model, eye, self.device, self.precision)
+            self.run.save(key, {"numbers": torch.tensor([c.kappa, c.made, c.shift], dtype=torch.float64)})
+        self.team.wait()
+        return Calibration(*self.run.load(key)[0]["numbers"].tolist())
+
+    def generator(self, name, eye, calibration=None, form=None, only=None, cap=None, **more): # a model, its images, and what describes them
+        cfg, folder = replace(self.cfg, cap=cap or self.cfg.cap), self.run.path/"made"/f"{name}-seed-{self.seed}"
         with self.timed(name): model = step_generator(cfg, self.data, self.seed, eye, calibration, form, name, **self.where, **more)
-        with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team)
-        facts = describe_generator(f, self.data, eye, folder, self.device) if self.team.writes else {}
+        with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team, only)
+        facts = {**describe_generator(f, self.data, eye, folder, self.device), **tail_shares(f, self.data)} if self.team.writes else {}
         self.team.wait()
         return model, f, facts
 
@@ -269,7 +281,7 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     said = {"cross-entropy": (z, data.counts), "label shift": (label_shift(z, data.counts), data.counts), **control_rows(cfg, data, seed, s.classify)}
     model, f, facts = s.generator("cbdm", eye)
     said |= generator_rows(cfg, data, seed, f, "generation", s.classify)
-    calibration = step_calibrate(cfg, data, seed, model, eye, device, precision)
+    calibration = s.calibrate(model, eye)
     aided, g, more = s.generator("aid", eye, calibration)
     said |= generator_rows(cfg, data, seed, g, "aid loss", s.classify)
     z, prior = said["diffult"]
@@ -280,10 +292,10 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     rows = score_answers(logits, data.test.labels, data.counts, seed)
     errors = standard_errors(logits, data.test.labels)
     for r in rows:
-        r["se"] = errors[r["method"]]
+        r |= {"se": errors[r["method"]], "tail": float(np.mean([r["per_class"][c] for c in tail_classes(data)]))}
         if r["method"].startswith("generation"): r |= facts
-        if r["method"].startswith(("aid loss", "diffult")): r |= more
-        if r["method"] in extra: r |= {**extra[r["method"]][2], "tail": float(np.mean([r["per_class"][c] for c in tail_classes(data)]))}
+        if r["method"].startswith(("aid loss", "diffult")): r |= {**more, "kappa": calibration.kappa}
+        if r["method"] in extra: r |= extra[r["method"]][2]
     write_json(run.path/f"classes-seed-{seed}.json", class_table(data, f, g, rows))
     if seed == cfg.seed: keep_first(run, cfg, data, eye, aided, g, calibration, device, precision)
     return rows
@@ -309,17 +321,17 @@ def sweeps(s:Stages, eye:Eye, calibration:Calibration, f:Filtered # of one seed;
           )->dict: # method -> (logits, counts, more of the row)
     "The ablations that retrain the generator; every classifier gets all images with weight 1"
     out, names, tail = {}, ablations(s.cfg), tail_classes(s.data)
-    def add(method, name, only=None, **how):
-        g, facts = s.generator(name, eye, **how)[1:] if how else (f, {})
-        made = unfiltered(g) if only is None else unfiltered(g).where(lambda r: r["class"] in only)
-        out[method] = (*s.classify(made, name=f"{name}-all"), {"ablation": name.split("-")[0], **facts, **tail_shares(g, s.data)})
-    if "ddpm" in names: add("ddpm generation", "ddpm", cb_tau=0.)
+    def add(method, name, **how): # these train on all images, so no more are drawn than are wanted
+        _, g, facts = s.generator(name, eye, cap=1., **how)
+        out[method] = (*s.classify(unfiltered(g), name=f"{name}-all"), {"ablation": name.split("-")[0], **facts})
+    if "ddpm" in names: add("ddpm", "ddpm", cb_tau=0.)
     if "aid-forms" in names:
         for form in FORMS:
-            if form != s.cfg.aid_form: add(f"aid loss, {form}", f"form-{form}", calibration=calibration, form=form)
+            if form != s.cfg.aid_form: add(f"form: {form}", f"form-{form}", calibration=calibration, form=form)
     if "head-share" in names:
-        for percent in (0, 40, 80): add(f"tail only, {percent} % of the head", f"head-{percent}", set(tail.tolist()), train=less_head(s.data, percent / 100, s.seed))
-        add("tail only, 100 % of the head", "head-100", set(tail.tolist()))
+        for percent in (0, 40, 80): add(f"tail only, {percent} % of the head", f"head-{percent}", only=tail, train=less_head(s.data, percent / 100, s.seed))
+        made = unfiltered(f).where(lambda r: r["class"] in set(tail.tolist()))
+        out["tail only, 100 % of the head"] = (*s.classify(made, name="head-100-all"), {"ablation": "head", **tail_shares(f, s.data)})
     return out
 
 
@@ -373,33 +385,36 @@ def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:Diffusi
 
 # %% ../nbs/22_diffult.ipynb #10ca644d
 def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where
-                 )->float: # of all seeds, without the sweeps
+                 )->tuple[float, float]: # making the images, and training; of all seeds, without the sweeps
     "An estimate from a few steps of each stage"
-    def clock(f):
-        f()
-        if device == "cuda": torch.cuda.synchronize()
-        start = time.perf_counter()
-        f()
-        if device == "cuda": torch.cuda.synchronize()
-        return time.perf_counter() - start
-    few, made = replace(cfg, n_steps=8), int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
-    model = train_model(few, data, 0, device, precision)
-    one_step = clock(lambda: train_model(few, data, 0, device, precision)) / 8
-    one_image = clock(lambda: sample_images(model, np.stack([np.zeros(64, np.int64), np.arange(64)], 1), cfg.sampler, cfg.sample_steps, cfg.guidance_scale, device=device, precision=precision)) / 64
-    base = resolve_baseline(classifier_config(cfg), data)
-    at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 8 * cfg.bs))])) # every class, and some more
+    def clock(f, n): # seconds a unit, from the difference of n and 5 n of them, so that what happens once does not count
+        def once(n):
+            if device == "cuda": torch.cuda.synchronize()
+            start = time.perf_counter()
+            f(n)
+            if device == "cuda": torch.cuda.synchronize()
+            return time.perf_counter() - start
+        once(n)
+        return max(once(5 * n) - once(n), 1e-6) / (4 * n)
+    wanted, base = int(np.maximum(cfg.target_per_class - data.counts, 0).sum()), resolve_baseline(classifier_config(cfg), data)
+    one_step = clock(lambda n: train_model(replace(cfg, n_steps=n), data, 0, device, precision), 4)
+    model = train_model(replace(cfg, n_steps=1), data, 0, device, precision)
+    one_image = clock(lambda n: sample_images(model, np.stack([np.zeros(n, np.int64), np.arange(n)], 1), cfg.sampler, cfg.sample_steps, cfg.guidance_scale, bs=64, device=device, precision=precision), 64)
+    at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more
     part = data.train.take(at)
-    one_item = clock(lambda: fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, 1, cfg.bs, cfg.lr, cfg.wd, augment=Augment(base.augment), device=device, precision=precision)) / len(at)
-    classifiers = 10 + 3 * cfg.pipelines
-    images = cfg.n_epochs * (len(data.train) + classifiers * (len(data.train) + made))
-    return cfg.seeds * (2.1 * cfg.n_steps * one_step + 2.5 * made * one_image + images * one_item)
+    one_item = clock(lambda n: fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, n, min(cfg.bs, len(at)), cfg.lr, cfg.wd, augment=Augment(base.augment), device=device, precision=precision), 1) / len(at)
+    items = cfg.n_epochs * (len(data.train) + (10 + 3 * cfg.pipelines) * (len(data.train) + wanted))
+    return cfg.seeds * 2.5 * wanted * one_image, cfg.seeds * (2.1 * cfg.n_steps * one_step + items * one_item)
 
-
+# %% ../nbs/22_diffult.ipynb #f9c01da1
 def fit_budget(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where
               )->DiffuLTConfig: # with fewer steps and epochs where the budget asks for it
-    "Scale steps and epochs to the budget"
+    "Scale steps and epochs to the budget; the number of images stays"
     if cfg.budget_minutes is None: return cfg
-    factor = min(1., cfg.budget_minutes * 60 / seconds_a_run(cfg, data, device, precision))
+    images, training = seconds_a_run(cfg, data, device, precision)
+    if images >= .9 * cfg.budget_minutes * 60:
+        raise UsageError(f"making the images alone takes about {images / 60:.1f} minutes on this machine: give more than --budget-minutes {cfg.budget_minutes:g}, a smaller --target-per-class, or fewer --sample-steps.")
+    factor = min(1., (cfg.budget_minutes * 60 - images) / training)
     return replace(cfg, n_steps=max(round(factor * cfg.n_steps), 1), n_epochs=max(round(factor * cfg.n_epochs), 1))
 
 # %% ../nbs/22_diffult.ipynb #dd9fe99c
@@ -412,7 +427,7 @@ DIFFERENCES = ("Published: Shao et al., NeurIPS 2024: 500,000 steps of 128 image
 def published(cfg:DiffuLTConfig)->dict: # method -> per cent, empty for data that the paper does not have
     "The paper's numbers for this set"
     name = cfg.dataset if cfg.dataset in ("cifar10", "cifar100") else next((d for d in ("cifar100", "cifar10") if d in cfg.source_name.replace("-", "").lower()), None)
-    return PUBLISHED.get((name, cfg.imb_ratio or 100), {}) if name else {}
+    return PUBLISHED.get((name, cfg.imb_ratio), {}) if name else {}
 
 # %% ../nbs/22_diffult.ipynb #b0fa0702
 GENERATOR_COLUMNS = {"id": "ID", "aid": "AID", "ood": "OOD", "drawn": "drawn", "kept": "kept", "copies": "copies", "copies_few": "copies, few", "distance": "distance"}
@@ -421,9 +436,10 @@ GENERATOR_COLUMNS = {"id": "ID", "aid": "AID", "ood": "OOD", "drawn": "drawn", "
 def generator_table(rows:list[dict] # of scores.json
                    )->list[list[str]]: # a header and a line a generator
     "What each generator made"
-    columns = GENERATOR_COLUMNS | ({"tail_aid": "AID, tail", "tail": "tail accuracy"} if any("tail" in r for r in rows) else {})
+    columns = GENERATOR_COLUMNS | ({"tail_aid": "AID, tail", "tail": "tail accuracy"} if any(r["method"].startswith("tail only") for r in rows) else {})
     lines = [["generator", *columns.values()]]
-    names = {"generation": "CBDM", "aid loss": "CBDM + AID loss"} | {m: m for m in methods(rows) if any("ablation" in r for r in rows if r["method"] == m)}
+    names = {"cross-entropy": "none"} if "tail" in columns else {}
+    names |= {"generation": "CBDM", "aid loss": "CBDM + AID loss"} | {m: m for m in methods(rows) if any("ablation" in r for r in rows if r["method"] == m)}
     for m, name in names.items():
         if m not in methods(rows): continue
         v = {k: float(np.nanmean(values(rows, m, k))) if np.isfinite(values(rows, m, k)).any() else float("nan") for k in columns}
@@ -470,8 +486,14 @@ def main_table(rows:list[dict], cfg:DiffuLTConfig|None=None # of scores.json; wi
               )->list[list[str]]:
     "The table, and the paper's numbers beside it"
     cells, paper = table(rows), published(cfg) if cfg else {}
-    cells = [c[:next(i for i, h in enumerate(cells[0]) if h in ("top third", "from scratch vs label shift") or i == len(cells[0]) - 1) + 1] for c in cells]
     return cells if not paper else [[*cells[0], "published"], *([*c, f"{paper[c[0]]}" if c[0] in paper else ""] for c in cells[1:])]
+
+
+def split_rows(rows:list[dict] # of scores.json
+              )->tuple[list[dict], list[dict]]: # the core table; the sweeps below the rows that they change, empty when there are none
+    "What belongs into which table"
+    core, swept = [r for r in rows if "ablation" not in r], [r for r in rows if "ablation" in r]
+    return core, [r for r in core if r["method"] in ("label shift", "generation", "aid loss")] + swept if swept else []
 
 
 def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open; resolved; of all seeds; of the first
@@ -487,7 +509,7 @@ def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open
         save_figure(fig, run.path/"figures"/f"{name}.png")
     env, picture = read_json(run.path/"environment.json"), lambda name, alt: html_figure(run.path/"figures"/f"{name}.png", alt)
     settings, paper = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in cfg.paths), published(cfg)
-    main, swept = [r for r in rows if "ablation" not in r], [r for r in rows if "ablation" in r]
+    main, swept = split_rows(rows)
     write_report(run.path/"report.html", f"DiffuLT on {cfg.source_name}", f"{cfg.seeds} {'seed' if cfg.seeds == 1 else 'seeds'}; {data.n_classes} classes, {len(data.train):,} training images, filled up to {cfg.target_per_class:,} a class. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
         ("What it says", "<ul>" + "".join(f"<li>{s}</li>" for s in verdict(rows)) + "</ul>"),
         ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds, last epoch. Differences to label shift are in points, paired, with 95 % intervals (the wider of those over seeds and over test images).</p>" + html_table(main_table(main, cfg)) + (f"<p>{DIFFERENCES}</p>" if paper else "")),
@@ -533,6 +555,6 @@ def summary(r:Run, # finished
            )->str: # tables, verdict and place
     "What to print at the end"
     rows = r.scores()
-    main, swept = [x for x in rows if "ablation" not in x], [x for x in rows if "ablation" in x]
+    main, swept = split_rows(rows)
     parts = [render(main_table(main, r.config), width), render(generator_table(rows), width), *([render(main_table(swept), width)] if swept else []), "\n".join(verdict(rows))]
     return "\n\n".join([*parts, f"run directory: {r.path}"])

@@ -339,6 +339,7 @@ class _Training:
 
     def __init__(self, net, objective, images, labels, n_classes, key, device, precision, compiled, channels_last, lr, team):
         self.net = net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
+        if compiled: torch._dynamo.reset() # else many trainings in one process reach its limit of recompilations
         self.model = NoiseModel(torch.compile(net) if compiled else net, objective, n_classes, precision)
         self.images, self.labels = torch.from_numpy(np.ascontiguousarray(images)).to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .99), weight_decay=0., fused=device == "cuda")
@@ -390,7 +391,7 @@ def averaged(self:_Training): # the network with its averaged weights, a copy
 def restore(self:_Training, run, stage): # steps that are done
     more = {}
     first = restore(run, stage, self.net, self.optimizer, more)
-    if more: self.averages = [more[f"ema.{k}"].to(self.device) for k in self.names]
+    if more: self.averages = [torch.empty_like(p).copy_(more[f"ema.{k}"]) for k, p in zip(self.names, self.weights)]
     return first
 
 
@@ -422,7 +423,7 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
         losses, waiting = [*losses, cbdm], [*waiting, cbdm]
     net = build_unet(unet, images.shape[2], images.shape[1], n_classes, seed)
     if channels_last is None: channels_last = device == "cuda"
-    t = _Training(net, o, images, labels, n_classes, (seed, name), device, precision, compiled, channels_last, diff_lr, team)
+    t = _Training(net, o, images, labels, n_classes, (seed, "diffusion"), device, precision, compiled, channels_last, diff_lr, team)
     result = lambda: DiffusionModel(t.averaged().cpu(), o, tuple(map(str, range(n_classes) if class_names is None else class_names)), images.shape[1:], counts)
     stage, key, writer = f"{name}-seed-{seed}", dict(stage=name, seed=seed), run if team.writes else None
     first = t.restore(run, stage) if run else 0
@@ -453,7 +454,7 @@ def log_steps(t:_Training, values:list, step:int, diff_lr:float, writer, key:dic
     mean = torch.stack(values).mean(0).tolist()
     if not all(map(math.isfinite, mean)) or not t.finite():
         raise LtnbError(f"the diffusion loss is {sum(mean)} at step {step}, or its weights are no numbers: lower --diff-lr (now {diff_lr}) or use --precision fp32, with another --out. The last good checkpoint is kept.")
-    if writer: writer.log(**key, step=step, loss=mean[0], **({"extra": sum(mean[1:])} if mean[1:] else {}))
+    if writer: writer.log(**key, step=step, loss=mean[0], **({"extra": mean[1:]} if mean[1:] else {}))
 
 # %% ../nbs/20_diffusion.ipynb #1f7ba166
 SAMPLERS = {"ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "heun": "HeunDiscreteScheduler", "ddpm": "DDPMScheduler"}

@@ -231,7 +231,7 @@ def plot_loss(metrics:list[dict], ax, stage:str="diffusion"): # rows of metrics.
     for seed in sorted({r["seed"] for r in metrics if r["stage"] == stage}):
         mine = [r for r in metrics if r["stage"] == stage and r["seed"] == seed]
         ax.plot([r["step"] for r in mine], [r["loss"] for r in mine], color="#0072B2", lw=1, alpha=.7)
-    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    ax.set(xlabel="step", ylabel="denoising loss", ylim=(0, None))
     return ax
 
 # %% ../nbs/20_generate.ipynb #80a74687
@@ -308,9 +308,11 @@ def find_model(path:str|Path # a run directory, or its folder model
               )->tuple[DiffusionModel, Path|None]: # on the CPU; the run directory, None where there is none
     "The diffusion model of a run"
     path = Path(path)
-    for folder in (path/"model", path):
-        if (folder/"ltnb.json").is_file(): return DiffusionModel.load(folder), next((p for p in (path, path.parent) if (p/"config.json").is_file() and (p/"model"/"ltnb.json").is_file()), None)
-    if (path/"config.json").is_file() and not (path/"diffusion_pytorch_model.safetensors").is_file(): raise UsageError(f"{path} is a run without a diffusion model: it is not finished, or of another recipe; run ltnb run diffusion.")
+    for folder in (path/"model", path/"generator", path): # of ltnb run diffusion, of DiffuLT, of any
+        if (folder/"ltnb.json").is_file():
+            run = folder.resolve().parent
+            return DiffusionModel.load(folder), run if (run/"config.json").is_file() and folder.name in ("model", "generator") else None
+    if (path/"config.json").is_file() and not (path/"diffusion_pytorch_model.safetensors").is_file(): raise UsageError(f"{path} is a run without a diffusion model: it is not finished, or its recipe trains none; run ltnb run diffusion.")
     raise UsageError(f"{path} {'holds no diffusion model of ltnb' if path.exists() else 'does not exist'}: give the directory of ltnb run diffusion, or its folder model.")
 
 

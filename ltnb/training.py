@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'multistep', 'lr_factor', 'power_indices', 'balanced_ind
 
 # %% ../nbs/05_training.ipynb #702b9a63
 import contextlib, copy, math, os
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -176,7 +177,7 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1: return Team()
     if device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2)) # the others wait while the first one judges and writes
     return Team(torch.distributed.get_rank(), size)
 
 
@@ -255,6 +256,7 @@ def restore(run, # the Run
         if k.startswith("optimizer."): state["state"].setdefault(int(k.split(".")[1]), {})[k.split(".", 2)[2]] = v
         elif not k.startswith("net.") and more is not None: more[k] = v
     optimizer.load_state_dict(state)
+    for p, s in optimizer.state.items(): s.update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in s.items() if torch.is_tensor(v) and v.shape == p.shape}) # in the weights' memory format, which fused optimizers ask for
     if meta is not None: meta |= {k: v for k, v in known.items() if k != "step"}
     return known["step"]
 

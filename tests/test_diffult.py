@@ -100,8 +100,8 @@ def test_a_finished_run_is_left_alone(done):
 def test_the_sweeps(tmp_path):
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 40}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
-    assert set(rows) - set(CORE) == {"ddpm generation", "aid loss, literal", "aid loss, hinge", "aid loss, feature-match", "tail only, 0 % of the head", "tail only, 40 % of the head", "tail only, 80 % of the head", "tail only, 100 % of the head"}
-    assert rows["ddpm generation"]["ablation"] == "ddpm" and rows["tail only, 0 % of the head"]["tail_aid"] is not None and rows["tail only, 100 % of the head"]["tail"] >= 0
+    assert set(rows) - set(CORE) == {"ddpm", "form: literal", "form: hinge", "form: feature-match", "tail only, 0 % of the head", "tail only, 40 % of the head", "tail only, 80 % of the head", "tail only, 100 % of the head"}
+    assert rows["ddpm"]["ablation"] == "ddpm" and rows["tail only, 0 % of the head"]["tail_aid"] is not None and rows["tail only, 100 % of the head"]["tail"] >= 0
     assert "What was swept" in (r.path / "report.html").read_text()
 
 
@@ -230,24 +230,29 @@ def test_the_verdict_is_made_from_intervals():
 
 def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or 120.)
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0., 120.))
     few = {**QUICK, "n_steps": 20, "n_epochs": 80, "budget_minutes": 1.}
     with monkeypatch.context() as m:
         m.setattr(diffult, "step_calibrate", lambda *a, **k: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop): run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     kept = read_json(tmp_path / "run" / "config.json")
     assert (kept["n_steps"], kept["n_epochs"]) == (10, 40) and calls == [1]
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or 600.)
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0., 600.))
     monkeypatch.setattr(diffult, "keep_first", lambda *a, **k: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop): run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     assert calls == [1] and read_json(tmp_path / "run" / "config.json") == kept, "a restart keeps what was measured"
 
 
 def test_the_budget_is_estimated_from_the_machine(cfg, data):
-    one = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1e-1, "n_steps": 4000, "n_epochs": 800}), data, "cpu", "fp32")
+    one = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1., "n_steps": 40000, "n_epochs": 8000}), data, "cpu", "fp32")
     two = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1e4}), data, "cpu", "fp32")
-    assert one.n_steps < 4000 and one.n_epochs < 800 and (two.n_steps, two.n_epochs) == (cfg.n_steps, cfg.n_epochs)
-    assert abs(one.n_steps / 4000 - one.n_epochs / 800) < .02
+    assert one.n_steps < 40000 and one.n_epochs < 8000 and (two.n_steps, two.n_epochs) == (cfg.n_steps, cfg.n_epochs)
+    assert abs(one.n_steps / 40000 - one.n_epochs / 8000) < .02
+
+
+def test_a_budget_below_what_the_images_take(cfg, data, monkeypatch):
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: (600., 600.))
+    with pytest.raises(UsageError, match="about 10.0 minutes"): fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 5.}), data, "cpu", "fp32")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

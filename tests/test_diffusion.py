@@ -235,8 +235,24 @@ def test_resume_bit_for_bit(tmp_path, data, whole, cut):
     assert same(whole[0], again) and whole[0].fingerprint == again.fingerprint
     assert (whole[1] / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert [r["step"] for r in rows] == [50, 100, 110] and set(rows[0]) == {"stage", "seed", "step", "loss", "extra"}
+    assert [r["step"] for r in rows] == [50, 100, 110] and set(rows[0]) == {"stage", "seed", "step", "loss", "extra"} and len(rows[0]["extra"]) == 1
     assert same(again, logged(tmp_path, data, stop_at=0)), "a finished training is not done again"
+
+
+def test_resume_keeps_the_memory_format(tmp_path, data):
+    "Fused optimizers want their averages laid out as the weights are"
+    def training():
+        return diffusion._Training(build_unet("small", 8, 1, 10), build_objective("v"), data.train.images, data.train.labels, 10, (0, "s"), "cpu", "fp32", False, True, 1e-3, Team())
+    t = training()
+    t.step(0, t.batch(0, 8, 1., False, 0., .1), 1e-3, .9, 1., [])
+    with Run(LDMLRConfig(out=str(tmp_path))) as run:
+        run.start(LDMLRConfig(), "cpu", "fp32")
+        t.keep(run, "s", 1)
+        again = training()
+        assert again.restore(run, "s") == 1
+    for p, average in zip(again.weights, again.averages):
+        assert p.stride() == average.stride() and all(v.stride() == p.stride() for v in again.optimizer.state[p].values() if v.shape == p.shape)
+    assert any(p.ndim == 4 and p.shape[1] > 1 and not p.is_contiguous() for p in again.weights), "the weights are channels_last"
 
 
 def test_training_leaves_the_global_generator_alone(data):
