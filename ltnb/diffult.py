@@ -14,7 +14,7 @@ __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUM
 # %% ../nbs/22_diffult.ipynb #b00c5b94
 import contextlib, time
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -30,7 +30,7 @@ from .diffusion import DiffusionModel, frechet_distance, sample_images
 from .generate import GeneratorConfig, plot_loss, resolve_generator, sample_grid, train_model
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
-from .models import Classifier, encode
+from .models import Classifier
 from .report import difference, html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, show_difference, table, values, write_report
 from .synthetic import Synthetic, copies, copy_threshold, flag_copies, mix
 from .training import Team, fit, join_team
@@ -198,7 +198,8 @@ def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, devi
                       )->dict: # shares and numbers
     "Bands, draws, copies and distance of a generator"
     made, total = unfiltered(f), lambda key: sum(d[key] for d in f.classes)
-    share = lambda b: sum(d[b] * (d["drawn"] - d["bad"]) for d in f.classes if d[b] is not None) / max(total("drawn") - total("bad"), 1)
+    seen = [d for d in f.classes if d["id"] is not None]
+    share = lambda b: float(np.average([d[b] for d in seen], weights=[d["wanted"] for d in seen])) if seen else float("nan") # of what is wanted, so that a class that is drawn again and again does not count more
     limit, want = copy_threshold(data.train.images, data.test.images, device=device), {r["id"] for r in made.manifest}
     flagged = flag_copies(folder, data.train, device=device).where(lambda r: r["id"] in want)
     near, few = copies(flagged, limit), np.isin(flagged.labels, data.bands["few"])
@@ -352,9 +353,9 @@ def tail_classes(data:LongTail)->np.ndarray: # class numbers
 
 
 def tail_shares(f:Filtered, data:LongTail)->dict: # of the tail classes
-    "Band shares of what was drawn for the tail"
+    "Band shares of what was made for the tail"
     tail = [d for d in f.classes if d["class"] in tail_classes(data) and d["id"] is not None]
-    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[max(d["drawn"], 1) for d in tail])) if tail else None for b in AID_BANDS}
+    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in AID_BANDS}
 
 # %% ../nbs/22_diffult.ipynb #2dde29dc
 def class_table(data:LongTail, f:Filtered, g:Filtered, rows:list[dict] # images; of CBDM, of CBDM + AID; of one seed
@@ -397,7 +398,7 @@ def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # 
         once(n)
         return max(once(5 * n) - once(n), 1e-6) / (4 * n)
     wanted, base = int(np.maximum(cfg.target_per_class - data.counts, 0).sum()), resolve_baseline(classifier_config(cfg), data)
-    one_step = clock(lambda n: train_model(replace(cfg, n_steps=n), data, 0, device, precision), 4)
+    one_step = clock(lambda n: train_model(replace(cfg, n_steps=n), data, 0, device, precision), 3)
     model = train_model(replace(cfg, n_steps=1), data, 0, device, precision)
     one_image = clock(lambda n: sample_images(model, np.stack([np.zeros(n, np.int64), np.arange(n)], 1), cfg.sampler, cfg.sample_steps, cfg.guidance_scale, bs=64, device=device, precision=precision), 64)
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from .core import Config, DataError, Progress, Run, UsageError, atomic_write, choose_device, choose_precision, read_json, read_jsonl, write_json
+from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
 from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, load_data, plot_counts, show_images
 from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
 from .metrics import score

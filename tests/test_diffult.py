@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ltnb import diffult
-from ltnb.core import LtnbError, Progress, Run, UsageError, read_json, read_jsonl
+from ltnb.core import Progress, UsageError, read_json, read_jsonl
 from ltnb.data import LongTail
 from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablations, classifier_config, control_rows, fit_budget, less_head, main_table, noise_images, published, real_repeated, resolve, run, step_classify, step_extract,
                           step_generate, summary, tail_classes, unfiltered, verdict)
 from ltnb.losses import effective_counts
 from ltnb.models import Classifier
-from ltnb.synthetic import Synthetic
 
 QUICK = dict(n_steps=10, diff_bs=16, n_epochs=40, target_per_class=5, sample_steps=3, cap=2., pipelines=False)
 CORE = ["cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "noise images", "generation", "generation + filter", "generation + weight", "aid loss", "aid loss + filter", "diffult",

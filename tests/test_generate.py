@@ -1,6 +1,4 @@
 "The two commands of image diffusion: a run that a kill does not harm, and images that come out byte for byte the same."
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +11,7 @@ import torch
 from conftest import ROOT
 from ltnb import diffusion
 from ltnb import generate as room
-from ltnb.core import LtnbError, Progress, UsageError, read_json, read_jsonl
+from ltnb.core import LtnbError, Progress, read_json, read_jsonl
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
 from ltnb.generate import DiffusionConfig, GenerateConfig, Judge, describe, find_model, generate, make_images, planned, references, resolve, run, train_model
