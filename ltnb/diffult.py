@@ -301,7 +301,7 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     if seed == cfg.seed: keep_first(run, cfg, data, eye, aided, g, calibration, device, precision)
     return rows
 
-
+# %% ../nbs/22_diffult.ipynb #89706252
 def standard_errors(logits:dict, truth:np.ndarray # method -> (M, K); (M,) labels
                    )->dict: # method -> control -> standard error of the difference in accuracy over test images
     "How sure a difference to each control is"

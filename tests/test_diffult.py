@@ -96,7 +96,8 @@ def test_a_finished_run_is_left_alone(done):
     assert before == {p: p.stat().st_mtime_ns for p in done.path.rglob("*")}
 
 
-def test_the_sweeps(tmp_path):
+def test_the_sweeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffult, "control_rows", lambda *a: {}) # they are tested elsewhere
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 40}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
     assert set(rows) - set(CORE) == {"ddpm", "form: literal", "form: hinge", "form: feature-match", "tail only, 0 % of the head", "tail only, 40 % of the head", "tail only, 80 % of the head", "tail only, 100 % of the head"}
@@ -229,6 +230,7 @@ def test_the_verdict_is_made_from_intervals():
 
 def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch):
     calls = []
+    monkeypatch.setattr(diffult, "control_rows", lambda *a: {})
     monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0., 120.))
     few = {**QUICK, "n_steps": 20, "n_epochs": 80, "budget_minutes": 1.}
     with monkeypatch.context() as m:
