@@ -355,16 +355,16 @@ def encode_command(args:list[str] # after `ltnb encode`
 def generate_command(args:list[str] # after `ltnb generate`
                     ):
     "ltnb generate: images of a trained diffusion model, in shards that a kill does not harm"
-    from ltnb.generate import GenerateConfig, describe, find_model, generate
+    from ltnb.generate import GenerateConfig, describe, find_model, generate, images_folder
     parser = Parser("ltnb generate", description="Make images with a trained diffusion model. Run it again to go on; start it in several processes (torchrun, accelerate, SLURM) to share the work.")
     add_settings(parser, GenerateConfig)
     add_options(parser, "quiet", "debug")
     given = parse(parser, args)
     config = settings(GenerateConfig, given)
-    needed(config, "model", "out")
+    needed(config, "model")
     Progress.quiet = given["quiet"]
     facts = generate(config)
-    if facts: print(describe(facts, find_model(config.model)[0].class_names, config.out))
+    if facts: print(describe(facts, find_model(config.model)[0].class_names, images_folder(config)))
 
 # %% ../nbs/90_cli.ipynb #58455a65
 def list_command(args:list[str] # after `ltnb list`

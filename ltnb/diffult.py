@@ -9,7 +9,7 @@ __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUM
            'generator_rows', 'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps',
            'less_head', 'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'seconds_a_run', 'fit_budget',
            'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
-           'finish_run', 'run_directory', 'check_inputs', 'run', 'summary']
+           'finish_run', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/22_diffult.ipynb #b00c5b94
 import contextlib, time
@@ -23,11 +23,11 @@ import torch
 
 from .aid import AID_BANDS, FORMS, AIDLoss, Calibration, Extractor, Filtered, calibrate, check_extractor, class_geometry, draw_filtered
 from .augment import Augment
-from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, score_answers, train as train_baseline
+from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory, score_answers, train as train_baseline
 from .core import Run, UsageError, choose_device, choose_precision, nearest, read_json, read_jsonl, write_json
 from .data import ImageSet, LongTail, load_data, plot_counts
 from .diffusion import DiffusionModel, frechet_distance, sample_images
-from .generate import GeneratorConfig, plot_loss, resolve_generator, sample_grid, train_model
+from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_model
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
 from .models import Classifier
@@ -139,8 +139,7 @@ def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMod
                   only=None, **more # class numbers, None for all; settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
-    settings = dict(sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale, precision=precision)
-    def make(rows, attempt=0): return sample_images(model, rows, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, attempt, device=device, precision=precision)
+    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision)
     wanted = np.maximum(cfg.target_per_class - data.counts, 0)
     if only is not None: wanted[~np.isin(np.arange(data.n_classes), only)] = 0
     return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
@@ -520,14 +519,6 @@ def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open
         ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")), ("Training", picture("loss", "Loss of the two diffusion models by step")), ("Settings", f"<pre>{settings}</pre>")])
 
 # %% ../nbs/22_diffult.ipynb #d623ed16
-def run_directory(config:DiffuLTConfig # the settings
-                 )->Run: # not opened; named by recipe, data and settings when there is no `out`
-    "Where a config runs; a directory of another config is refused"
-    r = Run(config, f"{config.recipe}-{config.source_name}")
-    r.check_same()
-    return r
-
-
 def check_inputs(config:DiffuLTConfig # as given
                 ):
     "Fail now on settings or data that cannot be used"

@@ -149,12 +149,13 @@ def test_two_processes_share_a_plan(tmp_path, trained):
 
 
 def test_two_processes_train_one_model(tmp_path, trained):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb", "run", "diffusion", "--plain", "--quiet", *FLAGS, "--out", str(tmp_path / "run")],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb", "run", "diffusion", "--plain", "--quiet", "--precision", "fp32", *FLAGS, "--out", str(tmp_path / "run")],
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
-    one, two = (DiffusionModel.load(p / "model").unet.state_dict() for p in (trained.path, tmp_path / "run"))
-    assert max((one[k] - two[k]).abs().max().item() for k in one) < .05, "the same up to the order of sums"
+    data = LongTail.digits()
+    one, two = train_model(resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(), DiffusionModel.load(tmp_path / "run" / "model").unet.state_dict()
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 2e-3, "the same up to the order of sums; the first weights are 0.013 away, those of half the batch 0.023"
 
 
 def test_a_finished_folder_is_left_alone_and_another_job_refused(tmp_path, trained, main):
@@ -166,6 +167,20 @@ def test_a_finished_folder_is_left_alone_and_another_job_refused(tmp_path, train
     for more, text in ((["--guidance-scale", "3"], "guidance_scale"), (["--seed", "1"], "seed"), (["--sampler", "ddim"], "sampler")):
         code, _, err = main(*args, *more)
         assert code == 2 and text in err and "another folder" in err
+
+
+def test_a_lost_shard_of_a_finished_folder_is_made_again(tmp_path, trained, main):
+    args = ["generate", "--model", trained.path, "--per-class", "4", "--sample-steps", "3", "--shard-size", "16", "--out", tmp_path / "g"]
+    assert main(*args)[0] == 0
+    before = files(tmp_path / "g")
+    (tmp_path / "g" / "shard-00001.safetensors").unlink()
+    assert main(*args)[0] == 0 and files(tmp_path / "g") == before
+
+
+def test_without_out_the_same_settings_find_their_folder(tmp_path, trained, main, monkeypatch):
+    monkeypatch.setenv("LTNB_RUNS", str(tmp_path / "runs"))
+    for more in ([], [], ["--seed", "1"]): assert main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", *more)[0] == 0
+    assert len(list((tmp_path / "runs").glob("generate-run-*"))) == 2
 
 
 def test_a_longer_plan_makes_nothing_again(tmp_path, trained, main):
@@ -203,7 +218,7 @@ def test_near_copies_are_in_the_manifest(tmp_path, trained, main):
 
 
 @pytest.mark.parametrize("args,code,text", [
-    (["--per-class", "3"], 2, "--model"), (["--model", "RUN"], 2, "--out"), (["--model", "RUN", "--out", "g"], 2, "one of --per-class"), (["--model", "RUN", "--out", "g", "--per-class", "3", "--target-per-class", "5"], 2, "one of --per-class"),
+    (["--per-class", "3"], 2, "--model"), (["--model", "RUN"], 2, "one of --per-class"), (["--model", "RUN", "--out", "g", "--per-class", "3", "--target-per-class", "5"], 2, "one of --per-class"),
     (["--model", "RUN", "--out", "g", "--target-per-class", "1"], 2, "nothing to make"), (["--model", "nowhere", "--out", "g", "--per-class", "3"], 2, "nowhere does not exist"), (["--model", ".", "--out", "g", "--per-class", "3"], 2, "no diffusion model"),
     (["--model", "RUN", "--out", "g", "--per-class", "0"], 2, "at least 1"), (["--model", "RUN", "--out", "g", "--per-clas", "3"], 2, "--per-class")])
 def test_wrong_use(tmp_path, trained, main, monkeypatch, args, code, text):
