@@ -96,3 +96,10 @@ def main(capsys):
         return code, out.out, out.err
 
     return call
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Whole sentences of the lessons that failed: the short summary cuts lines at the terminal's width"
+    failed = [r for r in terminalreporter.stats.get("failed", ()) if "test_notebooks" in r.nodeid]
+    if failed: terminalreporter.section("lessons that failed", sep="-")
+    for r in failed: terminalreporter.write_line(f"{r.nodeid.split('::')[-1]}: {str(r.longrepr).splitlines()[-1]}")

@@ -172,3 +172,15 @@ def test_progress_into_a_pipe(tmp_path, monkeypatch):
         p.close()
         assert word in os.read(reader, 10000)
     os.close(reader)
+
+
+def test_precision_of_the_environment(monkeypatch, main):
+    "LTNB_PRECISION decides what auto is, and nothing else; a wrong one stops before any work"
+    from ltnb.core import choose_precision
+    for forced in ("fp32", "bf16"):
+        monkeypatch.setenv("LTNB_PRECISION", forced)
+        assert choose_precision("auto") == choose_precision("auto", "cuda") == forced
+        assert (choose_precision("fp32"), choose_precision("bf16")) == ("fp32", "bf16")
+    monkeypatch.setenv("LTNB_PRECISION", "bf32")
+    code, out, err = main("run", "baseline", "--plain", "--n-epochs", "1")
+    assert (code, out) == (2, "") and "LTNB_PRECISION='bf32' is not a precision" in err

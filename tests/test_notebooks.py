@@ -3,6 +3,8 @@ import ast
 import json
 import re
 import sys
+import time
+import traceback
 
 import pytest
 from conftest import ROOT
@@ -21,14 +23,71 @@ def path(request): return request.param
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
+def values(node, names):
+    "Every comparison in a piece of code that is false now, with what stands on its sides"
+    found = []
+    for n in ast.walk(node):
+        if not isinstance(n, ast.Compare): continue
+        try:
+            if eval(compile(ast.Expression(n), "cell", "eval"), names): continue
+            sides = [repr(eval(compile(ast.Expression(s), "cell", "eval"), names)) for s in (n.left, *n.comparators)]
+        except Exception: continue # a name of a comprehension
+        found.append(f"{ast.unparse(n)} with {' and '.join(s[:80] for s in sides)}")
+    return found
+
+
+def explain(cell, number, shell):
+    "Which cell failed, and with which values, in one line"
+    error, text = shell.exc, f"cell {number} ({cell.id})"
+    failed = []
+    try: tree = ast.parse(source(cell))
+    except SyntaxError: tree = ast.parse("") # a magic
+    if isinstance(error, AssertionError):
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if "ipython-input" in f.filename or "ipykernel" in f.filename), None)
+        at = [s for s in tree.body if line is None or s.lineno <= line <= s.end_lineno]
+        failed = [v for s in at for v in values(s, shell.user_ns)]
+    said = " ".join(str(error).split())
+    return f"{text}: {'; '.join(failed) or f'{type(error).__name__}: {said}'}"[:600]
+
+
+def run_lesson(path, skip=("slow", "cuda")):
+    "Run a notebook's cells; gives the seconds it took, or fails with the cell and its values"
+    from execnb.shell import CaptureShell
+    from fastcore.xtras import working_directory
+    from nbdev.test import nb_test_cells
+    shell, start = CaptureShell(path), time.monotonic()
+    number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
+    with working_directory(path.parent):
+        for cell in nb_test_cells(path, skip_flags=list(skip)):
+            shell.cell(cell, timeout=600)
+            if shell.exc is None: continue
+            print(shell.prettytb(fname=path))
+            pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
+    shell.close()
+    return time.monotonic() - start
+
+
 def test_runs(path, tmp_path, monkeypatch):
-    from nbdev.test import test_nb
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setattr(Progress, "quiet", False) # and what the notebook does to it is undone
-    ok, seconds = test_nb(path, skip_flags=["slow", "cuda"], basepath=ROOT)
-    assert ok, "a cell failed: see the traceback above"
+    seconds = run_lesson(path)
     assert seconds < 45 * 4, f"{seconds:.0f} s: a notebook takes at most 45 s on two idle cores; mark long cells #| slow"
+
+
+def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
+    import nbformat.v4 as v4
+    lesson = ["from fastcore.test import test_eq", "better, worse = .81, .84", "test_eq([better > worse, worse < 1], [True] * 2)"]
+    cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, lesson)]
+    (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception) as failed: run_lesson(tmp_path / "lesson.ipynb")
+    assert re.fullmatch(r"cell 3 \(\w+\): better > worse with 0.81 and 0.84", str(failed.value))
+    for broken, said in (("assert {}['x']", "KeyError: 'x'"), ("1 +", "SyntaxError"), ("test_eq(2, 3)", "AssertionError: ==: 2 3")):
+        cells[-1]["source"] = broken
+        (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
+        with pytest.raises(pytest.fail.Exception) as failed: run_lesson(tmp_path / "lesson.ipynb")
+        assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
 
 
 def test_opening_and_end(cells):
