@@ -98,6 +98,13 @@ def main(capsys):
     return call
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "A file's tests stay in one worker, where they share its fixtures; every notebook may go to either"
+    for item in items:
+        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_terminal_summary(terminalreporter):
     "Whole sentences of the lessons that failed: the short summary cuts lines at the terminal's width"
     failed = [r for r in terminalreporter.stats.get("failed", ()) if "test_notebooks" in r.nodeid]
