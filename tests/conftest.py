@@ -13,7 +13,7 @@ TINY = ["--n-epochs", "3", "--n-steps", "60", "--per-class", "20", "--head-steps
 SHARED = Path(os.environ.get("LTNB_SHARED", ROOT.parent / "shared"))
 
 
-def ltnb(*args, cwd=None, env=None, timeout=300):
+def ltnb(*args, cwd=None, env=None, timeout=900):
     "Run `python -m ltnb` as a user would; gives the finished process with its text output"
     return subprocess.run([sys.executable, "-m", "ltnb", *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
 
@@ -38,7 +38,7 @@ def once(tmp_path_factory, name, make):
     from ltnb.core import lock_file, unlock_file
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    lock = lock_file(folder.with_suffix(".lock"), wait=300)
+    lock = lock_file(folder.with_suffix(".lock"), wait=1200)
     try:
         if not (folder / "made").exists():
             folder.mkdir(exist_ok=True)

@@ -359,7 +359,7 @@ def test_two_processes_train_the_same_model(tmp_path, monkeypatch, data):
     from conftest import ROOT
     (tmp_path / "worker.py").write_text(WORKER)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py"), str(tmp_path / "two")]
-    done = subprocess.run(run, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(run, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setitem(diffusion.UNETS, "small", {**SMALL, "dropout": 0.})
     one, two = train(data, 3, diff_bs=15, cb_tau=1., team=Team()), DiffusionModel.load(tmp_path / "two")

@@ -115,7 +115,7 @@ def test_images_that_cannot_be_halved(tmp_path, main):
 
 
 # the command
-def ltnb(*args, **env): return subprocess.run([sys.executable, "-m", "ltnb", *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=240)
+def ltnb(*args, **env): return subprocess.run([sys.executable, "-m", "ltnb", *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=900)
 
 
 def test_killed_twice_and_resumed(tmp_path, trained):
@@ -142,7 +142,7 @@ def test_two_processes_share_a_plan(tmp_path, trained):
     assert one.returncode == 0, one.stderr
     both = [subprocess.Popen([sys.executable, "-m", "ltnb", "generate", *map(str, args), "--out", str(tmp_path / "two")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"}) for r in range(2)]
-    said = [p.communicate(timeout=240) for p in both]
+    said = [p.communicate(timeout=900) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert "200 images" in said[0][0] and said[1][0] == "", "the first process alone speaks"
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -150,7 +150,7 @@ def test_two_processes_share_a_plan(tmp_path, trained):
 
 def test_two_processes_train_one_model(tmp_path, trained):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb", "run", "diffusion", "--plain", "--quiet", "--precision", "fp32", *FLAGS, "--out", str(tmp_path / "run")],
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
     data = LongTail.digits()

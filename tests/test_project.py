@@ -64,7 +64,7 @@ def test_site_pages_can_be_processed(tmp_path):
     import shutil
     shutil.copytree(ROOT, tmp_path / "p", ignore=shutil.ignore_patterns(".git", "runs", "_proc", "*.egg-info", ".venv", "build"), symlinks=True)
     code = "from nbdev.serve import proc_nbs; proc_nbs()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "p", capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "p", capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     pages = sorted(p.name for p in (tmp_path / "p" / "_proc").glob("*.ipynb"))
     assert pages == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))

@@ -440,7 +440,7 @@ def test_sigkill(tmp_path):
     "Two processes share a plan; one is killed, then both, and the files are those of a job that nobody disturbed"
     one, two = start(tmp_path / "a"), start(tmp_path / "a", 1, 2)
     shards = lambda: len(list((tmp_path / "a").glob("shard-*.safetensors")))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while shards() < 8 and time.monotonic() < end: time.sleep(.002)
     one.send_signal(signal.SIGKILL)
     one.wait()
@@ -477,7 +477,7 @@ print(json.dumps({"grown": peak() - start, "seconds": t, "made": sum(log), "told
 
 
 def test_350000_items_in_flat_memory(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     d = json.loads(done.stdout)
     print(d)

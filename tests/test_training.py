@@ -304,7 +304,7 @@ def processes(n, out, *more):
     "`ltnb run baseline` in n processes; gives the finished launcher"
     args = ["-m", "ltnb", "run", "baseline", "--plain", "--quiet", "--device", "cpu", "--precision", "fp32", "--norm", "group", "--n-epochs", "2", "--imb-ratio", "10", "--bs", "50", "--mixup", "0.5", "--loss", "class_balanced", "--out", str(out), *more]
     launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return subprocess.run([sys.executable, *launcher, *args], capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run([sys.executable, *launcher, *args], capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
