@@ -218,21 +218,34 @@ def test_balanced_sampling_and_its_loss():
     assert sorted(torch.cat([a, b]).tolist()) == list(range(len(y))) and (torch.bincount(y[a]) > 0).all()
 
 
+def fresh64(arch="convnet", seed=0):
+    "A classifier that computes in 64-bit numbers: rounding is 1e-16 of a value, and a few small steps cannot make much of it"
+    clf = fresh(arch, seed)
+    clf.net.double().register_forward_pre_hook(lambda net, x: (x[0].double(),))
+    return clf
+
+
+def apart(a, b, start):
+    "How far two trained networks are apart, as a share of the way that the first one's weights went; the same for its buffers"
+    parts = [[torch.cat([v.detach().double().flatten() for v in values(c.net)]) for c in (a, b, start)] for values in (torch.nn.Module.parameters, torch.nn.Module.buffers)]
+    return max(((x - y).norm() / (x - first).norm()).item() for x, y, first in parts if len(x))
+
+
+# Seen: below 1e-14 for twelve pairs of seeds; another order of the same images is 1e-2 or more of the way off. 1e-8 is far from both.
 @pytest.mark.parametrize("arch, settings", [("convnet", dict(ema=.8, mixup=.4)), ("resnet8", dict(augment=Augment("crop"), schedule="cosine", cutmix=1.))])
-def test_seeds_side_by_side_equal_each_alone(tmp_path, arch, settings):
+def test_seeds_side_by_side_equal_each_alone(arch, settings):
     x, y, seeds = DATA.train.images, DATA.train.labels, [3, 4]
-    alone = [fit(fresh(arch, s), x, y, n_epochs=2, bs=128, seed=s, lr=.005, **settings) for s in seeds]
-    together = fit_seeds([fresh(arch, s) for s in seeds], x, y, seeds, n_epochs=2, bs=128, lr=.005, **settings)
-    relative = lambda a, b: max(((x - y).abs() / (1 + y.abs())).max().item() for x, y in zip(a.values(), b.values()))
-    assert max(relative(a.net.state_dict(), b.net.state_dict()) for a, b in zip(alone, together)) < 1e-4
-    assert distance(together[0].net.state_dict(), together[1].net.state_dict()) > 1e-2
+    alone = [fit(fresh64(arch, s), x, y, n_epochs=2, bs=128, seed=s, lr=.005, **settings) for s in seeds]
+    together = fit_seeds([fresh64(arch, s) for s in seeds], x, y, seeds, n_epochs=2, bs=128, lr=.005, **settings)
+    assert max(apart(a, b, fresh64(arch, s)) for a, b, s in zip(alone, together, seeds)) < 1e-8
+    assert apart(together[0], together[1], fresh64(arch, seeds[0])) > 1e-2
 
 
 def test_seeds_side_by_side_with_balanced_draws():
     loss = lambda: build_loss("cross_entropy", np.ones(10))
-    alone = fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, lr=.005, power=0., loss=loss())
-    one, _ = fit_seeds([fresh(seed=s) for s in (0, 1)], DATA.train.images, DATA.train.labels, [0, 1], n_epochs=1, bs=128, lr=.005, power=0., losses=[loss(), loss()])
-    assert distance(alone.net.state_dict(), one.net.state_dict()) < 1e-4
+    alone = fit(fresh64(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, lr=.005, power=0., loss=loss())
+    one, _ = fit_seeds([fresh64(seed=s) for s in (0, 1)], DATA.train.images, DATA.train.labels, [0, 1], n_epochs=1, bs=128, lr=.005, power=0., losses=[loss(), loss()])
+    assert apart(alone, one, fresh64()) < 1e-8
     for power in (.5, 0.): fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, power=power) # the default loss knows what it sees
 
 
