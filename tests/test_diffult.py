@@ -14,7 +14,7 @@ from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablatio
 from ltnb.losses import effective_counts
 from ltnb.models import Classifier
 
-QUICK = dict(n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2., pipelines=False) # 60 epochs: after 40, one of five draws of the weights leaves phi_0 no better than chance
+QUICK = dict(n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2., pipelines=False) # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
 CORE = ["cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "noise images", "generation", "generation + filter", "generation + weight", "aid loss", "aid loss + filter", "diffult",
         "diffult + label shift"]
 
