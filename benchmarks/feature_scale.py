@@ -1,11 +1,11 @@
 """LDMLR from frozen features at the size of ImageNet-LT and of iNaturalist 2018: minutes and memory.
 
-    python benchmarks/feature_scale.py                      # 115,846 x 2048, 1000 classes, 100 features a class, one seed
-    python benchmarks/feature_scale.py --set inaturalist    # 437,513 x 64, 8142 classes, as many features a class as the recipe makes
+    python benchmarks/feature_scale.py                    # 115,846 x 2048, 1000 classes, 100 features a class, one seed
+    python benchmarks/feature_scale.py --set inaturalist  # 437,513 x 64, 8142 classes, 66 a class: what the recipe makes
 
-The features are made here: class means and noise behind a ReLU, with class counts that fall from the set's largest class
-to its smallest one. Accuracy on them says nothing; what is measured is the wall time of each stage of the whole recipe
-(label shift, LDMLR and every control) and the peak of resident memory.
+The features are made here: class means and noise behind a ReLU, with class counts that fall from the set's largest
+class to its smallest one. Accuracy on them says nothing; what is measured is the wall time of each stage of the whole
+recipe (label shift, LDMLR and every control) and the peak of resident memory.
 """
 import argparse, datetime, json, os, resource, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -48,13 +48,15 @@ def commit():
     "The commit that is measured"
     here = Path(__file__).parent
     ask = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True).stdout.strip()
-    return f"{ask('rev-parse', '--short', 'HEAD') or 'unknown'}{' with changes' if ask('status', '--porcelain', '--', '../ltnb') else ''}"
+    changed = " with changes" if ask("status", "--porcelain", "--", "../ltnb") else ""
+    return (ask("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
 def hardware():
     "Processor and memory"
     try:
-        cpu = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().split("\n") if l.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        cpu = next(l.split(":")[1].strip() for l in lines if l.startswith("model name"))
         memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     except (OSError, StopIteration): return "unknown"
     return f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GB, load {os.getloadavg()[0]:.1f} at the start"
@@ -63,15 +65,19 @@ def hardware():
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--set", choices=SETS, default="imagenet")
-    for name in SETS["imagenet"]: ap.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the set's own")
+    for name in SETS["imagenet"]:
+        ap.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the set's own")
     ap.add_argument("more", nargs="*", help="further options of ltnb run ldmlr, after --")
     a = ap.parse_args()
     s = {k: v if getattr(a, k) is None else getattr(a, k) for k, v in SETS[a.set].items()}
-    print(f"commit {commit()}, {datetime.datetime.now():%Y-%m-%d}, {hardware()}\ncommand: python {' '.join(sys.argv)}", flush=True)
+    print(f"commit {commit()}, {datetime.datetime.now():%Y-%m-%d}, {hardware()}")
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    print(f"command: python {' '.join(sys.argv)}; OMP_NUM_THREADS={threads}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         counts = make(folder / "f.npz", s["n"], s["d"], s["k"], s["most"], s["least"], s["test"])
-        print(f"{counts.sum():,} x {s['d']} features, {s['k']} classes, {counts.max()} to {counts.min()} items; {s['test']:,} test features", flush=True)
+        print(f"{counts.sum():,} x {s['d']} features, {s['k']} classes, {counts.max()} to {counts.min()} items; "
+              f"{s['test']:,} test features", flush=True)
         per_class = ["--per-class", str(s["per_class"])] if s["per_class"] else []
         t = time.perf_counter()
         command = [sys.executable, "-m", "ltnb", "run", "ldmlr", "--plain", "--quiet", "--features", folder / "f.npz"]
@@ -80,8 +86,9 @@ def main():
         if done.returncode: sys.exit(done.stderr)
         stages = [json.loads(l) for l in (folder / "run" / "timing.jsonl").read_text().splitlines()]
         print("\n".join(f"{s['stage']:16} {s['seconds']:8.1f} s" for s in stages))
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        print(f"{'whole command':16} {seconds:8.1f} s, peak memory {peak:.2f} GB")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor (the rest "
+              f"waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end")
         print(f"machine: {json.loads((folder / 'run' / 'environment.json').read_text())}")
 
 
