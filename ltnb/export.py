@@ -161,7 +161,7 @@ def check_path(path:str|Path # of the file to write
     except Exception: mine = False
     if not mine: raise UsageError(f"--out {path} is there and is no file of ltnb export: choose another name.")
 
-
+# %% ../nbs/13_export.ipynb #07ac5fed
 def export(run:str|Path, # a run directory, or its folder model
            out:str|Path, # the .onnx file to write
            images:str|Path|None=None, # folder of photographs for the check

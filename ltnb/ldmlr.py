@@ -239,7 +239,7 @@ def fit_heads(cfg:LDMLRConfig, # resolved
     starts = {"label shift": (base, cfg.head_steps, cfg.head_lr), "scratch": (None, cfg.scratch_steps, cfg.scratch_lr)}
     return {start: fit_head(x, y, counts, w, *args, key=(seed, start), progress=progress) for start, args in starts.items()}
 
-
+# %% ../nbs/11_ldmlr.ipynb #70eb721b
 def stage_classify(cfg:LDMLRConfig, # resolved
                    f:Features, base:Head, # real features and the stage-1 head
                    made:Synthetic, # generated features
@@ -281,7 +281,7 @@ def read_heads(base:Head, heads:dict # of stages 1 and 3
         else: said |= {(source, start): head.corrected, **({(f"{source}, argmax", start): head.logits} if start else {})}
     return said
 
-
+# %% ../nbs/11_ldmlr.ipynb #f616f52b
 def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
                seed:int, shown=METHODS # rows to make
               )->list[dict]: # one a method; numbers of heads from scratch begin with scratch_

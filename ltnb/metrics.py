@@ -92,7 +92,7 @@ def score(predicted:np.ndarray|None, # (N,) class numbers; None takes the larges
     return Scores(method, seed, float(hit.sum() / len(hit)), mean(slice(None)), {g: mean(k) for g, k in groups.items()}, per_class, macro_f1=float(f1[total > 0].mean()),
                   worst_tenth=worst(per_class, math.ceil(k / 10)), tail_to_head=tail_to_head, **more)
 
-
+# %% ../nbs/02_metrics.ipynb #6784f348
 def read_logits(logits:np.ndarray, # (N, K)
                 labels:np.ndarray, # (N,) the true classes
                 entries:int=2**22 # how many logits are read at a time

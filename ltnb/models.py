@@ -90,7 +90,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x))
 
-
+# %% ../nbs/03_models.ipynb #828a5f66
 class LinearNet(nn.Module):
     "A head alone: its images are feature vectors that somebody else encoded"
 

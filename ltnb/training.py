@@ -125,7 +125,8 @@ def decode_ahead(files:ImageFiles, # what is decoded
             ahead.extend(pool.submit(_decode, i) for i in itertools.islice(rest, 1))
         pool.shutdown()
     finally: # a process that hangs would also keep this one from ending
-        for p in list(processes.values()): p.kill()
+        for p in (killed := list(processes.values())): p.kill()
+        for p in killed: p.join(5)
         pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/05_training.ipynb #bfe084c0
@@ -164,15 +165,17 @@ class Batches:
             except Exception as e: self.tell(e)
         for i in order[done:]: yield self.images[i]
 
-    def tell(self, e:Exception # what ended the workers
-            ):
-        "Say why this process goes on alone"
-        Batches.failed = True
-        what = ("was killed (for want of memory, as a rule)" if isinstance(e, BrokenProcessPool)
-                else f"gave nothing for {self.wait:g} seconds" if isinstance(e, TimeoutError)
-                else f"cannot be used ({type(e).__name__}: {e}; is /dev/shm full?)")
-        print(f"note: a worker process that decodes photographs {what}: this process decodes them itself from here on, "
-              "with the same result. --workers 0 does so from the start.", file=sys.stderr)
+# %% ../nbs/05_training.ipynb #c9c02f1a
+@patch
+def tell(self:Batches, e:Exception # what ended the workers
+        ):
+    "Say why this process goes on alone"
+    Batches.failed = True
+    what = ("was killed (for want of memory, as a rule)" if isinstance(e, BrokenProcessPool)
+            else f"gave nothing for {self.wait:g} seconds" if isinstance(e, TimeoutError)
+            else f"cannot be used ({type(e).__name__}: {e}; is /dev/shm full?)")
+    print(f"note: a worker process that decodes photographs {what}: this process decodes them itself from here on, "
+          "with the same result. --workers 0 does so from the start.", file=sys.stderr)
 
 # %% ../nbs/05_training.ipynb #6cb05621
 def epoch_order(labels:torch.Tensor, # (N,) int64 on the device
@@ -579,8 +582,7 @@ def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
     images, labels = (v if isinstance(v, list) else [v] * len(clfs) for v in (images, labels))
     if len({len(y) for y in labels}) > 1: raise UsageError(f"seeds that train side by side need equally many images, got {sorted({len(y) for y in labels})}.")
     check_fit(len(labels[0]), bs, schedule, power, 0, None, augment, mixup, cutmix)
-    least = least_batch(clfs[0].to(device), images[0].shape[1:], bs)
-    x = {id(i): Batches(i, device) for i in images}
+    least, x = least_batch(clfs[0].to(device), images[0].shape[1:], bs), {id(i): Batches(i, device) for i in images}
     ys = [torch.from_numpy(np.asarray(y, dtype=np.int64)).to(device) for y in labels]
     losses = [l.to(device) for l in losses or [build_loss("cross_entropy", np.bincount(y, minlength=len(c.class_names)).astype(float) ** power) for c, y in zip(clfs, labels)]]
     for loss, y in zip(losses, ys): loss.check(y, torch.bincount(y, minlength=len(loss.counts)).double()[y] ** (power - 1))
