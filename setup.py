@@ -10,7 +10,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-lab, evaluation, dev = (cfg[f"{name}_requirements"].split() for name in ("lab", "eval", "dev"))
+lab, evaluation, onnx, dev = (cfg[f"{name}_requirements"].split() for name in ("lab", "eval", "onnx", "dev"))
 
 
 def is_entry(path):
@@ -51,7 +51,7 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=["ltnb"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "eval": evaluation, "dev": lab + evaluation + dev},
+    extras_require={"lab": lab, "eval": evaluation, "onnx": onnx, "dev": lab + evaluation + onnx + dev},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     cmdclass={"build_py": build_py_with_notebooks},
 )

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from .augment import Augment
-from .core import Run, UsageError, nearest, read_json, read_jsonl
+from .core import Progress, Run, UsageError, nearest, read_json, read_jsonl
 from .data import BALANCED, DataConfig, LongTail, free_memory, load_data, plot_counts
-from .heads import Features, choose_tau, crt, lws, nearest_mean, tau_norm
+from .heads import MAX_DRAWS, Features, choose_tau, crt, lws, nearest_mean, tau_norm
 from .losses import LOSSES, build_loss, label_shift, log_prior
 from .metrics import paired_over_images, plot_flow, score
 from .models import ARCHS, Classifier, build_model, encode, pixel_stats
@@ -152,7 +152,12 @@ def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, #
     if not cfg.heads: return out
     if f.head is not None:
         tau = choose_tau(f.head, encode(clf, data.val.images, device=device, precision=precision), torch.from_numpy(data.val.labels)) if data.val is not None else 1.
-        out |= {"crt": crt(f.train, f.train_labels, f.n_classes, key=(seed,)).logits(f.test), "lws": lws(f.head, f.train, f.train_labels, key=(seed,)).logits(f.test), "tau-norm": tau_norm(f.head, tau).logits(f.test)}
+        draws = [min(e * f.n_classes * int(f.counts.max()), MAX_DRAWS) for e in (10, 5)] # of cRT and LWS
+        bar = Progress(f"seed {seed}: heads", sum(-(-n // 512) for n in draws))
+        out |= {"crt": crt(f.train, f.train_labels, f.n_classes, key=(seed,), progress=bar.step).logits(f.test)}
+        out |= {"lws": lws(f.head, f.train, f.train_labels, key=(seed,), progress=bar.step).logits(f.test)}
+        bar.close()
+        out |= {"tau-norm": tau_norm(f.head, tau).logits(f.test)}
     return out | {"nearest mean": nearest_mean(f.train, f.train_labels, n_classes=f.n_classes).logits(f.test)}
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'OPTIONS', 'COMMANDS', 'Recipe', 'entry_notebook', 'Parser', 'help_of', 'add_settings', 'add_options',
            'parse', 'settings', 'kernel_folder', 'notebook_finished', 'run_notebook', 'run_command', 'execute',
            'demo_command', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig', 'needed', 'predict_command',
-           'encode_command', 'generate_command', 'list_command', 'usage', 'main']
+           'encode_command', 'ExportConfig', 'export_command', 'generate_command', 'list_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #305a3f2b
 import argparse, importlib, json, os, shutil, sys, tempfile, threading, traceback
@@ -351,6 +351,29 @@ def encode_command(args:list[str] # after `ltnb encode`
     features.save(config.out, with_head=config.model is not None)
     print(f"{len(features.train):,} train and {len(features.test):,} test features of width {features.train.shape[1]}: {config.out}")
 
+# %% ../nbs/90_cli.ipynb #1b11b93a
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    "Settings of `ltnb export`"
+    recipe: ClassVar[str] = "export"
+    model: str|None = None # a run directory, or its model folder
+    images: str|None = None # folder of photographs that the file is checked on (default: test images of the run's set)
+    out: str|None = None # the .onnx file to write
+    paths: ClassVar[tuple] = ("model", "images")
+
+
+def export_command(args:list[str] # after `ltnb export`
+                  ):
+    "ltnb export: a run's classifier as one ONNX file, checked against it"
+    parser = Parser("ltnb export", description="Write a run's classifier as one ONNX file: 8-bit images in, probabilities out, "
+                                               "with classes, normalisation and prior correction inside.")
+    add_settings(parser, ExportConfig)
+    add_options(parser, "debug")
+    config = settings(ExportConfig, parse(parser, args))
+    needed(config, "model", "out")
+    from ltnb.export import export
+    print(export(config.model, config.out, config.images))
+
 # %% ../nbs/90_cli.ipynb #18100aca
 def generate_command(args:list[str] # after `ltnb generate`
                     ):
@@ -383,7 +406,7 @@ def list_command(args:list[str] # after `ltnb list`
             print(f"  --{f.name.replace('_', '-'):<15} {kind:<26} {'-' if f.default is None else str(f.default):<8} {helps.get(f.name) or ''}")
 
 # %% ../nbs/90_cli.ipynb #8e8ce12a
-COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "generate": generate_command, "encode": encode_command, "predict": predict_command, "list": list_command}
+COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "generate": generate_command, "encode": encode_command, "predict": predict_command, "export": export_command, "list": list_command}
 
 
 def usage()->str: # the help text

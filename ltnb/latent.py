@@ -205,8 +205,12 @@ def neighbour_classes(head:Head, # of stage 1, its prior included
                      )->torch.Tensor: # (K, K) Q: rows sum to 1, the diagonal is 0
     "Which other classes a class is confused with"
     if len(means) == 1: return torch.ones(1, 1) # there is no other class
-    logits = head.logits(means).double() / temperature
-    return logits.fill_diagonal_(-math.inf).softmax(1).float()
+    q, rows = torch.empty(len(means), len(means)), max(1, 2**24 // len(means)) # so many at a time: float64 takes twice the room
+    for i in range(0, len(means), rows):
+        logits = head.logits(means[i:i + rows]).double() / temperature
+        logits[torch.arange(len(logits)), torch.arange(i, i + len(logits))] = -math.inf
+        q[i:i + rows] = logits.softmax(1)
+    return q
 
 # %% ../nbs/10_latent.ipynb #a7a9c9a4
 def shrink_strength(counts:np.ndarray, # (K,) training items
@@ -221,7 +225,8 @@ def memorised(head:Head, # of stage 1
               n_classes:int # K
              )->np.ndarray: # (K,) rho in 0 to 1
     "How sure the head is of its own training items: mean probability of the right class, prior removed"
-    p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in zip(z.split(8192), y.split(8192))])
+    rows = min(8192, max(1, 2**24 // n_classes)) # so many at a time
+    p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in zip(z.split(rows), y.split(rows))])
     return class_means(p[:, None], y, n_classes)[:, 0].double().numpy()
 
 # %% ../nbs/10_latent.ipynb #5b76e7be
@@ -243,7 +248,9 @@ class Neighbourhood:
     @property
     def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of both"
-        return hashlib.blake2b(self.toward.numpy().tobytes() + self.strength.tobytes(), digest_size=8).hexdigest()
+        h = hashlib.blake2b(self.toward.contiguous().numpy(), digest_size=8)
+        h.update(self.strength.tobytes())
+        return h.hexdigest()
 
 # %% ../nbs/10_latent.ipynb #82938ae6
 def draw_pull(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) rows (class, k)
@@ -258,8 +265,10 @@ def draw_neighbours(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) r
                     toward:torch.Tensor # (K, K) of `neighbour_classes`
                    )->np.ndarray: # (N,) class numbers
     "Toward which class each item is pulled"
-    steps = {c: toward[c].double().cumsum(0).numpy() for c in np.unique(plan[:, 0])}
-    return draw_items((*key, "neighbour"), plan, lambda g, n, c: np.searchsorted(steps[c] / steps[c][-1], g.random(n), side="right") if c in steps else np.zeros(n, np.int64))
+    def draw(g, n, c):
+        steps = toward[c].double().cumsum(0).numpy()
+        return np.searchsorted(steps / steps[-1], g.random(n), side="right")
+    return draw_items((*key, "neighbour"), plan, draw)
 
 # %% ../nbs/10_latent.ipynb #596d9eb8
 PULLS = ("neighbours", "any class", "none")

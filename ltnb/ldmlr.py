@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ABLATIONS', 'CORRECTED_ONLY', 'METHODS', 'CONTROLS', 'VARIANTS', 'LatentConfig', 'LDMLRConfig', 'DemoConfig',
            'resolve', 'planned_counts', 'stage_encode', 'base_head', 'stage_generate', 'neighbourhood', 'stage_sample',
-           'sources', 'fit_heads', 'stage_classify', 'decoupled_heads', 'read_heads', 'score_rows', 'ablation_settings',
-           'ablation_rows', 'room_of', 'data_name', 'read_data', 'check_inputs', 'run_seed', 'keep_first', 'split_rows',
-           'finish_run', 'run_directory', 'run', 'summary']
+           'plan_of', 'sources', 'fit_heads', 'stage_classify', 'decoupled_heads', 'read_heads', 'score_rows',
+           'ablation_settings', 'ablation_rows', 'room_of', 'data_name', 'read_data', 'check_inputs', 'run_seed',
+           'keep_first', 'split_rows', 'finish_run', 'run_directory', 'run', 'summary']
 
 # %% ../nbs/11_ldmlr.ipynb #95de0b19
 import importlib, re
@@ -22,13 +22,13 @@ import torch
 from .augment import Augment
 from .core import Progress, Run, UsageError, choose_device, nearest, read_json
 from .data import BALANCED, BANDS, DataConfig, LongTail, bands, load_data, plot_counts
-from .heads import Features, Head, crt, fit_head, lws, tau_norm
+from .heads import Features, Head, by_rows, crt, fit_head, lws, tau_norm
 from .latent import LatentModel, Neighbourhood, garbage_features, gaussian_features, mixed_features, sample_features, train_latent
 from .losses import effective_counts, log_prior
 from .metrics import paired_over_images, score
 from .models import ARCHS, Classifier, LinearNet, build_model, pixel_stats
 from .report import html_figure, html_table, new_figure, plot_feature_map, plot_per_class, plot_starts, render, save_figure, table, verdict, write_report
-from .synthetic import Synthetic, make_plan, make_synthetic, mix
+from .synthetic import ManifestRows, ShardItems, Synthetic, make_plan, make_synthetic, mix
 from .training import fit
 
 # %% ../nbs/11_ldmlr.ipynb #958fc50e
@@ -172,7 +172,10 @@ def base_head(f:Features, # with or without a head
              )->Head: # the stage-1 head
     "The head that came with the features, or one fitted on the real ones by cross-entropy"
     if f.head is not None: return f.head
-    return fit_head(f.train, f.train_labels, f.counts, None, None, cfg.scratch_steps, cfg.scratch_lr, key=(seed, "base"))
+    bar = Progress(f"seed {seed}: first head", cfg.scratch_steps)
+    head = fit_head(f.train, f.train_labels, f.counts, None, None, cfg.scratch_steps, cfg.scratch_lr, key=(seed, "base"), progress=bar.step)
+    bar.close()
+    return head
 
 # %% ../nbs/11_ldmlr.ipynb #afd6e656
 def stage_generate(cfg:LDMLRConfig, # resolved
@@ -201,18 +204,25 @@ def stage_sample(cfg:LDMLRConfig, # resolved
     around = neighbourhood(cfg, f, base)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps)
     bar = Progress(f"seed {seed}: sample", len(plan))
-    made = make_synthetic(folder, plan, lambda part: sample_features(model, part, around, *settings), model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step)
+    made = make_synthetic(folder, plan, lambda part: sample_features(model, part, around, *settings), model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step, keep=False)
     bar.close()
-    return made
+    return Synthetic(made.items.tensor() if isinstance(made.items, ShardItems) else made.items, made.manifest) # the rows stay on disk
 
 # %% ../nbs/11_ldmlr.ipynb #8e14cf19
+def plan_of(made:Synthetic # whose manifest is in memory or on disk
+           )->np.ndarray: # (N, 2) rows (class, k)
+    "The plan that made items fulfil"
+    if isinstance(made.manifest, ManifestRows): return made.manifest.plan
+    return np.array([(r["class"], r["k"]) for r in made.manifest]).reshape(-1, 2)
+
+
 def sources(cfg:LDMLRConfig, # resolved
             f:Features, base:Head, # real features and the stage-1 head
             made:Synthetic, # generated features
             seed:int
            )->dict: # name -> function that gives items; with the labels of `made`, none for the first
     "Every kind of extra features; a control is made when it is asked for"
-    plan = np.array([(r["class"], r["k"]) for r in made.manifest]).reshape(-1, 2)
+    plan = plan_of(made)
     return {"real refit": lambda: f.train[:0], "garbage": lambda: garbage_features(f.train, plan, seed), "gaussian": lambda: gaussian_features(f.train, f.train_labels, plan, seed),
             "neighbour mixing": lambda: mixed_features(f.train, f.train_labels, plan, neighbourhood(cfg, f, base), seed=seed), "ldmlr": lambda: made.items}
 
@@ -220,15 +230,16 @@ def sources(cfg:LDMLRConfig, # resolved
 def fit_heads(cfg:LDMLRConfig, # resolved
               f:Features, base:Head, # real features and the stage-1 head
               items:torch.Tensor, labels:np.ndarray, # (M, d) extra features, (M,) their classes
-              seed:int
+              seed:int,
+              progress=lambda n: None # told 1 after each step
              )->dict[str, Head]: # "label shift" and "scratch", the two starts
     "The same fit from two starts"
     x, y, w = mix(f.train, f.train_labels, items, labels, cfg.syn_weight)
     counts = effective_counts(f.counts, np.bincount(labels, minlength=f.n_classes), cfg.syn_weight)
     starts = {"label shift": (base, cfg.head_steps, cfg.head_lr), "scratch": (None, cfg.scratch_steps, cfg.scratch_lr)}
-    return {start: fit_head(x, y, counts, w, *args, key=(seed, start)) for start, args in starts.items()}
+    return {start: fit_head(x, y, counts, w, *args, key=(seed, start), progress=progress) for start, args in starts.items()}
 
-
+# %% ../nbs/11_ldmlr.ipynb #70eb721b
 def stage_classify(cfg:LDMLRConfig, # resolved
                    f:Features, base:Head, # real features and the stage-1 head
                    made:Synthetic, # generated features
@@ -236,11 +247,10 @@ def stage_classify(cfg:LDMLRConfig, # resolved
                   )->dict[tuple[str, str], Head]: # (source, "label shift" or "scratch") -> head
     "Refit the head on real features and each kind of extra ones"
     extra, heads = sources(cfg, f, base, made, seed), {}
-    bar = Progress(f"seed {seed}: heads", len(extra))
+    bar = Progress(f"seed {seed}: heads", len(extra) * (cfg.head_steps + cfg.scratch_steps))
     for name, make in extra.items():
         items = make()
-        heads |= {(name, start): h for start, h in fit_heads(cfg, f, base, items, made.labels[:len(items)], seed).items()}
-        bar.step()
+        heads |= {(name, start): h for start, h in fit_heads(cfg, f, base, items, made.labels[:len(items)], seed, bar.step).items()}
     bar.close()
     return heads
 
@@ -251,8 +261,10 @@ def decoupled_heads(cfg:LDMLRConfig, # resolved
                    )->dict[tuple[str, None], Head]: # (method, None) -> head
     "Class-balanced refits with as many draws as the other heads: cRT as those from scratch, LWS as those from label shift; tau = 1"
     unit, d = 5 / f.train.norm(dim=1).mean().clamp_min(1e-6), f.n_classes * int(f.counts.max()) # features of other lengths would need other learning rates
-    new = crt(f.train * unit, f.train_labels, f.n_classes, cfg.scratch_steps * 1024 / d, key=(seed,))
-    heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,))}
+    bar = Progress(f"seed {seed}: decoupled heads", -(-cfg.scratch_steps * 1024 // 512) - (-cfg.head_steps * 1024 // 512))
+    new = crt(f.train * unit, f.train_labels, f.n_classes, cfg.scratch_steps * 1024 / d, key=(seed,), progress=bar.step)
+    heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,), progress=bar.step)}
+    bar.close()
     return heads | ({("tau-norm", None): tau_norm(base)} if (base.weight != 0).any(1).all() else {}) # a class without weights cannot be normalised: that row is left out
 
 # %% ../nbs/11_ldmlr.ipynb #56d96aa5
@@ -269,16 +281,20 @@ def read_heads(base:Head, heads:dict # of stages 1 and 3
         else: said |= {(source, start): head.corrected, **({(f"{source}, argmax", start): head.logits} if start else {})}
     return said
 
-
+# %% ../nbs/11_ldmlr.ipynb #f616f52b
 def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
                seed:int, shown=METHODS # rows to make
               )->list[dict]: # one a method; numbers of heads from scratch begin with scratch_
     "All rows of one seed, with standard errors over test images of the differences to the controls"
     truth, rows = f.test_labels.numpy(), []
     scores, right = {}, {}
-    for k, say in read_heads(base, heads).items(): # one at a time: with many classes, logits take more room than features
-        z = say(f.test).numpy()
+    said = read_heads(base, heads)
+    bar = Progress(f"seed {seed}: scores", len(said))
+    for k, say in said.items(): # one at a time: with many classes, logits take more room than features
+        z = by_rows(say, f.test, f.n_classes).numpy()
         scores[k], right[k] = score(None, truth, f.counts, k[0], seed, z), z.argmax(1) == truth
+        bar.step()
+    bar.close()
     def se(method, start): # of the difference to each control with the same start
         others = {c: (c, start) if (c, start) in right else (c, None) for c in CONTROLS if c != method}
         of = {c: paired_over_images(right[method, start], right[k]) for c, k in others.items() if k in right}

@@ -25,7 +25,7 @@ from .heads import Features, Head
 from .ldmlr import LDMLRConfig, planned_counts, sources
 from .models import Classifier, ResNet, check_images
 from .synthetic import Synthetic, item_noise, make_plan, make_synthetic
-from .training import Batches, Clock, keep, restore
+from .training import Batches, Clock, keep, least_batch, restore, split_order
 
 # %% ../nbs/12_ldmlr_published.ipynb #a59267a7
 def features_as_coded(net:nn.Module, # with `features`
@@ -49,7 +49,8 @@ def encode_as_coded(clf:Classifier, # stays as it is
     "Training features as the released code makes them"
     check_images(clf, data.train.images)
     net, features = copy.deepcopy(clf.net).to(device).train(batch_stats), features_as_coded if drop_relu else lambda net, x: net.features(x)
-    order = torch.randperm(len(data.train), generator=generator(seed, "as coded")).split(bs)
+    least = least_batch(clf, data.train.images.shape[1:], min(bs, len(data.train))) if batch_stats else 1
+    order = split_order(torch.randperm(len(data.train), generator=generator(seed, "as coded")), bs, least)
     out = torch.zeros(len(data.train), net.n_features)
     with seeded(seed, "as coded"): # of dropout layers
         for step, (i, x) in enumerate(zip(order, Batches(data.train.images, device).follow(order))):
