@@ -284,7 +284,7 @@ def run_notebook(notebook:Path, # the entry notebook
         try:
             execute_notebook(*paths, values, kernel_name="python3", progress_bar=False, log_output=False, cwd=os.getcwd(),
                              start_timeout=300, iopub_timeout=60, kernel_manager_class=kernel_manager(log, kernel),
-                             config=Traits({"KernelManager": transport}),
+                             config=Traits({"KernelManager": {**transport, "shutdown_wait_time": 2.}}),
                              extra_arguments=["--Application.log_level=50", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"])
         except PapermillExecutionError as e: raise cell_error(e, target) from e
         except OSError as e: raise os_error(e, f"writing {target}") from e
