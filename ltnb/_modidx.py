@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ltnb.cli.generate_command': ('cli.html#generate_command', 'ltnb/cli.py'),
                           'ltnb.cli.has_card': ('cli.html#has_card', 'ltnb/cli.py'),
                           'ltnb.cli.help_of': ('cli.html#help_of', 'ltnb/cli.py'),
+                          'ltnb.cli.here': ('cli.html#here', 'ltnb/cli.py'),
                           'ltnb.cli.is_features': ('cli.html#is_features', 'ltnb/cli.py'),
                           'ltnb.cli.is_job': ('cli.html#is_job', 'ltnb/cli.py'),
                           'ltnb.cli.is_predictions': ('cli.html#is_predictions', 'ltnb/cli.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIONS', 'CARD', 'GENERATED', 'COMMANDS', 'Recipe', 'entry_notebook', 'Parser', 'help_of', 'add_settings',
            'add_options', 'parse', 'settings', 'show_pipe', 'kernel_folder', 'module_path', 'kernel_manager',
-           'out_of_memory', 'kernel_error', 'notebook_finished', 'notebook_settings', 'variables', 'cell_error',
+           'out_of_memory', 'kernel_error', 'notebook_finished', 'notebook_settings', 'here', 'variables', 'cell_error',
            'run_notebook', 'run_command', 'check_notebook', 'execute', 'demo_command', 'has_card', 'keep_card',
            'data_command', 'PredictConfig', 'EncodeConfig', 'needed', 'is_predictions', 'is_features', 'is_job',
            'predict_command', 'encode_command', 'generate_command', 'list_command', 'open_streams', 'flush_streams',
@@ -241,6 +241,12 @@ def notebook_settings(config, # checked settings
     return values
 
 # %% ../nbs/90_cli.ipynb #16a90086
+def here()->str: # the working folder
+    "Where the command was given; it may have been removed since"
+    try: return os.getcwd()
+    except OSError: raise LtnbError("the working folder does not exist any more: change to another one.") from None
+
+
 @contextmanager
 def variables(**values # of the environment
              ):
@@ -282,7 +288,7 @@ def run_notebook(notebook:Path, # the entry notebook
         socket = os.path.join(own, "kernel")
         transport = {"transport": "ipc", "ip": socket} if len(os.fsencode(socket)) < 90 else {"transport": "tcp"}
         try:
-            execute_notebook(*paths, values, kernel_name="python3", progress_bar=False, log_output=False, cwd=os.getcwd(),
+            execute_notebook(*paths, values, kernel_name="python3", progress_bar=False, log_output=False, cwd=here(),
                              start_timeout=300, iopub_timeout=60, kernel_manager_class=kernel_manager(log, kernel),
                              config=Traits({"KernelManager": {**transport, "shutdown_wait_time": 2.}}),
                              extra_arguments=["--Application.log_level=50", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"])
@@ -605,8 +611,7 @@ def quiet_libraries(debug:bool # show everything
     last, logging.lastResort = logging.lastResort, logging.NullHandler()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"ltnb\.")
-        warnings.showwarning = lambda message, *where: str(where[1]).startswith(str(Path(ltnb.__file__).parent)) and tell(f"warning: {message}")
+        warnings.showwarning = lambda *what: None # some libraries set filters of their own; ours speak through `tell`
         try: yield
         finally: logging.lastResort = last
 
@@ -627,7 +632,7 @@ def failure(e:Exception, # of a command
     go_on = "run the same command again" + ("; what was computed before is kept" if args[0] in ("run", "demo", "generate") else "")
     if isinstance(e, LtnbError): return str(e), e.exit_code
     if memory := out_of_memory(type(e).__name__, str(e)): return f"{memory}, then {go_on}.", 1
-    if isinstance(e, OSError) and e.errno: return str(os_error(e, f"using {e.filename or 'a file'}")), 1
+    if isinstance(e, OSError) and e.errno: return str(os_error(e, f"using {e.filename}" if e.filename else "reading or writing")), 1
     return f"unexpected {type(e).__name__}: {e} (run again with --debug for the traceback)", 1
 
 
@@ -635,7 +640,7 @@ def call(args:list[str] # what was typed
         )->int: # the exit code
     "Run a command; what it raises becomes a sentence"
     try:
-        if not os.path.exists(os.curdir): raise LtnbError("the working folder does not exist any more: change to another one.")
+        here()
         if not args: raise UsageError(f"a command is needed. {nearest('', COMMANDS)} See ltnb --help.")
         if args[0] in ("-h", "--help"): print(usage())
         elif args[0] == "--version": print(f"ltnb {ltnb.__version__}")

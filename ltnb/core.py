@@ -230,13 +230,13 @@ def check_output(out:str|Path, # where to write
     "Refuse an output that cannot be written, is an input, or would replace what somebody else wrote"
     if not str(out) or "\0" in str(out): raise UsageError(f"{name} is empty: name a {'folder' if suffix is None else suffix + ' file'}.")
     said, there = f"{name} {out}", [str(out)] if suffix else [os.path.join(out, w) for w in writes]
+    _check_kind(out, suffix, said)
     for flag, path, taken in inputs:
         if _same(out, path): raise UsageError(f"{said} is also the input {flag} {path}: choose another path.")
         if any(_within(path, w) for w in there) or (suffix is None and os.path.isdir(path) and _within(path, out)):
             raise UsageError(f"{said} holds the input {flag} {path}: choose another path.")
         if suffix is None and taken and _within(out, path):
             raise UsageError(f"{said} lies in {flag} {path}, where every folder is read: choose a folder outside of it.")
-    _check_kind(out, suffix, said)
     found = [w for w in there if os.path.lexists(os.path.realpath(w))]
     if found and own is not None and not own(os.path.realpath(out)):
         names = "exists" if suffix else f"has {', '.join(os.path.relpath(w, out) for w in found[:3])}"
