@@ -136,7 +136,7 @@ def kernel_folder(quiet:bool # say nothing
                  ): # yields the folder, and where the kernel's messages go
     "A folder for the kernel's sockets, and a pipe through which its messages reach this terminal"
     short = "/tmp" if os.access("/tmp", os.W_OK) else None # a socket needs a short path
-    try: made = tempfile.TemporaryDirectory(prefix="ltnb-", dir=short, ignore_cleanup_errors=True)
+    try: made = tempfile.TemporaryDirectory(prefix=f"ltnb-{os.getpid()}-", dir=short, ignore_cleanup_errors=True)
     except OSError as e: raise os_error(e, "making a temporary folder (TMPDIR says where)") from e
     with made as folder:
         pipe, done = os.path.join(folder, "messages"), threading.Event()
@@ -572,9 +572,9 @@ def flush_streams()->bool: # could everything be printed?
     for stream in (sys.stdout, sys.stderr):
         try: stream.flush()
         except BrokenPipeError: whole = False # its reader has left
-        except (OSError, ValueError) as e:
+        except OSError as e:
             whole = False
-            if stream is sys.stdout: show_text(f"ltnb: the result cannot be printed: {getattr(e, 'strerror', None) or e}.\n")
+            if stream is sys.stdout: show_text(f"ltnb: {os_error(e, 'printing the result')}\n")
         else: continue
         try: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno()) # else Python complains at its end
         except (OSError, ValueError): pass

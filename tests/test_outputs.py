@@ -20,7 +20,8 @@ def made(tmp_path_factory):
             image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             image.save(root / "photos" / name / f"{name}{i}.png")
     images, labels = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), np.arange(24) % 2
-    np.savez(root / "set.npz", train_images=images[:16], train_labels=labels[:16], test_images=images[16:], test_labels=labels[16:])
+    np.savez(root / "set.npz", train_images=images[:16], train_labels=labels[:16],
+             test_images=images[16:], test_labels=labels[16:])
     new_encoder("resnet8", LongTail.npz(root / "set.npz"), False).save(root / "run" / "model")
     return root
 
@@ -47,18 +48,24 @@ PREDICT = ["predict", "--model", "run", "--images", "photos", "--device", "cpu"]
 ENCODE = ["encode", "--dataset", "npz", "--data-root", "set.npz", "--arch", "resnet8", "--pretrained", "false"]
 RUN = ["run", "baseline", "--dataset", "folder", "--data-root", "photos", "--n-epochs", "1"]
 CARD = ["data", "--dataset", "folder", "--data-root", "photos"]
+GENERATE = ["generate", "--model", "run", "--per-class", "1"]
 LONG = "x" * 300
 REFUSED = [
-    (ENCODE, "set.npz", "input"), (ENCODE, "photos/../set.npz", "input"), (ENCODE, "./link.npz", "input"), (ENCODE, "hard.npz", "input"),
-    (ENCODE, "f.npy", "name it f.npz"), (ENCODE, "f", "name it f.npz"), (ENCODE, "photos", "is a folder"), (ENCODE, "new/", "is a folder"),
-    (PREDICT, "photos/cat/cat0.png", "does not end in .csv"), (PREDICT, "labels.csv", "did not write it"), (PREDICT, "photos", "is a folder"),
-    (PREDICT, "run", "is a folder"), (PREDICT, ".", "is a folder"), (PREDICT, "labels.csv/p.csv", "not a folder"), (PREDICT, "/proc/p.csv", "cannot be written"),
-    (PREDICT, "/dev/null", "device"), (PREDICT, LONG + ".csv", "too long"), (PREDICT, LONG + "/p.csv", "too long"), (PREDICT, "", "empty"),
-    (RUN, "photos", "input"), (RUN, "link", "input"), (RUN, ".", "holds the input"), (RUN, "photos/cat/../out", "lies in"), (RUN, "link/out", "lies in"),
-    (RUN, "labels.csv", "is a file"), (RUN, "labels.csv/out", "not a folder"), (RUN, "/proc/out", "cannot be written"), (RUN, LONG, "too long"), (RUN, "", "empty"),
-    ([*RUN, "--plain"], "link/out", "lies in"), ([*RUN, "--plain"], ".", "holds the input"), (["demo"], "labels.csv", "is a file"),
-    (CARD, "photos", "input"), (CARD, ".", "holds the input"), (CARD, "link/card", "lies in"), (CARD, "labels.csv", "is a file"), (CARD, "", "empty"), (CARD, LONG, "too long"),
-    (["generate", "--model", "run", "--per-class", "1"], "run", "input"), (["generate", "--model", "run", "--per-class", "1"], "labels.csv", "is a file"),
+    (ENCODE, "set.npz", "input"), (ENCODE, "photos/../set.npz", "input"), (ENCODE, "./link.npz", "input"),
+    (ENCODE, "hard.npz", "input"), (ENCODE, "f.npy", "name it f.npz"), (ENCODE, "f", "name it f.npz"),
+    (ENCODE, "photos", "is a folder"), (ENCODE, "new/", "is a folder"),
+    (PREDICT, "photos/cat/cat0.png", "does not end in .csv"), (PREDICT, "labels.csv", "did not write it"),
+    (PREDICT, "photos", "is a folder"), (PREDICT, "run", "is a folder"), (PREDICT, ".", "is a folder"),
+    (PREDICT, "labels.csv/p.csv", "not a folder"), (PREDICT, "/proc/p.csv", "cannot be written"),
+    (PREDICT, "/dev/null", "device"), (PREDICT, LONG + ".csv", "too long"), (PREDICT, LONG + "/p.csv", "too long"),
+    (PREDICT, "", "empty"), (RUN, "photos", "input"), (RUN, "link", "input"), (RUN, ".", "holds the input"),
+    (RUN, "photos/cat/../out", "lies in"), (RUN, "link/out", "lies in"), (RUN, "labels.csv", "is a file"),
+    (RUN, "labels.csv/out", "not a folder"), (RUN, "/proc/out", "cannot be written"), (RUN, LONG, "too long"),
+    (RUN, "", "empty"), ([*RUN, "--plain"], "link/out", "lies in"), ([*RUN, "--plain"], ".", "holds the input"),
+    (["demo"], "labels.csv", "is a file"), (CARD, "photos", "input"), (CARD, ".", "holds the input"),
+    (CARD, "link/card", "lies in"), (CARD, "labels.csv", "is a file"), (CARD, "", "empty"), (CARD, LONG, "too long"),
+    (GENERATE, "run", "input"),
+    (GENERATE, "labels.csv", "is a file"),
 ]
 
 
@@ -77,22 +84,26 @@ def test_files_of_other_commands_are_foreign(place, main):
     (place / "theirs" / "figures" / "counts.png").write_bytes(b"theirs")
     (place / "theirs" / "png").mkdir()
     (place / "theirs" / "60_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
-    np.savez(place / "theirs" / "f.npz", train_features=np.ones((2, 2)), train_labels=[0, 1], test_features=np.ones((2, 2)), test_labels=[0, 1], class_names=["a", "b"])
+    np.savez(place / "theirs" / "f.npz", train_features=np.ones((2, 2)), train_labels=[0, 1],
+             test_features=np.ones((2, 2)), test_labels=[0, 1], class_names=["a", "b"])
     (place / "entry").mkdir()
     (place / "entry" / "60_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
     before = contents(place)
-    for command, out in ((CARD, "theirs"), (["generate", "--model", "run", "--per-class", "1"], "theirs"), (ENCODE, "theirs/f.npz"), (RUN, "theirs"), (RUN, "entry")):
+    theirs = (CARD, "theirs"), (GENERATE, "theirs"), (ENCODE, "theirs/f.npz"), (RUN, "theirs"), (RUN, "entry")
+    for command, out in theirs:
         code, _, said = main(*command, "--out", out)
         assert code == 2 and contents(place) == before, (command[0], said)
 
 
 def test_ones_own_is_replaced_without_a_question(place, main):
     (place / "p.csv").symlink_to(place / "elsewhere.csv")
-    for command, out in ((PREDICT, "p.csv"), (PREDICT, "photos/p.csv"), (PREDICT, "run/p.csv"), (ENCODE, "deep/er/f.npz"), (CARD, "card")):
+    own = [(PREDICT, o) for o in ("p.csv", "photos/p.csv", "run/p.csv")] + [(ENCODE, "deep/er/f.npz"), (CARD, "card")]
+    for command, out in own:
         for _ in range(2):
             code, _, said = main(*command, "--out", out)
             assert code == 0, said
-    assert (place / "p.csv").is_symlink() and (place / "elsewhere.csv").read_text() == (place / "run" / "p.csv").read_text()
+    assert (place / "p.csv").is_symlink()
+    assert (place / "elsewhere.csv").read_text() == (place / "run" / "p.csv").read_text()
     from ltnb.heads import Features
     assert len(Features.npz(place / "deep" / "er" / "f.npz").train) == 16
 
@@ -103,7 +114,8 @@ def test_a_promise_is_true_for_its_command(place, main, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     code, _, said = main(*ENCODE, "--out", "f.npz")
     assert code == 1 and "disk is full" in said and "same command" in said and "kept" not in said
-    with core.work_is_kept(): assert "what was computed before is kept" in str(core.os_error(OSError(28, ""), "writing"))
+    with core.work_is_kept(): said = str(core.os_error(OSError(28, ""), "writing"))
+    assert "what was computed before is kept" in said
 
 
 def test_the_same_holds_in_python(place):
@@ -111,7 +123,8 @@ def test_the_same_holds_in_python(place):
     from ltnb.baseline import BaselineConfig, run
     before = contents(place)
     for out, word in (("photos", "input"), ("link/out", "lies in"), ("labels.csv", "is a file")):
-        with pytest.raises(UsageError, match=word): run(BaselineConfig(dataset="folder", data_root="photos", n_epochs=1, out=out))
+        config = BaselineConfig(dataset="folder", data_root="photos", n_epochs=1, out=out)
+        with pytest.raises(UsageError, match=word): run(config)
     assert contents(place) == before
     for values in (dict(out=""), dict(data_root=""), dict(out="a\0b")):
         with pytest.raises(UsageError, match="empty"): BaselineConfig(**values)
@@ -145,6 +158,7 @@ def test_names_in_another_encoding(tmp_path):
 
 def test_commands_know_their_inputs():
     from ltnb.cli import EncodeConfig, PredictConfig
-    assert PredictConfig(model="m", images="i", out="o.csv").inputs() == [("--model", "m", False), ("--images", "i", False)]
+    predict = PredictConfig(model="m", images="i", out="o.csv")
+    assert predict.inputs() == [("--model", "m", False), ("--images", "i", False)]
     assert ("--data-root", "d", True) in EncodeConfig(dataset="folder", data_root="d").inputs()
     assert Config().inputs() == []
