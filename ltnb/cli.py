@@ -21,8 +21,8 @@ from typing import ClassVar, Literal
 
 import ltnb
 from .core import (Config, DataError, LtnbError, Progress, Run, UsageError, atomic_write, check_output, choose_device,
-                       choose_precision, lock_file, nearest, os_error, read_json, read_jsonl, show_messages, show_text, tell,
-                       terminal_width, unlock_file, work_is_kept, write_json)
+                       choose_precision, lock_file, nearest, os_error, read_json, read_jsonl, show_messages, show_text,
+                       tell, terminal_width, unlock_file, work_is_kept, write_json)
 from .data import DataConfig, check_source, load_data
 
 # %% ../nbs/90_cli.ipynb #e251813e
@@ -193,7 +193,8 @@ def out_of_memory(kind:str, text:str # class and message of an error
     "Is this error a lack of memory?"
     first = text.strip().split("\n")[0].split(". ")[0][:200].rstrip(".")
     if "DataLoader worker" in text or kind == "BrokenProcessPool":
-        return f"a worker that reads images was killed ({first}), most likely because memory or /dev/shm ran out: {_LOWER}"
+        what = f"a worker that reads images was killed ({first})"
+        return f"{what}, most likely because memory or /dev/shm ran out: {_LOWER}"
     known = "out of memory", "allocate memory", "not enough memory", "Unable to allocate"
     if kind in ("MemoryError", "OutOfMemoryError") or any(k in text for k in known):
         return f"memory ran out ({first or kind}): {_LOWER}"
@@ -214,8 +215,9 @@ def kernel_error(error:Exception, # of papermill
         return LtnbError(f"the notebook's process was ended by {name}{why.get(name, ': see what sent it')}, {go_on}.")
     lines = [x.strip() for x in log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
     said = f" ({lines[-1][:300]})" if lines else ""
-    if code is not None: return LtnbError(f"the notebook's process ended with exit code {code}{said}: mend that, {go_on}.")
-    return LtnbError(f"the notebook's process does not answer ({error}){said}: run the same command again, or add --plain.")
+    who = "the notebook's process"
+    if code is not None: return LtnbError(f"{who} ended with exit code {code}{said}: mend that, {go_on}.")
+    return LtnbError(f"{who} does not answer ({error}){said}: run the same command again, or add --plain.")
 
 # %% ../nbs/90_cli.ipynb #d4079f87
 def notebook_finished(path:Path # an executed notebook
@@ -224,7 +226,9 @@ def notebook_finished(path:Path # an executed notebook
     if not path.exists(): return False
     try: nb = read_json(path)
     except DataError: return False
-    try: cells, state = [c for c in nb["cells"] if c["cell_type"] == "code" and c["source"]], nb["metadata"]["papermill"]
+    try:
+        cells = [c for c in nb["cells"] if c["cell_type"] == "code" and c["source"]]
+        state = nb["metadata"]["papermill"]
     except (KeyError, TypeError): return False
     whole = all(c.get("execution_count") for c in cells) # a kernel that was killed leaves some without a number
     return whole and not state.get("exception") and bool(state.get("end_time"))
@@ -238,7 +242,9 @@ def notebook_settings(config, # checked settings
     values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
     for k, v in values.items():
         try: str(v).encode("utf-8")
-        except UnicodeEncodeError: raise UsageError(f"{k} {v!r} is not UTF-8, and a notebook cannot hold it: rename it, or add --plain.") from None
+        except UnicodeEncodeError:
+            said = f"{k} {v!r} is not UTF-8, and a notebook cannot hold it: rename it, or add --plain."
+            raise UsageError(said) from None
     return values
 
 # %% ../nbs/90_cli.ipynb #16a90086
@@ -292,7 +298,8 @@ def run_notebook(notebook:Path, # the entry notebook
             execute_notebook(*paths, values, kernel_name="python3", progress_bar=False, log_output=False, cwd=here(),
                              start_timeout=300, iopub_timeout=60, kernel_manager_class=kernel_manager(log, kernel),
                              config=Traits({"KernelManager": {**transport, "shutdown_wait_time": 2.}}),
-                             extra_arguments=["--Application.log_level=50", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"])
+                             extra_arguments=["--Application.log_level=50",
+                                              "--InteractiveShellApp.exec_PYTHONSTARTUP=False"])
         except PapermillExecutionError as e: raise cell_error(e, target) from e
         except OSError as e: raise os_error(e, f"writing {target}") from e
         except RuntimeError as e: raise kernel_error(e, kernel.get("process"), Path(log.name)) from e
@@ -476,7 +483,7 @@ def is_job(folder:str # what --out names
     return bool(rows) and isinstance(rows[0], dict) and {"model", "settings"} <= set(rows[0])
 
 
-GENERATED = ("shards.jsonl", "manifest.jsonl", "failed.jsonl", "generated.json", "shard-00000.safetensors", "png") # by `ltnb generate`
+GENERATED = ("shards.jsonl", "manifest.jsonl", "failed.jsonl", "generated.json", "shard-00000.safetensors", "png")
 
 # %% ../nbs/90_cli.ipynb #1408327f
 def predict_command(args:list[str] # after `ltnb predict`
@@ -534,7 +541,8 @@ def generate_command(args:list[str] # after `ltnb generate`
     needed(config, "model")
     Progress.quiet = given["quiet"]
     out = images_folder(config)
-    if not (is_job(out) and (out/"generated.json").is_file()): check_output(out, config.inputs(), own=is_job, writes=GENERATED)
+    finished = is_job(out) and (out/"generated.json").is_file() # and is only read
+    if not finished: check_output(out, config.inputs(), own=is_job, writes=GENERATED)
     with work_is_kept(): facts = generate(config)
     if facts: print(describe(facts, find_model(config.model)[0].class_names, out))
 
@@ -562,8 +570,9 @@ def open_streams():
         except OSError: os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None or stream.closed: setattr(sys, name, open(fd, "w", encoding="utf-8", errors="replace", closefd=False))
-        elif hasattr(stream, "reconfigure") and (stream.errors == "strict" or not stream.encoding.lower().startswith("utf")):
+        if stream is None or stream.closed:
+            setattr(sys, name, open(fd, "w", encoding="utf-8", errors="replace", closefd=False))
+        elif hasattr(stream, "reconfigure") and (stream.errors == "strict" or stream.encoding.lower() != "utf-8"):
             stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
 
@@ -607,8 +616,8 @@ def quiet_libraries(debug:bool # show everything
                    ):
     "Keep warnings of libraries, with their file names and lines of code, away from the terminal"
     if debug or sys.warnoptions: yield; return
-    for name, level in (("TORCH_CPP_LOG_LEVEL", "ERROR"), ("DIFFUSERS_VERBOSITY", "error"), ("TRANSFORMERS_VERBOSITY", "error")):
-        os.environ.setdefault(name, level)
+    for name in ("TORCH_CPP_LOG_LEVEL", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "ERROR" if name.startswith("TORCH") else "error")
     last, logging.lastResort = logging.lastResort, logging.NullHandler()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -623,7 +632,10 @@ COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "gen
 def usage()->str: # the help text
     "What `ltnb --help` prints"
     lines = "\n".join(f"  {c.__doc__}" for c in COMMANDS.values())
-    return f"usage: ltnb COMMAND [options]\n\nLong-tailed image classification with diffusion models.\n\n{lines}\n\n  --version    print the version\n  COMMAND --help    options of a command\n\nexit codes: 0 done; 2 wrong usage or values; 1 anything else, SIGTERM and SIGHUP included"
+    codes = "exit codes: 0 done; 2 wrong usage or values; 1 anything else, SIGTERM and SIGHUP included"
+    options = "  --version    print the version\n  COMMAND --help    options of a command"
+    about = "usage: ltnb COMMAND [options]\n\nLong-tailed image classification with diffusion models."
+    return "\n\n".join([about, lines, options, codes])
 
 # %% ../nbs/90_cli.ipynb #ca40e3ff
 RESUMED = ("run", "demo", "generate") # commands that go on where they stopped
@@ -633,10 +645,12 @@ def failure(e:Exception, # of a command
             args:list[str] # what was typed
            )->tuple[str, int]: # a sentence and an exit code
     "What is said of an error"
-    go_on = "run the same command again" + ("; what was computed before is kept" if args[:1] and args[0] in RESUMED else "")
+    go_on = "run the same command again"
+    if args[:1] and args[0] in RESUMED: go_on += "; what was computed before is kept"
     if isinstance(e, LtnbError): return str(e), e.exit_code
     if memory := out_of_memory(type(e).__name__, str(e)): return f"{memory}, then {go_on}.", 1
-    if isinstance(e, OSError) and e.errno: return str(os_error(e, f"using {e.filename}" if e.filename else "reading or writing")), 1
+    doing = f"using {e.filename}" if getattr(e, "filename", None) else "reading or writing"
+    if isinstance(e, OSError) and e.errno: return str(os_error(e, doing)), 1
     return f"unexpected {type(e).__name__}: {e} (run again with --debug for the traceback)", 1
 
 
@@ -669,7 +683,7 @@ def main(args:list[str]|None=None # what was typed; sys.argv when left out
     "The `ltnb` command"
     args = sys.argv[1:] if args is None else list(args)
     open_streams()
-    os.environ.setdefault("PYTHONSAFEPATH", "1") # for helpers of this process: files of the working folder are no modules
+    os.environ.setdefault("PYTHONSAFEPATH", "1") # for Pythons that this one starts: the working folder has no modules
     with quiet_libraries("--debug" in args), stopped_by_signals():
         code = call(args)
     return code if flush_streams() else code or 1

@@ -228,7 +228,8 @@ def check_output(out:str|Path, # where to write
                  name:str="--out" # how a message calls it
                 ):
     "Refuse an output that cannot be written, is an input, or would replace what somebody else wrote"
-    if not str(out) or "\0" in str(out): raise UsageError(f"{name} is empty: name a {'folder' if suffix is None else suffix + ' file'}.")
+    wanted = f"{suffix} file" if suffix else "folder"
+    if not str(out) or "\0" in str(out): raise UsageError(f"{name} is empty: name a {wanted}.")
     said, there = f"{name} {out}", [str(out)] if suffix else [os.path.join(out, w) for w in writes]
     _check_kind(out, suffix, said)
     for flag, path, taken in inputs:
@@ -236,7 +237,7 @@ def check_output(out:str|Path, # where to write
         if any(_within(path, w) for w in there) or (suffix is None and os.path.isdir(path) and _within(path, out)):
             raise UsageError(f"{said} holds the input {flag} {path}: choose another path.")
         if suffix is None and taken and _within(out, path):
-            raise UsageError(f"{said} lies in {flag} {path}, where every folder is read: choose a folder outside of it.")
+            raise UsageError(f"{said} lies in {flag} {path}, where every folder is read: choose one outside of it.")
     found = [w for w in there if os.path.lexists(os.path.realpath(w))]
     if found and own is not None and not own(os.path.realpath(out)):
         names = "exists" if suffix else f"has {', '.join(os.path.relpath(w, out) for w in found[:3])}"
@@ -432,7 +433,8 @@ def _make_bar(name, total, start): # of tqdm; as wide as the terminal is at that
         @property
         def format_dict(self):
             width = terminal_width(self.fp) - 1
-            return {**super().format_dict, "ncols": width, **({"bar_format": "{percentage:3.0f}% {desc}"} if width < 50 else {})}
+            short = {"bar_format": "{percentage:3.0f}% {desc}"} if width < 50 else {}
+            return {**super().format_dict, "ncols": width, **short}
     return Bar(total=total, initial=start, desc=name, file=sys.stderr, leave=False, mininterval=0.2)
 
 
@@ -476,7 +478,8 @@ def tell(text:str # a sentence or some
         ):
     "Say something on the terminal: on that of the command, too, where it runs this notebook"
     if pipe := os.environ.get("LTNB_PROGRESS"):
-        for i in range(0, len(text), 500): _send(pipe, keep=True, text=text[i:i + 500], end="" if i + 500 < len(text) else "\n")
+        for i in range(0, len(text), 500): # a message that is short goes through the pipe in one piece
+            _send(pipe, keep=True, text=text[i:i + 500], end="" if i + 500 < len(text) else "\n")
     show_text(text + "\n")
 
 
@@ -756,7 +759,8 @@ def load(self:Run, name:str # the checkpoint's name
             if path == self._checkpoint(name): continue # a kill between two steps of `save` leaves only the older one
             break
         try: return load_tensors(path)
-        except DataError as e: tell(f"warning: {e} It is skipped, and what came after the checkpoint before it is done again.")
+        except DataError as e:
+            tell(f"warning: {e} It is skipped, and what came after the checkpoint before it is done again.")
     return None, {}
 
 # %% ../nbs/00_core.ipynb #5acfd5ec
