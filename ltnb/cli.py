@@ -131,7 +131,7 @@ def show_pipe(pipe:int, # a descriptor to read from
         elif last: break
     for stage in shown.values(): stage.close(finished=False)
 
-
+# %% ../nbs/90_cli.ipynb #90628078
 @contextmanager
 def kernel_folder(quiet:bool # say nothing
                  ): # yields the folder, and where the kernel's messages go
@@ -200,7 +200,7 @@ def out_of_memory(kind:str, text:str # class and message of an error
         return f"memory ran out ({first or kind}): {_LOWER}"
     return None
 
-
+# %% ../nbs/90_cli.ipynb #a844cd2c
 def kernel_error(error:Exception, # of papermill
                  process, # subprocess.Popen of the kernel, None where it was not started
                  log:Path # what the kernel wrote
@@ -334,7 +334,7 @@ def check_notebook(run:Run, # not opened
     except (DataError, KeyError, TypeError): made = False
     if not made: raise UsageError(f"{path} exists, and no run made it: choose an empty or new folder for --out.")
 
-
+# %% ../nbs/90_cli.ipynb #33628c0c
 def execute(module, config, # a recipe's module and settings
             notebook:str|None=None, # its entry notebook; None calls the recipe without one
             plain:bool=False, quiet:bool=False # options of the command
@@ -504,7 +504,7 @@ def predict_command(args:list[str] # after `ltnb predict`
     for path, why in bad if not Progress.quiet else (): tell(f"ltnb: left out {path}: {' '.join(why.split())}")
     print(f"{len(paths):,} photographs, {len(bad)} left out: {config.out}")
 
-
+# %% ../nbs/90_cli.ipynb #1c9b0771
 def encode_command(args:list[str] # after `ltnb encode`
                   ):
     "ltnb encode: the frozen features of an image set, for `--features`"
@@ -575,7 +575,7 @@ def open_streams():
         elif hasattr(stream, "reconfigure") and (stream.errors == "strict" or stream.encoding.lower() != "utf-8"):
             stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
-
+# %% ../nbs/90_cli.ipynb #7a599b75
 def flush_streams()->bool: # could everything be printed?
     "Print what is still held back; what cannot be printed is dropped"
     whole = True
@@ -610,7 +610,7 @@ def stopped_by_signals():
     finally:
         for s in wanted: signal.signal(s, signal.SIG_DFL)
 
-
+# %% ../nbs/90_cli.ipynb #39f429d2
 @contextmanager
 def quiet_libraries(debug:bool # show everything
                    ):
@@ -653,7 +653,7 @@ def failure(e:Exception, # of a command
     if isinstance(e, OSError) and e.errno: return str(os_error(e, doing)), 1
     return f"unexpected {type(e).__name__}: {e} (run again with --debug for the traceback)", 1
 
-
+# %% ../nbs/90_cli.ipynb #9478048e
 def call(args:list[str] # what was typed
         )->int: # the exit code
     "Run a command; what it raises becomes a sentence"

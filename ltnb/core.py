@@ -219,7 +219,7 @@ def _check_kind(out, suffix, said): # a file where a file is wanted, a folder wh
     if Path(out).suffix.lower() != suffix:
         raise UsageError(f"{said} does not end in {suffix}: name it {Path(out).with_suffix(suffix)}.")
 
-
+# %% ../nbs/00_core.ipynb #6f1f3837
 def check_output(out:str|Path, # where to write
                  inputs=(), # (flag, path, are all files below it taken?) of what is read
                  suffix:str|None=None, # of the file that is written, such as ".csv"; None for a folder
@@ -374,7 +374,7 @@ def from_dict(cls:Config, values:dict # name -> value
         if name not in cls.hints(): raise UsageError(f"{cls.recipe} has no setting {name!r}. {nearest(name, cls.hints())}")
     return cls(**values)
 
-
+# %% ../nbs/00_core.ipynb #4c88f336
 def _injected(names): # what papermill set: the names in the cells that it put below the parameters
     cells = [c for c in names.get("In", ()) if isinstance(c, str) and c.startswith("# Parameters\n")]
     targets = [t for c in cells for n in ast.parse(c).body if isinstance(n, ast.Assign) for t in n.targets]
@@ -437,7 +437,7 @@ def _make_bar(name, total, start): # of tqdm; as wide as the terminal is at that
             return {**super().format_dict, "ncols": width, **short}
     return Bar(total=total, initial=start, desc=name, file=sys.stderr, leave=False, mininterval=0.2)
 
-
+# %% ../nbs/00_core.ipynb #3eb45a0d
 class Shown:
     "A stage on this process's standard error: a bar in a terminal, else a line at its end"
 
@@ -491,7 +491,7 @@ def show_text(text:str # lines
         if bars and sys.stderr.isatty(): bars.write(text, file=sys.stderr, end="")
         else: print(text, file=sys.stderr, end="", flush=True)
 
-
+# %% ../nbs/00_core.ipynb #5ed65e02
 def notebook_shell(): # IPython's shell in Jupyter or papermill, else None
     "The kernel's shell, if this code runs in a notebook"
     ip = sys.modules.get("IPython")
@@ -516,7 +516,7 @@ class Progress:
         if self.pipe: _send(self.pipe, id=self.id, name=name, total=total, start=start)
         elif not (Progress.quiet or shell): self.shown = Shown(name, total, start)
 
-
+# %% ../nbs/00_core.ipynb #1c55dc2c
 @patch
 def step(self:Progress, n:int=1 # how many more are done
         ):

@@ -98,7 +98,7 @@ def _narrow(cells, i, width): # names and column i, where they do not fit beside
         if n == 0: lines.append("-" * max(map(len, lines)))
     return lines
 
-
+# %% ../nbs/08_report.ipynb #e31b5af2
 def render(cells:list[list[str]], # of `table`
            width:int=160 # characters a line
           )->str: # blocks below one another where the table is wider
