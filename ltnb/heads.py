@@ -175,7 +175,7 @@ def save(self:Features, path:str|Path, # the .npz file to write
         ):
     "Write what `Features.npz` reads, atomically"
     head = {"fc_weight": self.head.weight.numpy(), "fc_bias": self.head.bias.numpy()} if with_head and self.head is not None else {}
-    with atomic_write(path, "wb") as f: np.savez(f, train_features=self.train.numpy(), train_labels=self.train_labels.numpy(), test_features=self.test.numpy(), test_labels=self.test_labels.numpy(), class_names=np.array(self.class_names), **head)
+    with atomic_write(path, "wb") as f: np.savez(f, train_features=self.train.numpy(), train_labels=self.train_labels.numpy(), test_features=self.test.numpy(), test_labels=self.test_labels.numpy(), class_names=np.array(self.class_names), ltnb=np.array("features"), **head)
 
 # %% ../nbs/07_heads.ipynb #1b5c8f89
 def class_counts(features:torch.Tensor, # (N, d)

@@ -8,7 +8,7 @@ __all__ = ['BASELINE', 'COLUMNS', 'methods', 'values', 'percent', 'difference', 
            'html_figure', 'write_report']
 
 # %% ../nbs/08_report.ipynb #473f76ab
-import base64, html
+import base64, html, textwrap
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,27 @@ def table(rows:list[dict] # of scores.json
     order += [i for i in range(len(lines[0])) if i not in order and (i <= len(keys))]
     return [[line[i] for i in order] for line in lines]
 
+# %% ../nbs/08_report.ipynb #f7766d51
+def _fold(text, width): # lines of at most that many characters
+    return textwrap.wrap(text, width, subsequent_indent=" " * (width > 9), break_on_hyphens=False) or [""]
 
+
+def _narrow(cells, i, width): # names and column i, where they do not fit beside one another as they are
+    word = max(len(w) for line in cells for w in line[0].split() or [""])
+    number = max((len(line[i]) for line in cells[1:]), default=1)
+    number = max(number, min(len(cells[0][i]), width - 2 - word), 1) # the heading gives way first
+    first, lines = min(max(len(line[0]) for line in cells), width - 2 - number), []
+    for n, line in enumerate(cells):
+        if first < word: lines += [*_fold(line[0], width), *(t.rjust(width) for t in _fold(line[i], width))]
+        else:
+            names, texts = _fold(line[0], first), textwrap.wrap(line[i], number) or [""]
+            tall = max(len(names), len(texts))
+            names, texts = (t + [""] * (tall - len(t)) if n else [""] * (tall - len(t)) + t for t in (names, texts))
+            lines += [f"{a.ljust(first)}  {b.rjust(number)}".rstrip() for a, b in zip(names, texts)]
+        if n == 0: lines.append("-" * max(map(len, lines)))
+    return lines
+
+# %% ../nbs/08_report.ipynb #e31b5af2
 def render(cells:list[list[str]], # of `table`
            width:int=160 # characters a line
           )->str: # blocks below one another where the table is wider
@@ -86,11 +106,16 @@ def render(cells:list[list[str]], # of `table`
     wide = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     blocks, block = [], [0]
     for i in range(1, len(wide)):
-        if block[1:] and sum(wide[j] + 2 for j in block) + wide[i] > width: blocks.append(block); block = [0]
+        if block[1:] and sum(wide[j] + 2 for j in block) + wide[i] > width:
+            blocks.append(block)
+            block = [0]
         block.append(i)
-    blocks.append(block)
-    line = lambda l, b: "  ".join(l[i].ljust(wide[i]) if i == 0 else l[i].rjust(wide[i]) for i in b).rstrip()
-    return "\n\n".join("\n".join([line(cells[0], b), "-" * len(line(cells[0], b)), *(line(l, b) for l in cells[1:])]) for b in blocks)
+    line = lambda l, b: "  ".join(l[i].rjust(wide[i]) if i else l[i].ljust(wide[i]) for i in b).rstrip()
+    shown = []
+    for b in [*blocks, block]:
+        if len(b) == 2 and wide[0] + 2 + wide[b[1]] > width: shown.append(_narrow(cells, b[1], width))
+        else: shown.append([line(cells[0], b), "-" * len(line(cells[0], b)), *(line(l, b) for l in cells[1:])])
+    return "\n\n".join(map("\n".join, shown))
 
 # %% ../nbs/08_report.ipynb #11d8d20d
 def verdict(rows:list[dict], # of scores.json

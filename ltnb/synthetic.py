@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import (DataError, LtnbError, UsageError, atomic_write, lock_file, os_error, plain, read_jsonl, save_tensors, show_differences, stable_seed, unlock_file,
+from .core import (DataError, LtnbError, UsageError, atomic_write, lock_file, os_error, plain, read_jsonl, save_tensors, show_differences, stable_seed, unlock_file, work_is_kept,
                        write_jsonl)
 
 # %% ../nbs/06_synthetic.ipynb #d777b762
@@ -453,6 +453,7 @@ def open(cls:Synthetic, folder:str|Path # what `make_synthetic` wrote
     return cls(ShardItems(paths, found[:, 1:], next(iter(shapes)), dtype), rows)
 
 # %% ../nbs/06_synthetic.ipynb #109a4735
+@work_is_kept()
 def make_synthetic(folder:str|Path, # gets shards.jsonl, shard-*.safetensors, manifest.jsonl and, where items failed, failed.jsonl
                    plan:np.ndarray, # (N, 2) rows (class, k), sorted
                    make, # plan rows -> (n, ...) tensor, or (tensor, list of n dicts for the manifest); also takes attempt=1, 2, ... if `attempts` > 1

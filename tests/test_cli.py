@@ -79,7 +79,7 @@ def test_data_errors_are_one_sentence_and_exit_1(main, tmp_path):
 def test_unwritable_out(main, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = main("run", "ldmlr", "--plain", "--out", tmp_path / "file" / "run")
-    assert code == 1 and "choose another path" in err
+    assert code == 2 and "choose another path" in err
     code, _, err = main("run", "ldmlr", "--plain", "--out", tmp_path / "file")
     assert code == 2 and "is a file" in err
 
