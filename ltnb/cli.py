@@ -210,7 +210,7 @@ def execute(module, config, # a recipe's module and settings
     if size > 1 and not hasattr(module, "join_team"): raise UsageError(f"{config.recipe} runs in one process: leave out torchrun or accelerate launch.")
     Progress.quiet = quiet or rank > 0
     run = module.run_directory(config)
-    if plain or notebook is None: run = module.run(config)
+    if plain or notebook is None or (run.finished and run.moved): run = module.run(config)
     elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
         module.check_inputs(config)
         with run: pass # another writer? then say so now
