@@ -574,10 +574,11 @@ def names_of_classes(z:dict, # arrays of `read_npz`
 
 # %% ../nbs/01_data.ipynb #6522ca6f
 def archive_labels(z:dict, # arrays of `read_npz`
-                   path:str|Path # for the error
+                   path:str|Path, # for the error
+                   parts=("train", "val", "test") # whose labels
                   )->tuple[dict, tuple]: # part -> (N,) int64, and K names
     "Labels and class names of an archive; labels that are texts are numbered"
-    raw = {p: z[f"{p}_labels"] for p in ("train", "val", "test") if f"{p}_labels" in z}
+    raw = {p: z[f"{p}_labels"] for p in parts if f"{p}_labels" in z}
     texts = [p for p, a in raw.items() if a.dtype.kind in "US"]
     if bad := next((p for p in texts if raw[p].ndim > 2 or raw[p].ndim == 2 and raw[p].shape[1] != 1), None): raise DataError(f"{path}: {bad}_labels must have shape (N,) or (N, 1), got {raw[bad].shape}.")
     if texts and len(texts) < len(raw): raise DataError(f"{path}: {texts[0]}_labels are texts, other labels are whole numbers: save all of them as one or the other.")
@@ -596,7 +597,7 @@ def archive_labels(z:dict, # arrays of `read_npz`
 # %% ../nbs/01_data.ipynb #574f52f3
 def _to_uint8(x): # Python that makes 8 bits of an array x
     if x.dtype.kind == "b": return "(255 * x.astype('uint8'))"
-    if not np.isfinite(x).all(): return "(np.nan_to_num(x) ...)"
+    if not np.isfinite(x).all(): return None
     low, high = (x.min(), x.max()) if x.size else (0, 0)
     if x.dtype.kind == "f" and 0 <= low and high <= 1: return "(255 * x).round().astype('uint8')"
     if x.dtype.kind == "f" and -1 <= low and high <= 1: return "(127.5 * (x + 1)).round().astype('uint8')"
@@ -620,7 +621,9 @@ def check_pixels(z:dict, # arrays of `read_npz`
             if 4 in (x.shape[-1], x.shape[1] if x.shape[1] in (1, 3, 4) else 0): steps += "[..., :3]"
             if not steps.endswith((")", "]")) or steps.endswith("'uint8')"): steps = None
         if steps == "": continue
-        span = f" with values from {x.min():g} to {x.max():g}" if x.size and x.dtype.kind in "iuf" and x.dtype != np.uint8 else ""
+        span = "" if not x.size or x.dtype.kind not in "iuf" or x.dtype == np.uint8 else f" with values from {x.min():g} to {x.max():g}"
+        if "nan" in span or "inf" in span: span = " with NaN or infinite values, which must be replaced first"
+        if x.ndim == 2: span += ", which looks like rows of pixels: reshape them, such as x.reshape(-1, 28, 28)"
         raise DataError(f"{path}: {name} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), got {x.dtype} of shape {x.shape}{span}"
                         + (f": save {steps} for x = {name}, and likewise the other images." if steps else "."))
 

@@ -125,7 +125,7 @@ def _by_folder(readings, folders, n_classes): # (Reading, class -> name), or Non
             if named.setdefault(folders[key], name) != name:
                 raise _Refused(f"the folders of class {folders[key]} have two names, {named[folders[key]]!r} and {name!r}")
         if not named or len(named) != n_classes: continue
-        if r.keys != r.names and all(map(str.isdecimal, named.values())): raise _Refused("its folders have numbers, but no names")
+        if r.keys != r.names and all(map(str.isdecimal, named.values())): continue # folders and numbers, but no names
         return r, named
     return None
 
