@@ -23,7 +23,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import Config, DataError, LtnbError, Progress, UsageError, nearest
-from .labels import Columns, UNUSED_CLASS, names_in_order, number_labels, read_class_names, read_list, read_parts, read_text, unique_names
+from .labels import Columns, UNUSED_CLASS, names_in_order, number_labels, prior_text, read_class_names, read_list, read_parts, read_text, unique_names
 
 # %% ../nbs/01_data.ipynb #90a2cccd
 PROFILES = ("exp", "step", "pareto")
@@ -953,6 +953,10 @@ class DataConfig(Config):
     paths: ClassVar[tuple] = ("data_root", "train_list", "val_list", "test_list", "class_names")
     later: ClassVar[tuple] = ("path_column", "label_column", "split_column", "group_column", "test_prior")
     limits: ClassVar[dict] = {"imb_ratio": (1, None), "n_max": (1, None), "val_per_class": (0, None), "image_size": (1, 4096), "test_fraction": (0.01, 0.9), "seed": (0, 2**31 - 1), "seeds": (1, 1000)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if getattr(self, "test_prior", None) is not None: object.__setattr__(self, "test_prior", prior_text(self.test_prior))
 
 # %% ../nbs/01_data.ipynb #4221851f
 @patch(as_prop=True)
