@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ltnb.labels._cells': ('labels.html#_cells', 'ltnb/labels.py'),
                              'ltnb.labels._lines_of': ('labels.html#_lines_of', 'ltnb/labels.py'),
                              'ltnb.labels._number': ('labels.html#_number', 'ltnb/labels.py'),
+                             'ltnb.labels._numeric': ('labels.html#_numeric', 'ltnb/labels.py'),
                              'ltnb.labels._once': ('labels.html#_once', 'ltnb/labels.py'),
                              'ltnb.labels._positions': ('labels.html#_positions', 'ltnb/labels.py'),
                              'ltnb.labels._prior_table': ('labels.html#_prior_table', 'ltnb/labels.py'),

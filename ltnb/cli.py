@@ -284,7 +284,7 @@ class PredictConfig(Config):
     model: str|None = None # a run directory, or its model folder
     images: str|None = None # folder of photographs, searched with its subfolders
     out: str|None = None # the csv file to write
-    test_prior: str|None = None # class prior of these photographs: counts or probabilities in a .csv or .json file, numbers joined by commas, or train (default: as the run was corrected)
+    test_prior: str|None = None # class prior of these photographs (a .csv or .json file, 5,3,1 or train)
     bs: int = 64 # images at a time
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
@@ -324,13 +324,14 @@ def predict_command(args:list[str] # after `ltnb predict`
     needed(config, "model", "images", "out")
     from ltnb.models import load_classifier, predict_files, write_predictions
     clf, device = load_classifier(config.model), choose_device(config.device)
-    if config.test_prior is not None: importlib.import_module("ltnb.losses").retarget(clf, config.model, config.test_prior)
+    if config.test_prior is not None:
+        importlib.import_module("ltnb.losses").retarget(clf, config.model, config.test_prior)
     paths, probs, bad = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device))
     write_predictions(config.out, clf.class_names, probs, paths)
     for path, why in bad: print(f"ltnb: left out {path}: {' '.join(why.split())}", file=sys.stderr)
     print(f"{len(paths):,} photographs, {len(bad)} left out: {config.out}")
 
-
+# %% ../nbs/90_cli.ipynb #2d4b0bfb
 def encode_command(args:list[str] # after `ltnb encode`
                   ):
     "ltnb encode: the frozen features of an image set, for `--features`"

@@ -229,7 +229,7 @@ class Config:
     limits: ClassVar[dict] = {} # name -> (lowest, highest), either None
     not_identity: ClassVar[tuple] = ("out",) # where a run is kept does not change what it is
     paths: ClassVar[tuple] = () # settings that are paths
-    later: ClassVar[tuple] = () # settings that runs of older versions lack: at their default they leave the digest alone
+    later: ClassVar[tuple] = () # settings that older runs lack: at their default they leave the digest alone
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, self.check(f.name, getattr(self, f.name)))
@@ -308,7 +308,8 @@ def digest(self:Config)->str: # six hexadecimal digits
 def unknown_to(self:Config, saved:dict # settings of an older version's run
               )->list[str]: # names
     "Settings that came later than that run, and are at their default"
-    return [f.name for f in fields(self) if f.name in self.later and f.name not in saved and getattr(self, f.name) == f.default]
+    return [f.name for f in fields(self) if f.name in self.later and f.name not in saved
+            and getattr(self, f.name) == f.default]
 
 # %% ../nbs/00_core.ipynb #3e204016
 def _open_pipe(path): # text stream into a pipe; fails at once when nobody reads it
@@ -516,7 +517,8 @@ def check_data(self:Run,
     if moved := [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in self.moved.items()]:
         raise UsageError(f"{self.path} was begun with other data ({'; '.join((*moved, *differ))}): "
                          "give the data it was begun with, or choose another --out.")
-    raise LtnbError(f"{self.path} was begun with other data ({'; '.join(differ)}): restore it, or choose another --out.")
+    raise LtnbError(f"{self.path} was begun with other data ({'; '.join(differ)}): restore it, or choose another "
+                    f"--out.")
 
 # %% ../nbs/00_core.ipynb #841941a6
 @patch

@@ -23,7 +23,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import Config, DataError, LtnbError, Progress, UsageError, nearest
-from .labels import Columns, UNUSED_CLASS, names_in_order, number_labels, prior_text, read_class_names, read_list, read_parts, read_text, unique_names
+from .labels import (Columns, UNUSED_CLASS, names_in_order, number_labels, prior_text, read_class_names,
+                         read_list, # noqa: F401
+                         read_parts, read_text, unique_names)
 
 # %% ../nbs/01_data.ipynb #90a2cccd
 PROFILES = ("exp", "step", "pareto")
@@ -208,7 +210,8 @@ class ImageSet:
         if y.shape != (len(x),): raise DataError(f"{len(x)} images need {len(x)} labels, got shape {y.shape}.")
         if y.dtype.kind not in "iu": raise DataError(f"labels must be whole numbers, got {y.dtype}.")
         if len(y) and (y.min() < 0 or y.max() >= k): raise DataError(f"labels must be 0 to {k - 1} for {k} classes, got {y.min()} to {y.max()}.")
-        for name, v in (("images", x), ("labels", y.astype(np.int64)), ("class_names", unique_names(self.class_names))): object.__setattr__(self, name, v)
+        for name, v in (("images", x), ("labels", y.astype(np.int64)), ("class_names", unique_names(self.class_names))):
+            object.__setattr__(self, name, v)
 
     def __len__(self): return len(self.labels)
     def __getitem__(self, i): return self.images[i], int(self.labels[i])
@@ -282,7 +285,8 @@ class LongTail:
     notes: tuple = () # what was done to the data on the way, in sentences
 
     def __post_init__(self):
-        if self.n_classes < 2: raise DataError(f"{self.name} has one class only, {self.class_names[0]!r}: at least 2 are needed.")
+        if self.n_classes < 2:
+            raise DataError(f"{self.name} has one class only, {self.class_names[0]!r}: at least 2 are needed.")
         for part in ("test", "val"):
             other = getattr(self, part)
             if other is None: continue
@@ -294,7 +298,8 @@ class LongTail:
             k, n = empty[0], self.test.counts[empty[0]]
             raise DataError(f"{self.name}: class {self.class_names[k]!r} (number {k}) has no training image{f' but {n} test images' if n else ''}; {empty.size} of {self.n_classes} classes are empty. "
                             + "Labels must be 0 to K - 1 without gaps: "
-                            + ("subtract 1 from labels that begin at 1." if list(empty) == [0] and not n else "drop these classes from train and test, or add images."))
+                            + ("subtract 1 from labels that begin at 1." if list(empty) == [0] and not n
+                               else "drop these classes from train and test, or add images."))
 
     @property
     def class_names(self)->tuple: return self.train.class_names
@@ -309,12 +314,6 @@ class LongTail:
     @property
     def parts(self)->dict[str, ImageSet]: return {p: s for p in ("train", "val", "test") if (s := getattr(self, p)) is not None}
 
-    def in_memory(self)->"LongTail": # files decoded; an error where they do not fit
-        "The same set with its images as arrays; its fingerprint stays that of the files"
-        out = replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in self.parts.items() if s.on_disk})
-        if self.train.on_disk: object.__setattr__(out, "_of_files", self.fingerprint())
-        return out
-
 # %% ../nbs/01_data.ipynb #de6acc8d
 @patch
 def fingerprint(self:LongTail)->str: # 16 hexadecimal digits
@@ -325,6 +324,14 @@ def fingerprint(self:LongTail)->str: # 16 hexadecimal digits
         h.update(json.dumps([s.images.paths, s.images.lengths, s.images.size]).encode() if s.on_disk else np.ascontiguousarray(s.images))
         h.update(s.labels)
     return h.hexdigest()
+
+
+@patch
+def in_memory(self:LongTail)->"LongTail": # files decoded; an error where they do not fit
+    "The same set with its images as arrays; its fingerprint stays that of the files"
+    out = replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in self.parts.items() if s.on_disk})
+    if self.train.on_disk: object.__setattr__(out, "_of_files", self.fingerprint())
+    return out
 
 
 CIFAR_LT = {"448d422a25745cda": "CIFAR-10-LT, ratio 10", "620184a2896675c8": "CIFAR-10-LT, ratio 50", "f7669c469c9ddf9a": "CIFAR-10-LT, ratio 100", "71da1ec51fc39313": "CIFAR-10-LT, ratio 200",
@@ -537,8 +544,9 @@ def class_labels(a:np.ndarray, # (N,) or (N, 1) whole numbers, or (N, K) with on
     if a.ndim == 2 and a.shape[1] == 1: a = a[:, 0]
     if a.ndim == 2 and len(a) and a.dtype.kind in "biuf":
         if not (np.isin(a, (0, 1)).all() and (a.sum(1) == 1).all()):
-            raise DataError(f"{name} must have one class an image, got shape {a.shape} without a single 1 in each row: save labels.argmax(1) "
-                            "where the largest value is the class; images of several classes cannot be used.")
+            raise DataError(f"{name} must have one class an image, got shape {a.shape} without a single 1 in each row: "
+                            "save labels.argmax(1) where the largest value is the class; images of several classes "
+                            "cannot be used.")
         a = a.argmax(1)
     if a.ndim != 1 or not len(a): raise DataError(f"{name} must have shape (N,) or (N, 1) with N > 0, got {a.shape}.")
     if a.dtype.kind == "b": a = a.astype(np.int64)
@@ -559,7 +567,8 @@ def numbered(labels:dict, # part -> (N,) int64, with "train"
 
 
 def _texts(a, name): # an array of texts as a list
-    if a.ndim not in (1, 2) or a.shape[1:] == (1,) or a.dtype.kind not in "US": raise DataError(f"{name} must be a list of texts, got {a.dtype} of shape {a.shape}.")
+    if a.ndim not in (1, 2) or a.shape[1:] == (1,) or a.dtype.kind not in "US":
+        raise DataError(f"{name} must be a list of texts, got {a.dtype} of shape {a.shape}.")
     return (np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a).tolist()
 
 
@@ -580,8 +589,11 @@ def archive_labels(z:dict, # arrays of `read_npz`
     "Labels and class names of an archive; labels that are texts are numbered"
     raw = {p: z[f"{p}_labels"] for p in parts if f"{p}_labels" in z}
     texts = [p for p, a in raw.items() if a.dtype.kind in "US"]
-    if bad := next((p for p in texts if raw[p].ndim > 2 or raw[p].ndim == 2 and raw[p].shape[1] != 1), None): raise DataError(f"{path}: {bad}_labels must have shape (N,) or (N, 1), got {raw[bad].shape}.")
-    if texts and len(texts) < len(raw): raise DataError(f"{path}: {texts[0]}_labels are texts, other labels are whole numbers: save all of them as one or the other.")
+    if bad := next((p for p in texts if raw[p].ndim > 2 or raw[p].ndim == 2 and raw[p].shape[1] != 1), None):
+        raise DataError(f"{path}: {bad}_labels must have shape (N,) or (N, 1), got {raw[bad].shape}.")
+    if texts and len(texts) < len(raw):
+        raise DataError(f"{path}: {texts[0]}_labels are texts, other labels are whole numbers: save all of them as one "
+                        f"or the other.")
     if not texts: labels, names = {p: class_labels(a, f"{path}: {p}_labels") for p, a in raw.items()}, None
     else:
         said = {p: (f"{path}: {p}_labels", _texts(a.reshape(-1), f"{path}: {p}_labels")) for p, a in raw.items()}
@@ -590,7 +602,8 @@ def archive_labels(z:dict, # arrays of `read_npz`
     if names is None: return labels, names_of_classes(z, labels, path)
     if "class_names" not in z: return labels, names
     known = names_of_classes(z, labels, path)
-    if lacks := [n for n in names if n not in known]: raise DataError(f"{path}: the label {lacks[0]!r} is none of its class_names. {nearest(lacks[0], known[:1000])}")
+    if lacks := [n for n in names if n not in known]:
+        raise DataError(f"{path}: the label {lacks[0]!r} is none of its class_names. {nearest(lacks[0], known[:1000])}")
     to = np.array([known.index(n) for n in names])
     return {p: to[y] for p, y in labels.items()}, known
 
@@ -621,10 +634,12 @@ def check_pixels(z:dict, # arrays of `read_npz`
             if 4 in (x.shape[-1], x.shape[1] if x.shape[1] in (1, 3, 4) else 0): steps += "[..., :3]"
             if not steps.endswith((")", "]")) or steps.endswith("'uint8')"): steps = None
         if steps == "": continue
-        span = "" if not x.size or x.dtype.kind not in "iuf" or x.dtype == np.uint8 else f" with values from {x.min():g} to {x.max():g}"
+        plain = not x.size or x.dtype.kind not in "iuf" or x.dtype == np.uint8
+        span = "" if plain else f" with values from {x.min():g} to {x.max():g}"
         if "nan" in span or "inf" in span: span = " with NaN or infinite values, which must be replaced first"
         if x.ndim == 2: span += ", which looks like rows of pixels: reshape them, such as x.reshape(-1, 28, 28)"
-        raise DataError(f"{path}: {name} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), got {x.dtype} of shape {x.shape}{span}"
+        raise DataError(f"{path}: {name} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
+                        f"got {x.dtype} of shape {x.shape}{span}"
                         + (f": save {steps} for x = {name}, and likewise the other images." if steps else "."))
 
 # %% ../nbs/01_data.ipynb #5f084937
@@ -834,11 +849,21 @@ def with_suffix(root:str|Path, # the folder of the images
             for n in names:
                 if n.lower().endswith(IMAGE_SUFFIXES): at[folder].setdefault(os.path.splitext(n)[0], []).append(n)
         found = at[folder].get(stem, [])
-        if len(found) > 1: raise DataError(f"{source}: {p!r} could be {found[0]} or {found[1]}: write the suffix into the list.")
+        if len(found) > 1:
+            raise DataError(f"{source}: {p!r} could be {found[0]} or {found[1]}: write the suffix into the list.")
         lost += [p] if not found else []
         out.append(f"{folder}/{found[0]}".lstrip("/") if found else p)
-    if lost: raise DataError(f"{len(lost):,} of {len(paths):,} images of {source} are not under {root}, such as {lost[0]!r}, nor with a suffix such as .jpg or .png: check --data-root, or write suffixes into the list.")
+    if lost:
+        raise DataError(f"{len(lost):,} of {len(paths):,} images of {source} are not under {root}, such as "
+                        f"{lost[0]!r}, nor with a suffix such as .jpg or .png: check --data-root, or write suffixes "
+                        f"into the list.")
     return out
+
+
+def _listed_names(train, labels, names, file): # K names, from the labels, a file, or the class numbers
+    if file is None: return names or numbered(labels, train.source)
+    if names: return read_class_names(file, folders={n: k for k, n in enumerate(names)}, n_classes=len(names))
+    return read_class_names(file, train.paths, labels["train"])
 
 # %% ../nbs/01_data.ipynb #e338c35a
 @patch(cls_method=True)
@@ -857,26 +882,27 @@ def lists(cls:LongTail,
           **cut # more settings of `cut`
          )->LongTail: # named after the train list
     "ImageNet-LT, Places-LT, iNaturalist 2018, and all that comes as lists or csv tables"
-    listed, labels, names, notes = read_parts({"train": train_list, "val": val_list, "test": test_list}, columns, test_fraction, seed)
+    listed, labels, names, notes = read_parts({"train": train_list, "val": val_list, "test": test_list}, columns,
+                                              test_fraction, seed)
     if cut.get("val_per_class") and listed["train"].groups is not None:
-        notes.append("validation images share their groups with training images: they are carved from train image by image.")
+        notes.append("validation images share their groups with training images, from which they are carved.")
     names = _listed_names(listed["train"], labels, names, class_names)
     parts = {p: (l.paths, labels[p]) for p, l in listed.items()}
     for p, (paths, y) in parts.items():
         source = listed[p].source
-        if y.max() >= len(names): raise DataError(f"{source} has the class number {y.max()}, but {class_names} has {len(names)} names.")
-        if p != "train" and (both := set(paths) & set(parts["train"][0])): raise DataError(f"{source} and {train_list} share {len(both)} paths, such as {min(both)!r}: an image may stand in one of them.")
+        if y.max() >= len(names):
+            raise DataError(f"{source} has the class number {y.max()}, but {class_names} has {len(names)} names.")
+        if p != "train" and (both := set(paths) & set(parts["train"][0])):
+            raise DataError(f"{source} and {train_list} share {len(both)} paths, such as {min(both)!r}: an image may "
+                            f"stand in one of them.")
         if root is None or bad_images == "skip": continue
         parts[p] = with_suffix(root, paths, source), y
         missing = [x for x in parts[p][0] if not os.path.exists(os.path.join(root, x))]
-        if missing: raise DataError(f"{len(missing):,} of {len(paths):,} images of {source} are not under {root}, such as {missing[0]!r}: check --data-root, or leave them out with --bad-images skip.")
-    return from_paths(cls, root, parts, names, Path(train_list).stem, image_size, bad_images, tuple(notes)).cut(imb_ratio, seed, **cut)
-
-
-def _listed_names(train, labels, names, file): # K names, from the labels, a file, or the class numbers
-    if file is None: return names or numbered(labels, train.source)
-    if names: return read_class_names(file, folders={n: k for k, n in enumerate(names)}, n_classes=len(names))
-    return read_class_names(file, train.paths, labels["train"])
+        if missing:
+            raise DataError(f"{len(missing):,} of {len(paths):,} images of {source} are not under {root}, such as "
+                            f"{missing[0]!r}: check --data-root, or leave them out with --bad-images skip.")
+    data = from_paths(cls, root, parts, names, Path(train_list).stem, image_size, bad_images, tuple(notes))
+    return data.cut(imb_ratio, seed, **cut)
 
 # %% ../nbs/01_data.ipynb #2ae4ac0c
 IWILDCAM_SPLITS = {"ood": ("val", "test"), "id": ("id_val", "id_test")}
@@ -916,13 +942,15 @@ def iwildcam(cls:LongTail,
     notes = (f"left out {left} photographs of class {UNUSED_CLASS}, which stands for none of the classes.",) if left else ()
     return from_paths(cls, root, parts, names, f"iwildcam-{domain}", image_size, bad_images, notes).cut(imb_ratio, seed, **cut)
 
-# %% ../nbs/01_data.ipynb #2b2efa22
+# %% ../nbs/01_data.ipynb #287339f3
 DATASETS = {"digits": (), "cifar10": ("data_root", "download"), "cifar100": ("data_root", "download"), "fashion_mnist": ("data_root", "download"),
             "imagenette": ("data_root", "download", "image_size", "bad_images"), "npz": ("data_root",), "folder": ("data_root", "image_size", "test_fraction", "bad_images"),
-            "lists": ("data_root", "train_list", "val_list", "test_list", "class_names", "path_column", "label_column", "split_column", "group_column", "image_size", "test_fraction", "bad_images"), "iwildcam": ("data_root", "domain", "image_size", "bad_images")} # source -> the settings that only some sources take
+            "lists": ("data_root", "train_list", "val_list", "test_list", "class_names", "path_column", "label_column",
+                      "split_column", "group_column", "image_size", "test_fraction", "bad_images"),
+            "iwildcam": ("data_root", "domain", "image_size", "bad_images")} # source -> settings that only some take
 BALANCED = ("digits", "cifar10", "cifar100", "fashion_mnist", "imagenette") # cut with ratio 100 unless told otherwise
 
-
+# %% ../nbs/01_data.ipynb #2b2efa22
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Where the images come from: the settings that all recipes share"
@@ -932,8 +960,8 @@ class DataConfig(Config):
     val_list: str|None = None # lists: the same for validation
     test_list: str|None = None # lists: the same for the test
     class_names: str|None = None # lists: file of class names
-    path_column: str|None = None # csv tables: column of the images' paths (default: path, file, filename, image, image_id …)
-    label_column: str|None = None # csv tables: column of class numbers or class names (default: label, class, target, y, category …)
+    path_column: str|None = None # csv tables: column of the images' paths (default: path, file, image_id …)
+    label_column: str|None = None # csv tables: column of class numbers or class names (default: label, class, target …)
     split_column: str|None = None # csv tables: column that says train, val or test (default: split, subset, partition)
     group_column: str|None = None # csv tables: column of what may not stand in both train and test, such as a camera
     domain: Literal["ood", "id"]|None = None # iwildcam: which split tests (default: ood, unseen cameras)
@@ -956,7 +984,8 @@ class DataConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if getattr(self, "test_prior", None) is not None: object.__setattr__(self, "test_prior", prior_text(self.test_prior))
+        if getattr(self, "test_prior", None) is not None:
+            object.__setattr__(self, "test_prior", prior_text(self.test_prior))
 
 # %% ../nbs/01_data.ipynb #4221851f
 @patch(as_prop=True)
@@ -983,7 +1012,8 @@ def check_source(cfg:DataConfig # as given
         if getattr(cfg, name) in (None, False): continue
         if cfg.dataset == "digits" and name == "data_root": raise UsageError(f"dataset='digits' is bundled and takes no data_root, got {cfg.data_root!r}: did you mean --dataset npz or folder?")
         raise UsageError(f"{name} is for {', '.join(d for d, v in DATASETS.items() if name in v)}; dataset={cfg.dataset!r} does not use it. Leave out --{name.replace('_', '-')}.")
-    for name in {"npz": ["data_root"], "folder": ["data_root"], "iwildcam": ["data_root"], "lists": ["train_list"]}.get(cfg.dataset, []):
+    for name in {"npz": ["data_root"], "folder": ["data_root"], "iwildcam": ["data_root"],
+                 "lists": ["train_list"]}.get(cfg.dataset, []):
         if not getattr(cfg, name): raise UsageError(f"dataset={cfg.dataset!r} needs {'the archive' if cfg.dataset == 'npz' else 'its folder' if name == 'data_root' else 'a list file'}: give --{name.replace('_', '-')}.")
 
 
@@ -1002,5 +1032,6 @@ def load_data(cfg:DataConfig, # which set
     if cfg.dataset == "lists":
         if need_images and not cfg.data_root: raise UsageError("dataset='lists' needs the folder that the paths are in: give --data-root.")
         named = Columns(*(given.pop(f"{n}_column", None) for n in ("path", "label", "split", "group")))
-        return LongTail.lists(cfg.data_root, cfg.train_list, cfg.test_list, imb_ratio=ratio, columns=named, **given, **cut)
+        return LongTail.lists(cfg.data_root, cfg.train_list, cfg.test_list, imb_ratio=ratio, columns=named, **given,
+                              **cut)
     return getattr(LongTail, cfg.dataset)(cfg.data_root or "data", imb_ratio=ratio, **given, **cut)

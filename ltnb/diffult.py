@@ -59,7 +59,7 @@ class DiffuLTConfig(GeneratorConfig):
     wd: float|None = None # weight decay of the classifier (default: 5e-4 for digits, else 2e-4)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     pipelines: bool = True # also train with balanced softmax, AutoAugment + Cutout and LDAM-DRW on the same images
-    test_prior: str|None = None # also correct to this test prior: counts or probabilities in a .csv or .json file, numbers joined by commas, or train
+    test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     ablate: str|None = None # also measure what a part is worth: names joined by commas, or all
     budget_minutes: float|None = None # scale steps and epochs so that the whole run takes about so long; measured once
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
@@ -289,7 +289,8 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     z, prior = said["diffult"]
     said = insert_after(said, "diffult", "diffult + label shift", (label_shift(z, prior), prior))
     if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
-        for m, (z, n) in (("label shift", said["cross-entropy"]), ("diffult + label shift", said["diffult"])): said = insert_after(said, m, f"{m}, test prior", (label_shift(z, n, test_prior=aim), n))
+        for m, (z, n) in (("label shift", said["cross-entropy"]), ("diffult + label shift", said["diffult"])):
+            said = insert_after(said, m, f"{m}, test prior", (label_shift(z, n, test_prior=aim), n))
     extra = sweeps(s, eye, calibration, f)
     if not team.writes: return None
     logits = {m: v[0] for m, v in (said | extra).items()}
@@ -385,7 +386,8 @@ def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:Diffusi
     if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
         clf.log_prior = (log_prior(counts) - log_prior(aim)).tolist()
         method, more = f"{method}, test prior", {"test_prior": aim.tolist()}
-    clf.eval().save(run.path/"model", method=method, seed=cfg.seed, train_counts=data.counts.tolist(), effective_counts=counts.tolist(), **more)
+    clf.eval().save(run.path/"model", method=method, seed=cfg.seed, train_counts=data.counts.tolist(),
+                    effective_counts=counts.tolist(), **more)
     sample_grid(model, cfg, run.path/"figures"/"samples.png", device, precision)
     fig, ax = new_figure()
     plot_counts(data.counts, data.class_names, data.name, ax=ax)

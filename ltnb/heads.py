@@ -98,7 +98,8 @@ class Features:
 
     def __post_init__(self):
         object.__setattr__(self, "class_names", unique_names(self.class_names))
-        if self.n_classes < 2: raise DataError(f"there is one class only, {self.class_names[0]!r}: at least 2 are needed.")
+        if self.n_classes < 2:
+            raise DataError(f"there is one class only, {self.class_names[0]!r}: at least 2 are needed.")
         if self.train.shape[1] != self.test.shape[1]: raise DataError(f"train_features have width {self.train.shape[1]}, test_features {self.test.shape[1]}: both must come from the same encoder.")
         for part in ("train", "test"):
             z, y = getattr(self, part), getattr(self, f"{part}_labels")
@@ -131,7 +132,9 @@ def npz(cls:Features, path:str|Path # the archive
             raise DataError(f"{path}: {k} must be numbers of shape {'(K,)' if k == 'fc_bias' else '(N, d)'}, got {z[k].dtype} of shape {z[k].shape}.")
     labels, names = archive_labels(z, path, ("train", "test"))
     if "fc_weight" in z and "class_names" not in z:
-        if z["train_labels"].dtype.kind in "US": raise DataError(f"{path}: with labels that are texts, fc_weight needs class_names, which say whose weights a row holds.")
+        if z["train_labels"].dtype.kind in "US":
+            raise DataError(f"{path}: with labels that are texts, fc_weight needs class_names, which say whose weights "
+                            f"a row holds.")
         names = tuple(map(str, range(len(z["fc_weight"]))))
     k = len(names)
     f32 = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))

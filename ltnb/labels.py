@@ -44,7 +44,7 @@ def folders_of(paths, # of the training images, below their root
               )->dict[str, int]: # folder, or several joined by /, -> its class
     "The folders that belong to one class alone"
     at = {}
-    for folder, k in {(p.replace("\\", "/").rpartition("/")[0], int(k)) for p, k in zip(paths, labels)}:
+    for folder, k in sorted({(p.replace("\\", "/").rpartition("/")[0], int(k)) for p, k in zip(paths, labels)}):
         parts = [x for x in folder.split("/") if x not in ("", ".")]
         for i in range(len(parts)):
             for j in range(i + 1, len(parts) + 1): at.setdefault("/".join(parts[i:j]), set()).add(k)
@@ -103,27 +103,30 @@ def _by_number(readings): # (Reading, class -> name) of the numbering, or None
     found = [r for r in readings if r.covers]
     if len({tuple(r.numbers) for r in found}) > 1:
         found = [r for r in found if r.sure]
-        if len({tuple(r.numbers) for r in found}) != 1: raise _Refused("each line has two numbers that could be its class")
+        if len({tuple(r.numbers) for r in found}) != 1:
+            raise _Refused("each line has two numbers that could be its class")
     return (found[0], dict(zip(found[0].numbers, found[0].names))) if found else None
 
 
 def _agree(keys, numbers, folders): # a folder and a number on one line mean one class
     for key, k in zip(keys, numbers):
         if folders.get(key, k) != k:
-            raise _Refused(f"it gives the folder {key!r} the number {k}, but the images have it as class {folders[key]}")
+            raise _Refused(f"it gives {key!r} the number {k}, but the images have it as class {folders[key]}")
 
-
+# %% ../nbs/00_labels.ipynb #06f25e51
 def _by_folder(readings, folders, n_classes): # (Reading, class -> name), or None where some class has no line
     for r in readings:
         named, names = {}, r.names
         for second in read_lines(names): # a numbering beside the folders, as in map_clsloc.txt
-            if not second.numbers or sorted(second.numbers) not in [list(range(i, i + len(names))) for i in (0, 1)]: continue
+            if not second.numbers or sorted(second.numbers) not in [list(range(i, i + len(names))) for i in (0, 1)]:
+                continue
             if second.covers and len(names) == n_classes: _agree(r.keys, second.numbers, folders)
             names = second.names
         for key, name in zip(r.keys, names):
             if key not in folders: continue
             if named.setdefault(folders[key], name) != name:
-                raise _Refused(f"the folders of class {folders[key]} have two names, {named[folders[key]]!r} and {name!r}")
+                raise _Refused(f"the folders of class {folders[key]} have two names, {named[folders[key]]!r} and "
+                               f"{name!r}")
         if not named or len(named) != n_classes: continue
         if r.keys != r.names and all(map(str.isdecimal, named.values())): continue # folders and numbers, but no names
         return r, named
@@ -147,20 +150,25 @@ def _why_not(numbers, where, n_classes): # what is wrong with a column of number
     missing = sorted(set(range(n_classes or len(numbers))) - set(numbers))
     return f"every line has a number {where}, but {missing[0] if missing else len(numbers)} is missing"
 
-# %% ../nbs/00_labels.ipynb #337337d0
-def _by_order(lines, readings, folders, n_classes): # class -> name; refused where something looks like a number or a folder
+# %% ../nbs/00_labels.ipynb #9d1475f4
+def _by_order(lines, readings, folders,
+              n_classes): # class -> name; refused where something looks like a number or a folder
     n = len(lines)
     for r in readings:
-        if r.numbers and (len(set(r.names)) > 1 or r.numbers != sorted(r.numbers)): raise _Refused(_why_not(r.numbers, r.where, n_classes))
+        if r.numbers and (len(set(r.names)) > 1 or r.numbers != sorted(r.numbers)):
+            raise _Refused(_why_not(r.numbers, r.where, n_classes))
     if n > 1 and all(map(str.isdecimal, lines)) and list(map(_number, lines)) != list(range(n)):
         raise _Refused("it has numbers, but no names")
     if n_classes and n != n_classes: raise _Refused(f"it has {n} names for {n_classes} classes")
     for where, pattern, key in (("in front", _FRONT, 1), ("behind", _BEHIND, 3)):
         found = [m for m in map(pattern.fullmatch, lines) if m and (k := _number(m[key])) is not None and k <= n]
         if len(found) < n and (any(m[2].strip() or "\t" in m[2] for m in found) or 2 * len(found) >= n > 1):
-            raise _Refused(f"{len(found)} of its {n} lines have a class number {where}, such as {found[0][0]!r}, and the others none")
+            raise _Refused(f"{len(found)} of its {n} lines have a class number {where}, such as {found[0][0]!r}, and "
+                           f"the others none")
     for i, line in enumerate(lines):
-        if folders.get(line, i) != i: raise _Refused(f"its line {i + 1} is the folder {line!r} of class {folders[line]}, and not all folders are there")
+        if folders.get(line, i) != i:
+            raise _Refused(f"its line {i + 1} is the folder {line!r} of class {folders[line]}, and not all folders are "
+                           f"there")
     if 2 * sum(line.split()[0].strip("/:,;") in folders for line in lines) > n:
         raise _Refused("most of its lines begin with a folder of the images, but not all folders are there")
     return dict(enumerate(lines))
@@ -178,21 +186,27 @@ def decide_names(readings:list, # of `read_lines`, or of a table's columns
     by_folder = _by_folder(readings, folders, n_classes or len(set(folders.values())))
     if numbered and by_folder: _agree(by_folder[0].keys, numbered[0].numbers, folders)
     if numbered:
-        if n_classes and len(numbered[1]) < n_classes: raise _Refused(f"it has {len(numbered[1])} names for {n_classes} classes")
-        same = lines and len(lines) > 1 and len(set(numbered[0].names)) == 1 # grade 0, grade 1: the number is part of the name
+        if n_classes and len(numbered[1]) < n_classes:
+            raise _Refused(f"it has {len(numbered[1])} names for {n_classes} classes")
+        same = lines and len(lines) > 1 and len(set(numbered[0].names)) == 1 # grade 0, grade 1: the name has the number
         named = dict(zip(numbered[0].numbers, lines)) if same else _without_folders(numbered[1], folders)
     elif by_folder: named = by_folder[1]
     elif lines: named = _by_order(lines, [r for r in readings if r.where != "as a whole"], folders, n_classes)
-    else: raise _Refused(next((_why_not(r.numbers, r.where, n_classes) for r in readings if r.numbers), "no column of it numbers the classes or names their folders"))
+    else:
+        raise _Refused(next((_why_not(r.numbers, r.where, n_classes) for r in readings if r.numbers),
+                            "no column of it numbers the classes or names their folders"))
+    _agree(named.values(), named, folders)
     if not all(named.values()): raise _Refused(f"class {next(k for k, v in named.items() if not v)} has no text")
     return tuple(named[k] for k in range(len(named)))
 
-# %% ../nbs/00_labels.ipynb #8ab8bd5f
+# %% ../nbs/00_labels.ipynb #8afc91a8
 UNUSED_CLASS = 99999 # how iWildCam marks categories outside its classes
-NAME_WORDS = ("name", "class_name", "classname", "label_name", "category_name", "names", "english", "species", "description", "text", "title", "label", "class", "category")
-KEY_WORDS = ("y", "class_id", "label_id", "id", "idx", "index", "number", "target", "category_id", "wnid", "synset", "folder", "key")
+NAME_WORDS = ("name", "class_name", "classname", "label_name", "category_name", "names", "english", "species",
+              "description", "text", "title", "label", "class", "category")
+KEY_WORDS = ("y", "class_id", "label_id", "id", "idx", "index", "number", "target", "category_id", "wnid", "synset",
+             "folder", "key")
 
-
+# %% ../nbs/00_labels.ipynb #a537d2eb
 def word(text)->str: # a column's name in one spelling
     "Lower case, with underscores"
     return re.sub(r"[\s-]+", "_", str(text).strip().lower())
@@ -211,7 +225,8 @@ def read_rows(header:list|None, # names of the columns, None where there are non
         others = [i for i in range(len(columns)) if i != c and not digits[i]]
         others = [i for i in others if not codes[i]] or others
         if not others: continue
-        best = [i for w in NAME_WORDS for i in others if header and header[i] == w][:1] or (others[:1] if header else others)
+        best = [i for w in NAME_WORDS for i in others if header and header[i] == w][:1] or (others[:1] if header
+                                                                                            else others)
         names = tuple(", ".join(_bare(r[i]) for i in best) for r in rows)
         out.append(Reading(f"in the column {header[c]}" if header else f"in column {c + 1}", keys, names, True))
     own = [r for r in out if r.where == "in the column y" and r.covers]
@@ -225,7 +240,8 @@ def _cells(value): # of a JSON value, as texts
 
 
 def _once(pairs): # a JSON dict; a key that stands twice would lose a class
-    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]: raise ValueError(f"the key {twice[0]!r} stands twice")
+    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice")
     return dict(pairs)
 
 
@@ -235,7 +251,8 @@ def json_rows(value # a list or dict of JSON
     if isinstance(value, dict):
         for inner in ("id2label", "label2id", "names", "class_names", "classes", "categories"):
             if isinstance(value.get(inner), (dict, list)): return json_rows(value[inner])
-        if not all(isinstance(v, dict) for v in value.values()): return None, [[k, *_cells(v)] for k, v in value.items()]
+        if not all(isinstance(v, dict) for v in value.values()):
+            return None, [[k, *_cells(v)] for k, v in value.items()]
         value = [{"key": k, **v} for k, v in value.items()]
     if all(isinstance(v, str) for v in value): return None, list(value)
     if not all(isinstance(v, dict) for v in value): return None, [_cells(v) for v in value]
@@ -249,18 +266,24 @@ def csv_rows(text:str, # of a csv or tsv file
     "A table of class names as rows of cells"
     first = text.lstrip().split("\n")[0]
     sign = "\t" if tabs or "\t" in first else ";" if first.count(";") > first.count(",") else ","
-    rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=sign, skipinitialspace=True) if any(c.strip() for c in r)]
+    rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=sign, skipinitialspace=True)
+            if any(c.strip() for c in r)]
     rows = [r for r in rows if not r[0].lstrip().startswith("#")] or rows
-    header = rows[0] if rows and len(rows) > 1 and all(_number(c) is None for c in rows[0]) and {*map(word, rows[0])} & {*NAME_WORDS, *KEY_WORDS} else None
+    headed = len(rows) > 1 and all(_number(c) is None for c in rows[0])
+    header = rows[0] if headed and {*map(word, rows[0])} & {*NAME_WORDS, *KEY_WORDS} else None
     rows, width = rows[1:] if header else rows, len(header or min(rows, key=len, default=[]))
-    if width > 1: rows = [[*r[:width - 1], (sign + " ").join(c.strip() for c in r[width - 1:])] for r in rows] # a comma in a name without quotation marks
+    if width > 1:
+        last = [(sign + " ").join(c.strip() for c in r[width - 1:]) for r in rows] # commas in a name
+        rows = [[*r[:width - 1], name] for r, name in zip(rows, last)]
     if any(len(r) != width for r in rows): raise ValueError("a line has fewer columns than the header")
     return header, [r for r in rows if str(UNUSED_CLASS) not in r]
 
-# %% ../nbs/00_labels.ipynb #a0e18cde
-def _lines_of(text): # without blank lines and comments
+# %% ../nbs/00_labels.ipynb #135df7e7
+def _lines_of(text): # without blank lines, comments and a header
     lines = [x.strip() for x in text.split("\n") if x.strip()]
-    return [x for x in lines if not re.match(r"#(\s|$)", x)] or lines
+    lines = [x for x in lines if not re.match(r"#(\s|$)", x)] or lines
+    head = [word(w) for w in re.split(r"[\s,;:|]+", lines[0])] if len(lines) > 2 else []
+    return lines[1:] if len(head) > 1 and set(head) <= {*NAME_WORDS, *KEY_WORDS} else lines
 
 
 def _take_apart(path, text): # (readings, lines or None)
@@ -274,9 +297,10 @@ def _take_apart(path, text): # (readings, lines or None)
     lines = [r.strip() for r in rows if r.strip()]
     return read_lines(lines), lines
 
-
+# %% ../nbs/00_labels.ipynb #60b83da3
 def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
-                     paths=(), labels=(), # of the train list: they tell a folder from a name, and how many classes there are
+                     paths=(), labels=(),
+                     # of the train list: they tell a folder from a name, and how many classes there are
                      folders:dict|None=None, # folder -> class, instead of those of the paths
                      n_classes:int|None=None # K, instead of the largest label + 1
                     )->tuple: # K names
@@ -285,8 +309,10 @@ def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
     k = n_classes or (int(np.max(labels)) + 1 if len(labels) else None)
     try: return decide_names(*_take_apart(path, text), folders_of(paths, labels) if folders is None else folders, k)
     except _Refused as e: why = str(e)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, csv.Error) as e: why = f"{type(e).__name__}: {str(e)[:200]}"
-    raise DataError(f"{path} holds no class names that can be relied on: {why[:400]}. Write a line a class, its number in front, such as '0: cat'"
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, csv.Error) as e:
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+    raise DataError(f"{path} holds no class names that can be relied on: {why[:400]}. Write a line a class, its number "
+                    f"in front, such as '0: cat'"
                     f"{f', for the classes 0 to {k - 1}' if k else ''}; or its folder, such as 'n01440764: tench'.")
 
 # %% ../nbs/00_labels.ipynb #5ec251b2
@@ -297,7 +323,8 @@ def names_in_order(names # K texts, or K rows of texts
     try: readings = read_rows(None, rows) if rows and isinstance(rows[0], list) else read_lines(rows)
     except _Refused as e: raise DataError(f"class_names: {e}.") from e
     other = [r for r in readings if r.covers and (isinstance(rows[0], list) or r.numbers != sorted(r.numbers))]
-    if not other and rows and isinstance(rows[0], list): raise DataError("class_names has several texts a class, and none of them numbers the classes.")
+    if not other and rows and isinstance(rows[0], list):
+        raise DataError("class_names has several texts a class, and none of them numbers the classes.")
     return decide_names(readings, rows if isinstance(rows[0], str) else None) if other else tuple(rows)
 
 # %% ../nbs/00_labels.ipynb #3f3f4256
@@ -316,7 +343,7 @@ class Listing:
         some = lambda v: None if v is None else [v[i] for i in index]
         return Listing(self.source, some(self.paths), some(self.labels), some(self.splits), some(self.groups))
 
-
+# %% ../nbs/00_labels.ipynb #d654e524
 def read_list(path:str|Path, # a text file, one 'path label' a line
              )->tuple[list[str], np.ndarray]: # N paths, (N,) int64 labels
     "Read a list file in OLTR's format"
@@ -326,21 +353,29 @@ def read_list(path:str|Path, # a text file, one 'path label' a line
         parts = line.rsplit(None, 1)
         if len(parts) != 2 or not re.fullmatch(r"\d{1,9}", parts[1], re.ASCII) or "\0" in line:
             sign = next((s for s in ",;|" if re.search(rf"[{s}]\s*\d+$", line)), None)
-            raise DataError(f"{path}, line {n}: expected 'path label' with a space between{f', not {sign!r}' if sign else ''}, and a class number from 0 at the end, got {line[:80]!r}.")
-        if parts[0] in seen: raise DataError(f"{path}, line {n}: {parts[0]!r} stands already in line {seen[parts[0]]}: a path may stand in a list once.")
+            raise DataError(f"{path}, line {n}: expected 'path label' with a space "
+                            f"between{f', not {sign!r}' if sign else ''}, and a class number from 0 at the end, got "
+                            f"{line[:80]!r}.")
+        if parts[0] in seen: raise DataError(f"{path}, line {n}: {parts[0]!r} stands already in line {seen[parts[0]]}: "
+                                             f"a path may stand in a list once.")
         seen[parts[0]] = n
         paths.append(parts[0]); labels.append(int(parts[1]))
     if not paths: raise DataError(f"{path} lists no image.")
     return paths, np.array(labels, dtype=np.int64)
 
-# %% ../nbs/00_labels.ipynb #f10e0e8b
-PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "img_path", "relative_path", "filename", "file_name", "file", "image_file", "image_name", "img_name", "image", "img", "image_id", "img_id", "photo", "id", "name")
-LABEL_COLUMNS = ("label", "class", "target", "y", "category", "class_name", "classname", "label_name", "category_name", "class_id", "label_id", "category_id", "species", "diagnosis", "dx", "breed")
+# %% ../nbs/00_labels.ipynb #8b8cf2f2
+PATH_COLUMNS = ("path", "filepath", "file_path", "image_path", "img_path", "relative_path", "filename", "file_name",
+                "file", "image_file", "image_name", "img_name", "image", "img", "image_id", "img_id", "photo", "id",
+                "name")
+LABEL_COLUMNS = ("label", "class", "target", "y", "category", "class_name", "classname", "label_name", "category_name",
+                 "class_id", "label_id", "category_id", "species", "diagnosis", "dx", "breed")
 SPLIT_COLUMNS = ("split", "subset", "partition")
-SPLIT_VALUES = {"train": ("train", "training", "trn", "tr", "train_set", "training_set"), "val": ("val", "valid", "validation", "dev", "validation_set"),
-                "test": ("test", "testing", "tst", "te", "test_set", "testing_set", "eval", "evaluation", "holdout", "hold_out")}
+SPLIT_VALUES = {"train": ("train", "training", "trn", "tr", "train_set", "training_set"),
+                "val": ("val", "valid", "validation", "dev", "validation_set"),
+                "test": ("test", "testing", "tst", "te", "test_set", "testing_set", "eval", "evaluation", "holdout",
+                         "hold_out")}
 
-
+# %% ../nbs/00_labels.ipynb #d900a898
 @dataclass(frozen=True)
 class Columns:
     "Names of a table's columns; those left out are found by their usual names, a group only when it is named"
@@ -364,34 +399,40 @@ def find_column(header:list, # names of the columns
         raise UsageError(f"{source} has no column {wanted!r}. {nearest(wanted, header)}")
     fits = [names.index(u) for u in usual if u in names]
     if len(fits) > 1 and one:
-        raise UsageError(f"{source} has the columns {' and '.join(repr(header[i]) for i in sorted(fits))}: say which one it is with {flag}.")
+        raise UsageError(f"{source} has the columns {' and '.join(repr(header[i]) for i in sorted(fits))}: say which "
+                         f"one it is with {flag}.")
     return fits[0] if fits else None
 
 # %% ../nbs/00_labels.ipynb #be1ce8a1
 def _positions(header, columns, source): # name of the column -> its position
     at = {"split": find_column(header, columns.split, (), "--split-column", source),
           "group": find_column(header, columns.group, (), "--group-column", source)}
-    if columns.split is None: at["split"] = find_column(header, None, SPLIT_COLUMNS, "--split-column", source, one=False)
+    if columns.split is None:
+        at["split"] = find_column(header, None, SPLIT_COLUMNS, "--split-column", source, one=False)
     if columns.label is not None: at["label"] = find_column(header, columns.label, (), "--label-column", source)
     free = ["" if i in at.values() else h for i, h in enumerate(header)]
-    at["path"] = find_column(header if columns.path else free, columns.path, PATH_COLUMNS, "--path-column", source, one=False)
+    at["path"] = find_column(header if columns.path else free, columns.path, PATH_COLUMNS, "--path-column", source,
+                             one=False)
     free = ["" if i == at["path"] else h for i, h in enumerate(free)]
     if columns.label is None: at["label"] = find_column(free, None, LABEL_COLUMNS, "--label-column", source)
     for name, what in (("path", "the images' paths"), ("label", "their labels")):
         if at[name] is None:
-            raise UsageError(f"{source}: no column is known to hold {what}: name it with --{name}-column. It has {', '.join(map(repr, header[:20]))}"
-                             f"{'; its first line must name the columns, such as path,label' if any('.' in h or h.isdecimal() for h in header) else ''}.")
+            bare = any("." in h or h.isdecimal() for h in header)
+            raise UsageError(f"{source}: no column is known to hold {what}: name it with --{name}-column. It has "
+                             f"{', '.join(map(repr, header[:20]))}"
+                             f"{'; its first line must name the columns, such as path,label' if bare else ''}.")
     return {k: i for k, i in at.items() if i is not None}
 
-
-def _splits(found, columns, source): # N of "train", "val" and "test"; None where a column that nobody named holds something else
+# %% ../nbs/00_labels.ipynb #a26f4ce5
+def _splits(found, columns, source): # "train", "val", "test"; None where a column that nobody named has something else
     known = {v: part for part, values in SPLIT_VALUES.items() for v in values}
     odd = next((x for x in found if word(x) not in known), None)
     if odd is None: return [known[word(x)] for x in found]
     if columns.split is None: return None
-    raise DataError(f"{source}: {odd!r} in the column {columns.split!r} is no name of a split: write train, val or test.")
+    raise DataError(f"{source}: {odd!r} in the column {columns.split!r} is no name of a split: write train, val or "
+                    f"test.")
 
-
+# %% ../nbs/00_labels.ipynb #c58a4cd2
 def read_table(path:str|Path, # a csv or tsv file with a header
                columns:Columns=Columns() # which of its columns
               )->Listing:
@@ -403,13 +444,19 @@ def read_table(path:str|Path, # a csv or tsv file with a header
     try:
         for row in reader:
             if not any(c.strip() for c in row): continue
-            if at is None: at, width, found = _positions([c.strip() for c in row], columns, path), len(row), {}; continue
-            if len(row) != width: raise DataError(f"{path}, line {reader.line_num}: {len(row)} cells where the header has {width}: put a text with a comma into quotation marks.")
+            if at is None:
+                at, width = _positions([c.strip() for c in row], columns, path), len(row)
+                continue
+            if len(row) != width:
+                raise DataError(f"{path}, line {reader.line_num}: {len(row)} cells where the header has {width}: put a "
+                                f"text with a comma into quotation marks.")
             for k, i in at.items():
-                if not (cell := row[i].strip()) or "\0" in cell: raise DataError(f"{path}, line {reader.line_num}: the {k} is missing.")
+                if not (cell := row[i].strip()) or "\0" in cell:
+                    raise DataError(f"{path}, line {reader.line_num}: the {k} is missing.")
                 found.setdefault(k, []).append(cell)
             if (first := seen.setdefault(found["path"][-1], reader.line_num)) != reader.line_num:
-                raise DataError(f"{path}, line {reader.line_num}: {found['path'][-1]!r} stands already in line {first}: a path may stand in a list once.")
+                raise DataError(f"{path}, line {reader.line_num}: {found['path'][-1]!r} stands already in line "
+                                f"{first}: a path may stand in a list once.")
     except csv.Error as e: raise DataError(f"{path} is no csv file ({e}).") from e
     if not found: raise DataError(f"{path} lists no image.")
     splits = _splits(found["split"], columns, path) if "split" in found else None
@@ -421,12 +468,16 @@ def read_listing(path:str|Path, # a list or a table
                 )->Listing:
     "Read images from a text list, or from a table with a header"
     lines = [x.strip() for x in read_text(path).split("\n", 50) if x.strip()][:1]
-    old = bool(lines and re.fullmatch(r"[^,;\t|]+\s\d{1,9}", lines[0], re.ASCII)) # 'path label', whatever the file is called
+    old = bool(lines and re.fullmatch(r"[^,;\t|]+\s\d{1,9}", lines[0],
+                                      re.ASCII)) # 'path label', whatever the file is called
     cells = set(map(word, re.split(r"[,;\t|]", lines[0]))) if lines else set()
     headed = bool(cells & {*PATH_COLUMNS} and cells & {*LABEL_COLUMNS})
     asked = [k for k in ("path", "label", "split", "group") if getattr(columns, k) is not None]
-    if headed or (not old and (asked or Path(path).suffix.lower() in (".csv", ".tsv"))): return read_table(path, columns)
-    if asked: raise UsageError(f"{path} is a list of 'path label' lines without columns: --{asked[0]}-column needs a csv file with a header.")
+    if headed or (not old and (asked or Path(path).suffix.lower() in (".csv", ".tsv"))):
+        return read_table(path, columns)
+    if asked:
+        raise UsageError(f"{path} is a list of 'path label' lines without columns: --{asked[0]}-column needs a csv "
+                         f"file with a header.")
     paths, labels = read_list(path)
     return Listing(str(path), paths, [str(k) for k in labels])
 
@@ -434,19 +485,26 @@ def read_listing(path:str|Path, # a list or a table
 def number_labels(parts:dict # part -> (source, labels as they were written), "train" among them
                  )->tuple[dict, tuple|None]: # part -> (N,) int64, and the class names where the labels are texts
     "Class numbers of written labels"
-    whole = {p: all(re.fullmatch(r"\d{1,9}(\.0+)?", str(x), re.ASCII) for x in labels) for p, (_, labels) in parts.items()}
-    if all(whole.values()): return {p: np.array([int(float(x)) for x in labels], dtype=np.int64) for p, (_, labels) in parts.items()}, None
+    whole = {p: all(re.fullmatch(r"\d{1,9}(\.0+)?", str(x), re.ASCII) for x in labels) for p,
+             (_, labels) in parts.items()}
+    if all(whole.values()):
+        return {p: np.array([int(float(x)) for x in labels], dtype=np.int64) for p, (_, labels) in parts.items()}, None
     source, train = parts["train"]
     if whole["train"]:
-        other, text = next((s, x) for p, (s, labels) in parts.items() if not whole[p] for x in labels if not str(x)[:1].isdigit() or not str(x).isdecimal())
-        raise DataError(f"the labels of {source} are class numbers, but {other} has {text!r}: write numbers into both, or texts into both.")
-    if odd := next((x for x in train if re.fullmatch(r"-\d+(\.\d*)?|\d+\.\d*[1-9]\d*|nan", str(x), re.ASCII | re.IGNORECASE)), None):
+        other, text = next((s, x) for p,
+                           (s, labels) in parts.items() if not whole[p] for x in labels if not str(x)[:1].isdigit()
+                           or not str(x).isdecimal())
+        raise DataError(f"the labels of {source} are class numbers, but {other} has {text!r}: write numbers into both, "
+                        f"or texts into both.")
+    if odd := next((x for x in train
+                    if re.fullmatch(r"-\d+(\.\d*)?|\d+\.\d*[1-9]\d*|nan", str(x), re.ASCII | re.IGNORECASE)), None):
         raise DataError(f"{source} has the label {odd!r}: labels are class numbers from 0, or texts.")
     names = sorted(set(train))
     index = {n: k for k, n in enumerate(names)}
     for other, labels in parts.values():
         if more := sorted(set(labels) - set(names)):
-            raise DataError(f"{other} has the label {more[0]!r}, which no training image of {source} has ({len(more)} such): every class needs training images. {nearest(more[0], names[:50])}")
+            raise DataError(f"{other} has the label {more[0]!r}, which no training image of {source} has ({len(more)} "
+                            f"such): every class needs training images. {nearest(more[0], names[:50])}")
     return {p: np.array([index[x] for x in labels], dtype=np.int64) for p, (_, labels) in parts.items()}, tuple(names)
 
 # %% ../nbs/00_labels.ipynb #87a18474
@@ -473,13 +531,17 @@ def group_split(labels:np.ndarray, # (N,) class numbers
     left, gap, test = counts.copy(), np.where(counts > 0, fraction, 0.), np.zeros(len(names), bool)
     order = np.random.RandomState(seed).permutation(len(names))
     members = np.split(np.argsort(at, kind="stable"), np.cumsum(np.bincount(at))[:-1])
+    spare = None # the smallest group that could go, for sets of two or three large ones
     for g in order[np.argsort([-len(members[g]) for g in order], kind="stable")]:
         k, n = np.unique(labels[members[g]], return_counts=True)
         after = gap[k] - n / counts[k] # of the wanted share, what is still missing
-        if (left[k] > n).all() and (after**2).sum() < (gap[k]**2).sum(): test[g], left[k], gap[k] = True, left[k] - n, after
+        if not (left[k] > n).all(): continue
+        if (after**2).sum() < (gap[k]**2).sum(): test[g], left[k], gap[k] = True, left[k] - n, after
+        else: spare = g
+    if not test.any() and spare is not None: test[spare] = True
     return test[at]
 
-
+# %% ../nbs/00_labels.ipynb #fcf0f266
 def leak(train_groups, test_groups # of the images of each part
         )->tuple[int, list]: # test images whose group is in train too, and those groups
     "How much of a test set train has seen the group of"
@@ -497,17 +559,22 @@ def split_listing(listing:Listing, # all images
     test = random_split(labels, fraction, seed)
     notes = [f"there is no test list: {fraction:.0%} of each class, rounded down, is the test set (seed {seed})."]
     if not test.any():
-        raise DataError(f"{listing.source}: no class has the {math.ceil(1 / fraction)} images that a test share of {fraction:g} needs: give a larger --test-fraction, or a --test-list.")
+        raise DataError(f"{listing.source}: no class has the {math.ceil(1 / fraction)} images that a test share of "
+                        f"{fraction:g} needs: give a larger --test-fraction, or a --test-list.")
     if listing.groups is not None:
         shared, both = leak(np.array(listing.groups)[~test], np.array(listing.groups)[test])
         random_images, test = test.sum(), group_split(labels, listing.groups, fraction, seed)
         if not test.any():
-            raise DataError(f"{listing.source}: no group can go to the test as a whole without leaving some class without a training image: give a larger --test-fraction, or a --test-list.")
-        notes = [f"there is no test list: whole groups with about {fraction:.0%} of each class are the test set, {test.sum():,} images of {len(set(np.array(listing.groups)[test])):,} groups (seed {seed}).",
-                 f"split at random instead, {shared:,} of {random_images:,} test images would share their group with training images; now none does."]
+            raise DataError(f"{listing.source}: no group can go to the test as a whole without leaving some class "
+                            f"without a training image: give a larger --test-fraction, or a --test-list.")
+        notes = [f"there is no test list: whole groups, as near to {fraction:.0%} of each class as they allow, "
+                 f"are the test, {test.sum():,} images of {len(set(np.array(listing.groups)[test])):,} groups "
+                 f"(seed {seed}).",
+                 f"split at random instead, {shared:,} of {random_images:,} test images would share their group with "
+                 f"training images; now none does."]
     return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test)), notes
 
-
+# %% ../nbs/00_labels.ipynb #8c99a30d
 def crossing(parts:dict # part -> Listing, "train" among them
             )->list[str]: # sentences
     "What to say of groups that stand in train and in another part"
@@ -515,24 +582,31 @@ def crossing(parts:dict # part -> Listing, "train" among them
     for part, other in parts.items():
         if part == "train" or other.groups is None or parts["train"].groups is None: continue
         n, both = leak(parts["train"].groups, other.groups)
-        if n: out.append(f"{n:,} of {len(other.paths):,} {part} images come from {len(both):,} {'group' if len(both) == 1 else 'groups'} that train has too, such as {both[0]!r}: that accuracy is not one on new groups.")
+        if n:
+            out.append(f"{n:,} of {len(other.paths):,} {part} images come from {len(both):,} "
+                       f"{'group' if len(both) == 1 else 'groups'} that train has too, such as {both[0]!r}: that "
+                       f"accuracy is not one on new groups.")
     return out
 
 # %% ../nbs/00_labels.ipynb #8df0c5a9
 def _by_split(train, others, columns): # the parts that a split column makes, and what is to be said
     if train.splits is None or (others and columns.split is None): return {"train": train}, []
-    if others: raise UsageError(f"--split-column takes train, val and test out of {train.source}: leave out --{sorted(others)[0]}-list.")
-    parts = {p: train.take([i for i, s in enumerate(train.splits) if s == p]) for p in SPLIT_VALUES if p in train.splits}
+    if others:
+        raise UsageError(f"--split-column takes train, val and test out of {train.source}: leave out "
+                         f"--{sorted(others)[0]}-list.")
+    parts = {p: train.take([i for i, s in enumerate(train.splits) if s == p]) for p in SPLIT_VALUES
+             if p in train.splits}
     if "train" not in parts: raise DataError(f"{train.source}: its split column has no row of train.")
-    return parts, [] if columns.split else [f"{', '.join(parts)} are those of the split column of {Path(train.source).name}."]
+    return parts, [] if columns.split else [f"{', '.join(parts)} are those of the split column of "
+                                            f"{Path(train.source).name}."]
 
-
+# %% ../nbs/00_labels.ipynb #70a3530a
 def read_parts(files:dict, # "train", "val", "test" -> file or None
                columns:Columns=Columns(), # of tables
                test_fraction:float|None=None, # share of the test, where there is none; 0.2 when left out
                seed:int=0 # of that split
-              )->tuple[dict, dict, tuple|None, list]: # part -> Listing, part -> (N,) int64, class names where labels are texts, what is to be said
-    "Read the list files of a set"
+              )->tuple[dict, dict, tuple|None, list]: # as below
+    "The list files of a set: part -> Listing, part -> (N,) int64, class names of labels that are texts, and notes"
     others = {p: read_listing(f, columns) for p, f in files.items() if f is not None and p != "train"}
     parts, notes = _by_split(read_listing(files["train"], columns), others, columns)
     parts |= others
@@ -541,38 +615,54 @@ def read_parts(files:dict, # "train", "val", "test" -> file or None
         notes.append("there is no test list: val is the test set, as in ImageNet.")
     if "test" not in parts:
         every = parts["train"]
-        parts["train"], parts["test"], more = split_listing(every, number_labels({"train": (every.source, every.labels)})[0]["train"], test_fraction or 0.2, seed)
+        parts["train"], parts["test"], more = split_listing(every,
+                                                            number_labels({"train": (every.source,
+                                                                                     every.labels)})[0]["train"],
+                                                            test_fraction or 0.2, seed)
         notes += more
-    elif test_fraction is not None: raise UsageError("test_fraction is for a set without test images, and this one has some: leave out --test-fraction.")
+    elif test_fraction is not None:
+        raise UsageError("test_fraction is for a set without test images, and this one has some: leave out "
+                         "--test-fraction.")
     labels, names = number_labels({p: (l.source, l.labels) for p, l in parts.items()})
     return {p: parts[p] for p in ("train", "val", "test") if p in parts}, labels, names, notes + crossing(parts)
 
-# %% ../nbs/00_labels.ipynb #486853d2
-COUNT_WORDS = ("prior", "probability", "prob", "p", "share", "frequency", "freq", "weight", "count", "counts", "n", "images", "value", "number")
+# %% ../nbs/00_labels.ipynb #fa238622
+COUNT_WORDS = ("prior", "probability", "prob", "p", "share", "frequency", "freq", "weight", "count", "counts", "n",
+               "images", "value", "number")
 
 
 def _amount(x, source): # a count or probability
-    if isinstance(x, bool) or not isinstance(x, (int, float, str)): raise UsageError(f"{source}: {x!r} is no count or probability.")
+    if isinstance(x, bool) or not isinstance(x, (int, float, str)):
+        raise UsageError(f"{source}: {x!r} is no count or probability.")
     try: v = float(x)
-    except (ValueError, OverflowError): raise UsageError(f"{source}: {str(x)[:80]!r} is no count or probability.") from None
-    if not math.isfinite(v) or v < 0: raise UsageError(f"{source}: {str(x)[:80]!r} is no count or probability, which must be finite and above 0.")
+    except (ValueError, OverflowError):
+        raise UsageError(f"{source}: {str(x)[:80]!r} is no count or probability.") from None
+    if not math.isfinite(v) or v < 0:
+        raise UsageError(f"{source}: {str(x)[:80]!r} is no count or probability, which must be finite and above 0.")
     return v
 
 
+def _numeric(c): # is a cell a number, good or bad?
+    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf", c.strip(), re.IGNORECASE))
+
+
 def _prior_table(path, text): # class -> amount, or a list
-    rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;", key=text.count)) if any(c.strip() for c in r)]
+    rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;", key=text.count))
+            if any(c.strip() for c in r)]
     if not rows: raise UsageError(f"{path} is empty.")
-    numeric = lambda c: bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf", c.strip(), re.IGNORECASE))
-    header = [word(c) for c in rows[0]] if not any(map(numeric, rows[0])) and len(rows) > 1 else None
+    header = [word(c) for c in rows[0]] if not any(map(_numeric, rows[0])) and len(rows) > 1 else None
     body, width = rows[1:] if header else rows, len(rows[0])
-    if any(len(r) != width for r in body) or width > 2 and not header: raise UsageError(f"{path}: expected two columns, class and count or probability.")
+    if any(len(r) != width for r in body) or width > 2 and not header:
+        raise UsageError(f"{path}: expected two columns, class and count or probability.")
     if width == 1: return [r[0].strip() for r in body]
     value = next((header.index(w) for w in COUNT_WORDS if header and w in header), width - 1)
-    key = next((header.index(w) for w in ("class", "name", "class_name", "label", "category", "y") if header and w in header and header.index(w) != value), 0 if value else 1)
-    if twice := [k for k, n in Counter(r[key].strip() for r in body).items() if n > 1]: raise UsageError(f"{path}: the class {twice[0]!r} stands there twice.")
+    words = ("class", "name", "class_name", "label", "category", "y") if header else ()
+    key = next((header.index(w) for w in words if w in header and header.index(w) != value), 0 if value else 1)
+    if twice := [k for k, n in Counter(r[key].strip() for r in body).items() if n > 1]:
+        raise UsageError(f"{path}: the class {twice[0]!r} stands there twice.")
     return {r[key].strip(): r[value].strip() for r in body}
 
-
+# %% ../nbs/00_labels.ipynb #a93d32a6
 def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .csv or .json file
               )->str|None: # the same without the file: "train" or JSON
     "Read a test prior, and refuse what cannot be one"
@@ -583,12 +673,16 @@ def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .c
     if not inline and len(parts) > 1 and not Path(text).exists(): value = [p.strip() for p in parts]
     else:
         content = text if inline else read_text(text)
-        try: value = json.loads(content, object_pairs_hook=_once) if inline or text.lower().endswith(".json") else _prior_table(text, content)
+        as_json = inline or text.lower().endswith(".json")
+        try: value = json.loads(content, object_pairs_hook=_once) if as_json else _prior_table(text, content)
         except (ValueError, RecursionError, csv.Error) as e:
             if isinstance(e, UsageError): raise
-            raise UsageError(f"{source} cannot be read ({str(e)[:120]}): expected class and count, as csv with two columns or as JSON.") from e
-    if not isinstance(value, (list, dict)) or not value: raise UsageError(f"{source}: expected counts or probabilities of the classes.")
-    return json.dumps({k: _amount(v, source) for k, v in value.items()} if isinstance(value, dict) else [_amount(v, source) for v in value], ensure_ascii=False)
+            raise UsageError(f"{source} cannot be read ({str(e)[:120]}): expected class and count, as csv with two "
+                             f"columns or as JSON.") from e
+    if not isinstance(value, (list, dict)) or not value:
+        raise UsageError(f"{source}: expected counts or probabilities of the classes.")
+    return json.dumps({k: _amount(v, source) for k, v in value.items()} if isinstance(value, dict)
+                      else [_amount(v, source) for v in value], ensure_ascii=False)
 
 # %% ../nbs/00_labels.ipynb #ac128808
 def class_prior(given:str|None, # of `prior_text`
@@ -599,18 +693,27 @@ def class_prior(given:str|None, # of `prior_text`
     if given is None: return None
     k, names = len(class_names), list(map(str, class_names))
     if given == "train":
-        if train_counts is None: raise UsageError("test_prior='train' needs the training counts, which this classifier does not record: give the counts themselves.")
+        if train_counts is None:
+            raise UsageError("test_prior='train' needs the training counts, which this classifier does not record: "
+                             "give the counts themselves.")
         v = np.asarray(train_counts, dtype=float)
     elif isinstance(value := json.loads(given), list):
-        if len(value) != k: raise UsageError(f"test_prior has {len(value)} numbers for {k} classes: give one a class, in the order of the classes.")
+        if len(value) != k:
+            raise UsageError(f"test_prior has {len(value)} numbers for {k} classes: give one a class, in the order of "
+                             f"the classes.")
         v = np.array(value)
     else:
-        order = names if set(value) & set(names) or not all(_number(x) is not None for x in value) else [str(i) for i in range(k)]
+        by_name = set(value) & set(names) or not all(_number(x) is not None for x in value)
+        order = names if by_name else [str(i) for i in range(k)]
         value = value if order is names else {str(int(x)): p for x, p in value.items()}
         if more := [x for x in value if x not in set(order)]:
-            raise UsageError(f"test_prior names the class {more[0]!r}, which the data do not have. {nearest(more[0], order) if k <= 1000 else ''}".strip())
-        if lacks := [n for n in order if n not in value]: raise UsageError(f"test_prior lacks the class {lacks[0]!r} ({len(lacks)} of {k} classes): give every class a count or probability.")
+            raise UsageError(f"test_prior names the class {more[0]!r}, which the data do not have. "
+                             f"{nearest(more[0], order) if k <= 1000 else ''}".strip())
+        if lacks := [n for n in order if n not in value]:
+            raise UsageError(f"test_prior lacks the class {lacks[0]!r} ({len(lacks)} of {k} classes): give every class "
+                             f"a count or probability.")
         v = np.array([value[n] for n in order])
     if (v <= 0).any():
-        raise UsageError(f"test_prior gives the class {names[int(np.argmin(v))]!r} the probability 0, so no image could be answered with it: give it a small share, or take the class out of the data.")
+        raise UsageError(f"test_prior gives the class {names[int(np.argmin(v))]!r} the probability 0, so no image "
+                         f"could be answered with it: give it a small share, or take the class out of the data.")
     return v / v.sum()

@@ -86,7 +86,7 @@ class LDMLRConfig(LatentConfig):
     wd: float = 5e-4 # weight decay of the classifier
     mixup: float|None = None # mixup alpha, 0 for none (default: 0 for digits, else 0.5)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
-    test_prior: str|None = None # also correct to this test prior: counts or probabilities in a .csv or .json file, numbers joined by commas, or train
+    test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
     paths: ClassVar[tuple] = (*DataConfig.paths, "features")
     limits: ClassVar[dict] = {**DataConfig.limits, **{k: (1, None) for k in ("n_epochs", "bs", "n_steps", "diff_bs", "sample_steps", "per_class", "head_steps", "scratch_steps")}, "diff_width": (8, None), "kappa": (0.01, None), "neighbour_temperature": (0.01, None),
@@ -275,7 +275,7 @@ def read_heads(base:Head, heads:dict, # of stages 1 and 3
     def toward(say): return lambda z: say(z) + aim.to(z.device)
     return said | {(f"{m}, test prior", start): toward(said[m, start]) for m, start in shifted}
 
-
+# %% ../nbs/11_ldmlr.ipynb #6ba8ed0b
 def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
                seed:int, shown=METHODS, # rows to make
                test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
@@ -283,7 +283,7 @@ def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
     "All rows of one seed, with standard errors over test images of the differences to the controls"
     truth, rows = f.test_labels.numpy(), []
     scores, right = {}, {}
-    for k, say in read_heads(base, heads, test_prior).items(): # one at a time: with many classes, logits take more room than features
+    for k, say in read_heads(base, heads, test_prior).items(): # one at a time: with many classes, logits take much room
         z = say(f.test).numpy()
         scores[k], right[k] = score(None, truth, f.counts, k[0], seed, z), z.argmax(1) == truth
     def se(method, start): # of the difference to each control with the same start
@@ -335,7 +335,9 @@ def ablation_rows(cfg:LDMLRConfig, # resolved
         plan = make_plan(planned_counts(f.counts, now.per_class, now.ratio, now.bands))
         made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/file)
         heads = {("ldmlr", start): h for start, h in fit_heads(now, mine, base, made.items, made.labels, seed).items()}
-        rows += [{**r, "method": label, "ablation": label.split(":")[0]} for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",), prior) if r["method"] == "ldmlr + label shift"]
+        rows += [{**r, "method": label, "ablation": label.split(":")[0]}
+                 for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",), prior)
+                 if r["method"] == "ldmlr + label shift"]
     return rows
 
 # %% ../nbs/11_ldmlr.ipynb #3065fe47
@@ -398,7 +400,8 @@ def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthet
     if test_prior is not None:
         clf.log_prior = (log_prior(head.counts) - log_prior(test_prior)).tolist()
         method, more = f"{method}, test prior", {"test_prior": test_prior.tolist()}
-    clf.cpu().save(run.path/"model", method=method, seed=run.config.seed, train_counts=f.counts.tolist(), effective_counts=head.counts.tolist(), **more)
+    clf.cpu().save(run.path/"model", method=method, seed=run.config.seed, train_counts=f.counts.tolist(),
+                   effective_counts=head.counts.tolist(), **more)
     fig, ax = new_figure()
     plot_counts(f.counts, f.class_names, name, ax=ax)
     save_figure(fig, run.path/"figures"/"counts.png")
@@ -457,7 +460,7 @@ def run(config:LDMLRConfig # the settings
     ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if isinstance(data, LongTail) else data) # photographs are decoded once
     def load(seed): return read(config.seed if config.features else config.data_seed(seed))
     def close(cfg, data):
-        class_prior(cfg.test_prior, data.class_names, data.counts) # one that does not fit is refused before anything is trained
+        class_prior(cfg.test_prior, data.class_names, data.counts) # one that does not fit is refused now
         ready(data) # a photograph that cannot be read stops the run before it begins
         if isinstance(data, LongTail): return resolve(cfg, data.counts, min(data.train.images.shape[2:]))
         return resolve(cfg, data.counts, None, data.train.shape[1], data.head is not None)

@@ -41,7 +41,8 @@ def carried_prior(saved:dict # of model.json
                  )->list|None: # (K,) counts or shares, None where they are not known
     "The prior that a saved classifier's logits carry before any correction"
     if saved.get("effective_counts"): return saved["effective_counts"]
-    if (correction := saved.get("prior_correction")) and not saved.get("test_prior"): return torch.tensor(correction["log_prior"]).exp().tolist()
+    if (correction := saved.get("prior_correction")) and not saved.get("test_prior"):
+        return torch.tensor(correction["log_prior"]).exp().tolist()
     return saved.get("train_counts") if saved.get("method") == "cross-entropy" else None
 
 
@@ -51,8 +52,11 @@ def retarget(clf, # a Classifier, changed in place
             ):
     "Correct a saved classifier to another test prior"
     saved = read_json(next(p for p in (Path(run)/"model"/"model.json", Path(run)/"model.json") if p.is_file()))
-    prior, carried = class_prior(prior_text(test_prior), clf.class_names, saved.get("train_counts")), carried_prior(saved)
-    if carried is None: raise UsageError(f"{run} does not record the prior that its classifier was trained on, so it cannot be corrected to another: train it again.")
+    prior = class_prior(prior_text(test_prior), clf.class_names, saved.get("train_counts"))
+    carried = carried_prior(saved)
+    if carried is None:
+        raise UsageError(f"{run} does not record the prior that its classifier was trained on, so it cannot be "
+                         f"corrected to another: train it again.")
     clf.log_prior = (log_prior(carried) - log_prior(prior)).tolist()
 
 # %% ../nbs/04_losses.ipynb #e63dd591

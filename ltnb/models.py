@@ -455,4 +455,5 @@ def write_predictions(path:str|Path, # the .csv file to write
     with atomic_write(path) as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(["path", "class", "probability", *columns])
-        for p, row in zip(paths, probs): out.writerow([clean(p), names[row.argmax()], f"{row.max():.6g}", *(f"{v:.6g}" for v in row)])
+        for p, row in zip(paths, probs):
+            out.writerow([clean(p), names[row.argmax()], f"{row.max():.6g}", *(f"{v:.6g}" for v in row)])
