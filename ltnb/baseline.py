@@ -20,8 +20,9 @@ from .augment import Augment
 from .core import Progress, Run, UsageError, nearest, read_json, read_jsonl
 from .data import BALANCED, DataConfig, LongTail, free_memory, load_data, plot_counts
 from .heads import MAX_DRAWS, Features, choose_tau, crt, lws, nearest_mean, tau_norm
+from .labels import class_prior
 from .losses import LOSSES, build_loss, label_shift, log_prior
-from .metrics import paired_over_images, plot_flow, score
+from .metrics import expected_accuracy, paired_over_images, plot_flow, score
 from .models import ARCHS, Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, table, write_report
 from .training import Team, fit, fit_seeds, join_team
@@ -52,6 +53,7 @@ class BaselineConfig(DataConfig):
     patience: int = 0 # looks at the validation images without a gain before stopping, 0 to train to the end
     eval_every: int = 1 # epochs between looks at the validation images
     heads: bool = True # also fit cRT, LWS, tau-normalisation and nearest mean on the frozen features
+    test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     side_by_side: bool|None = None # train all seeds at once (default: on a GPU, where the settings allow it)
     workers: int = 2 # processes that decode photographs which do not fit into memory
     compiled: bool = False # use torch.compile
@@ -82,7 +84,7 @@ def alone(cfg:BaselineConfig # as given
     "A setting with which seeds must train one after the other"
     return next((n for n in ("clip", "patience", "compiled") if getattr(cfg, n)), None)
 
-
+# %% ../nbs/09_baseline.ipynb #d47c0b45
 def default_arch(side:int # pixels along the shorter side
                 )->str: # a name of `ARCHS`
     "The network for images of this size"
@@ -97,6 +99,7 @@ def resolve(cfg:BaselineConfig, # as given
     defaults = dict(arch=default_arch(side), n_epochs=80 if small else 200, bs=min(32 if small else 128, len(data.train)), wd=5e-4 if small else 2e-4,
                     schedule="multistep" if small else "ldam", warmup=0 if small else 5, augment="none" if small else "crop+flip")
     if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
+    class_prior(cfg.test_prior, data.class_names, data.counts) # one that does not fit is refused now
     if cfg.patience and data.val is None: raise UsageError(f"patience={cfg.patience} needs validation images to stop on: give --val-per-class, or a set that has some.")
     return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
 
@@ -149,6 +152,8 @@ def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, #
     with torch.no_grad(): z = clf.net.fc.cpu()(f.test).float() * loss.scale
     out = {loss.title: z}
     if loss.prior.min() < loss.prior.max() * (1 - 1e-6): out["label shift" if cfg.loss == "cross_entropy" else f"{loss.title} + label shift"] = label_shift(z, loss.prior.cpu())
+    if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
+        out[f"{list(out)[-1]}, test prior"] = label_shift(z, loss.prior.cpu(), test_prior=aim)
     if not cfg.heads: return out
     if f.head is not None:
         tau = choose_tau(f.head, encode(clf, data.val.images, device=device, precision=precision), torch.from_numpy(data.val.labels)) if data.val is not None else 1.
@@ -161,12 +166,19 @@ def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, #
     return out | {"nearest mean": nearest_mean(f.train, f.train_labels, n_classes=f.n_classes).logits(f.test)}
 
 
-def score_answers(said:dict, truth:np.ndarray, counts:np.ndarray, seed:int # of `answers`; (M,) labels; (K,) training images
+def score_answers(said:dict, truth:np.ndarray, # of `answers`; (M,) labels
+                  counts:np.ndarray, seed:int, # (K,) training images
+                  test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
                  )->list[dict]: # rows of scores.json
     "Score every reading, with standard errors of its difference to label shift"
     right = {m: z.argmax(1).numpy() == truth for m, z in said.items()}
     def se(m): return (d.high - d.mean) / 1.959964 if (d := paired_over_images(right[m], right["label shift"])) else None
-    return [score(None, truth, counts, m, seed, z.numpy()).to_row() | {"se": {"label shift": se(m)} if "label shift" in said else {}} for m, z in said.items()]
+    rows = []
+    for m, z in said.items():
+        row = score(None, truth, counts, m, seed, z.numpy()).to_row()
+        rows.append(row | {"se": {"label shift": se(m)} if "label shift" in said else {}})
+        if test_prior is not None: rows[-1]["expected"] = expected_accuracy(row["per_class"], test_prior)
+    return rows
 
 # %% ../nbs/09_baseline.ipynb #59ed4751
 def run_seed(cfg:BaselineConfig, data:LongTail, seed:int, device:str, precision:str, run:Run, team:Team=Team() # resolved; of this seed; where; open; with whom
@@ -180,14 +192,20 @@ def run_seed(cfg:BaselineConfig, data:LongTail, seed:int, device:str, precision:
     if not team.writes: return None
     with run.timed(seed=seed, stage="heads"): said = answers(cfg, clf.eval(), loss, data, seed, device, precision)
     if seed == cfg.seed: keep_first(run, clf.cpu(), loss, data, said, cfg)
-    return score_answers(said, data.test.labels, data.counts, seed)
+    return score_answers(said, data.test.labels, data.counts, seed,
+                         class_prior(cfg.test_prior, data.class_names, data.counts))
 
 
 def keep_first(run:Run, clf:Classifier, loss, data:LongTail, said:dict, cfg:BaselineConfig):
     "The first seed's classifier and pictures"
     if loss.scale != 1: clf.net.fc.scale.mul_(loss.scale)
     if any(m.endswith("label shift") for m in said): clf.log_prior = log_prior(loss.prior.cpu()).tolist()
-    clf.save(run.path/"model", method=next((m for m in said if m.endswith("label shift")), loss.title), seed=cfg.seed, train_counts=data.counts.tolist(), effective_counts=loss.prior.tolist())
+    method, more = next((m for m in said if m.endswith("label shift")), loss.title), {}
+    if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
+        clf.log_prior = (log_prior(loss.prior.cpu()) - log_prior(aim)).tolist()
+        method, more = f"{method}, test prior", {"test_prior": aim.tolist()}
+    clf.save(run.path/"model", method=method, seed=cfg.seed, train_counts=data.counts.tolist(),
+             effective_counts=loss.prior.tolist(), **more)
     fig, ax = new_figure()
     plot_counts(data.counts, data.class_names, data.name, ax=ax)
     save_figure(fig, run.path/"figures"/"counts.png")
@@ -244,7 +262,8 @@ def check_inputs(config:BaselineConfig # as given
                 ):
     "Fail now on settings or data that cannot be used"
     check_settings(config)
-    load_data(config, config.seed)
+    data = load_data(config, config.seed)
+    class_prior(config.test_prior, data.class_names, data.counts)
 
 
 def run(config:BaselineConfig # the settings

@@ -346,7 +346,7 @@ def execute(module, config, # a recipe's module and settings
     Progress.quiet = quiet or rank > 0
     run = module.run_directory(config)
     if not plain and notebook: check_notebook(run, notebook)
-    if plain or notebook is None: run = module.run(config)
+    if plain or notebook is None or (run.finished and run.moved): run = module.run(config)
     elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
         module.check_inputs(config)
         with run: pass # another writer? then say so now
@@ -432,6 +432,7 @@ class PredictConfig(Config):
     model: str|None = None # a run directory, or its model folder
     images: str|None = None # folder of photographs, searched with its subfolders
     out: str|None = None # the csv file to write
+    test_prior: str|None = None # class prior of these photographs (a .csv or .json file, 5,3,1 or train)
     bs: int = 64 # images at a time
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
@@ -499,6 +500,9 @@ def predict_command(args:list[str] # after `ltnb predict`
     check_output(config.out, config.inputs(), ".csv", is_predictions)
     from ltnb.models import load_classifier, predict_files, write_predictions
     clf, device = load_classifier(config.model), choose_device(config.device)
+    if config.test_prior is not None:
+        from ltnb.losses import retarget
+        retarget(clf, config.model, config.test_prior)
     paths, probs, bad = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device))
     write_predictions(config.out, clf.class_names, probs, paths)
     for path, why in bad if not Progress.quiet else (): tell(f"ltnb: left out {path}: {' '.join(why.split())}")

@@ -328,6 +328,7 @@ class Config:
     limits: ClassVar[dict] = {} # name -> (lowest, highest), either None
     not_identity: ClassVar[tuple] = ("out",) # where a run is kept does not change what it is
     paths: ClassVar[tuple] = () # settings that are paths
+    later: ClassVar[tuple] = () # settings that older runs lack: at their default they leave the digest alone
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, self.check(f.name, getattr(self, f.name)))
@@ -419,7 +420,15 @@ def identity(self:Config)->dict: # the settings that make a run what it is; path
 @patch
 def digest(self:Config)->str: # six hexadecimal digits
     "A short name for this config"
-    return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:6]
+    d = {k: v for k, v in self.identity().items() if k not in self.unknown_to({})}
+    return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:6]
+
+@patch
+def unknown_to(self:Config, saved:dict # settings of an older version's run
+              )->list[str]: # names
+    "Settings that came later than that run, and are at their default"
+    return [f.name for f in fields(self) if f.name in self.later and f.name not in saved
+            and getattr(self, f.name) == f.default]
 
 # %% ../nbs/00_core.ipynb #3e204016
 def terminal_width(stream=None, # a text stream; standard error when left out
@@ -658,9 +667,12 @@ def check_same(self:Run):
     except OSError as e: raise os_error(e, f"looking at the run directory {self.path}") from e
     there = read_json(self.path/"config.json")
     if not isinstance(there, dict) or there.get("format", 1) != 1: raise LtnbError(f"{self.path}/config.json was written by another program or a newer ltnb: upgrade ltnb, or choose another --out.")
-    given = {"recipe": self.config.recipe, **plain(self.config.identity())}
-    same = {k: v for k, v in given.items() if there.get("given", {}).get(k) == v or (v is not None and there.get(k) == v)}
-    differ = show_differences({k: v for k, v in there.get("given", {}).items() if k not in same}, {k: v for k, v in given.items() if k not in same})
+    given, before = {"recipe": self.config.recipe, **plain(self.config.identity())}, dict(there.get("given") or {})
+    for k in (*self.config.paths, *self.config.unknown_to(before)): # the data may have moved: `check_data` compares it
+        given.pop(k, None), before.pop(k, None)
+    same = {k: v for k, v in given.items() if before.get(k) == v or (v is not None and there.get(k) == v)}
+    differ = show_differences({k: v for k, v in before.items() if k not in same},
+                              {k: v for k, v in given.items() if k not in same})
     if differ: raise UsageError(f"{self.path} holds a run with other settings ({'; '.join(differ)}): choose another --out, or use the same settings to continue it.")
 
 # %% ../nbs/00_core.ipynb #02c39889
@@ -692,6 +704,29 @@ def close(self:Run):
     if self._lock: unlock_file(self.path/"run.lock", self._lock)
     self._lock = None
 
+# %% ../nbs/00_core.ipynb #664fd98d
+@patch(as_prop=True)
+def moved(self:Run)->dict: # path setting -> (where the data lay when the run began, where it is said to lie now)
+    "Which paths differ from those that the run began with"
+    if not (self.path/"config.json").exists(): return {}
+    before, now = read_json(self.path/"config.json").get("given") or {}, plain(self.config.identity())
+    return {k: (before.get(k), now[k]) for k in self.config.paths if before.get(k) != now.get(k)}
+
+
+@patch
+def check_data(self:Run,
+               **data # what identifies the data, such as its fingerprint
+              ):
+    "Refuse other data than the run began with; where it lies does not matter"
+    there = read_json(self.path/"config.json").get("data") or {}
+    differ = show_differences(*({k: v for k, v in plain(d).items() if k != "notes"} for d in (there, data)))
+    if not differ: return
+    if moved := [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in self.moved.items()]:
+        raise UsageError(f"{self.path} was begun with other data ({'; '.join((*moved, *differ))}): "
+                         "give the data it was begun with, or choose another --out.")
+    raise LtnbError(f"{self.path} was begun with other data ({'; '.join(differ)}): restore it, or choose another "
+                    f"--out.")
+
 # %% ../nbs/00_core.ipynb #841941a6
 @patch
 def start(self:Run, resolved:Config, # the settings with nothing left open
@@ -699,12 +734,16 @@ def start(self:Run, resolved:Config, # the settings with nothing left open
           **data # what identifies the data
          ):
     "Write `config.json` and `environment.json`, or hold them against what is there"
-    config = {"format": 1, "ltnb": __version__, "recipe": resolved.recipe, **resolved.identity(), "data": data, "given": {"recipe": resolved.recipe, **self.config.identity()}}
+    config = {"format": 1, "ltnb": __version__, "recipe": resolved.recipe, **resolved.identity(), "data": data,
+              "given": {"recipe": resolved.recipe, **self.config.identity()}}
     if (self.path/"config.json").exists():
+        self.check_data(**data)
         there = read_json(self.path/"config.json")
-        settings = lambda c: {k: v for k, v in plain(c).items() if k not in ("given", "ltnb", "format", "data")} | plain(c["data"])
-        differ = show_differences(settings(there), settings(config))
-        if differ: raise LtnbError(f"{self.path} was begun with other data or on another kind of machine ({'; '.join(differ)}): restore them, or choose another --out.")
+        apart = {"given", "ltnb", "format", "data", *resolved.paths, *self.config.unknown_to(there)}
+        there, here = ({k: v for k, v in plain(c).items() if k not in apart} for c in (there, config))
+        if differ := show_differences(there, here):
+            raise LtnbError(f"{self.path} was begun with other settings or on another kind of machine "
+                            f"({'; '.join(differ)}): restore them, or choose another --out.")
     else: write_json(self.path/"config.json", config)
     write_json(self.path/"environment.json", environment(device, precision))
 
@@ -823,6 +862,7 @@ def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
     if self.finished:
         if writes and (self.path/"checkpoints").exists():
             with self.open(): self.sweep() # killed between the last two steps
+        if self.moved: self.check_data(train=load(self.config.seed).fingerprint())
         return self
     precision, data = choose_precision(self.config.precision, device), load(self.config.seed)
     with self if writes else contextlib.nullcontext(), work_is_kept():

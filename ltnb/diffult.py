@@ -28,6 +28,7 @@ from .core import Run, UsageError, choose_device, choose_precision, nearest, rea
 from .data import ImageSet, LongTail, load_data, plot_counts
 from .diffusion import DiffusionModel, frechet_distance, sample_images
 from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_model
+from .labels import class_prior
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
 from .models import Classifier
@@ -58,6 +59,7 @@ class DiffuLTConfig(GeneratorConfig):
     wd: float|None = None # weight decay of the classifier (default: 5e-4 for digits, else 2e-4)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     pipelines: bool = True # also train with balanced softmax, AutoAugment + Cutout and LDAM-DRW on the same images
+    test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     ablate: str|None = None # also measure what a part is worth: names joined by commas, or all
     budget_minutes: float|None = None # scale steps and epochs so that the whole run takes about so long; measured once
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
@@ -286,10 +288,13 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     said |= generator_rows(cfg, data, seed, g, "aid loss", s.classify)
     z, prior = said["diffult"]
     said = insert_after(said, "diffult", "diffult + label shift", (label_shift(z, prior), prior))
+    if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
+        for m, (z, n) in (("label shift", said["cross-entropy"]), ("diffult + label shift", said["diffult"])):
+            said = insert_after(said, m, f"{m}, test prior", (label_shift(z, n, test_prior=aim), n))
     extra = sweeps(s, eye, calibration, f)
     if not team.writes: return None
     logits = {m: v[0] for m, v in (said | extra).items()}
-    rows = score_answers(logits, data.test.labels, data.counts, seed)
+    rows = score_answers(logits, data.test.labels, data.counts, seed, aim)
     errors = standard_errors(logits, data.test.labels)
     for r in rows:
         r |= {"se": errors[r["method"]], "tail": float(np.mean([r["per_class"][c] for c in tail_classes(data)]))}
@@ -377,7 +382,12 @@ def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:Diffusi
     clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
     counts = effective_counts(data.counts, f.kept.counts(data.n_classes), cfg.syn_weight)
     clf.log_prior = log_prior(counts).tolist()
-    clf.eval().save(run.path/"model", method="diffult + label shift", seed=cfg.seed, train_counts=data.counts.tolist(), effective_counts=counts.tolist())
+    method, more = "diffult + label shift", {}
+    if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
+        clf.log_prior = (log_prior(counts) - log_prior(aim)).tolist()
+        method, more = f"{method}, test prior", {"test_prior": aim.tolist()}
+    clf.eval().save(run.path/"model", method=method, seed=cfg.seed, train_counts=data.counts.tolist(),
+                    effective_counts=counts.tolist(), **more)
     sample_grid(model, cfg, run.path/"figures"/"samples.png", device, precision)
     fig, ax = new_figure()
     plot_counts(data.counts, data.class_names, data.name, ax=ax)

@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import nn
 
 from .core import DataError, Progress, UsageError, atomic_write, generator
-from .data import LongTail, class_labels, names_of_classes, read_npz
+from .data import LongTail, archive_labels, read_npz
+from .labels import unique_names
 from .losses import log_prior
 from .models import Classifier, encode as encode_images
 from .training import balanced_indices, power_indices
@@ -112,6 +113,9 @@ class Features:
     head: Head|None = None # the stage-1 head, where there is one
 
     def __post_init__(self):
+        object.__setattr__(self, "class_names", unique_names(self.class_names))
+        if self.n_classes < 2:
+            raise DataError(f"there is one class only, {self.class_names[0]!r}: at least 2 are needed.")
         if self.train.shape[1] != self.test.shape[1]: raise DataError(f"train_features have width {self.train.shape[1]}, test_features {self.test.shape[1]}: both must come from the same encoder.")
         for part in ("train", "test"):
             z, y = getattr(self, part), getattr(self, f"{part}_labels")
@@ -142,8 +146,12 @@ def npz(cls:Features, path:str|Path # the archive
     for k in ("train_features", "test_features", "fc_weight", "fc_bias"):
         if k in z and (z[k].dtype.kind not in "fiu" or z[k].ndim != (1 if k == "fc_bias" else 2) or not z[k].size):
             raise DataError(f"{path}: {k} must be numbers of shape {'(K,)' if k == 'fc_bias' else '(N, d)'}, got {z[k].dtype} of shape {z[k].shape}.")
-    labels = {p: class_labels(z[f"{p}_labels"], f"{path}: {p}_labels") for p in ("train", "test")}
-    names = tuple(map(str, range(len(z["fc_weight"])))) if "fc_weight" in z and "class_names" not in z else names_of_classes(z, labels, path)
+    labels, names = archive_labels(z, path, ("train", "test"))
+    if "fc_weight" in z and "class_names" not in z:
+        if z["train_labels"].dtype.kind in "US":
+            raise DataError(f"{path}: with labels that are texts, fc_weight needs class_names, which say whose weights "
+                            f"a row holds.")
+        names = tuple(map(str, range(len(z["fc_weight"]))))
     k = len(names)
     f32 = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
     head = Head(f32(z["fc_weight"]), f32(z["fc_bias"]), torch.from_numpy(np.bincount(labels["train"], minlength=k)[:k]).double()) if "fc_weight" in z else None

@@ -23,9 +23,10 @@ from .augment import Augment
 from .core import Progress, Run, UsageError, choose_device, nearest, read_json
 from .data import BALANCED, BANDS, DataConfig, LongTail, bands, load_data, plot_counts
 from .heads import Features, Head, by_rows, crt, fit_head, lws, tau_norm
+from .labels import class_prior
 from .latent import LatentModel, Neighbourhood, garbage_features, gaussian_features, mixed_features, sample_features, train_latent
 from .losses import effective_counts, log_prior
-from .metrics import paired_over_images, score
+from .metrics import expected_accuracy, paired_over_images, score
 from .models import ARCHS, Classifier, LinearNet, build_model, pixel_stats
 from .report import html_figure, html_table, new_figure, plot_feature_map, plot_per_class, plot_starts, render, save_figure, table, verdict, write_report
 from .synthetic import ManifestRows, ShardItems, Synthetic, make_plan, make_synthetic, mix
@@ -85,6 +86,7 @@ class LDMLRConfig(LatentConfig):
     wd: float = 5e-4 # weight decay of the classifier
     mixup: float|None = None # mixup alpha, 0 for none (default: 0 for digits, else 0.5)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
+    test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
     paths: ClassVar[tuple] = (*DataConfig.paths, "features")
     limits: ClassVar[dict] = {**DataConfig.limits, **{k: (1, None) for k in ("n_epochs", "bs", "n_steps", "diff_bs", "sample_steps", "per_class", "head_steps", "scratch_steps")}, "diff_width": (8, None), "kappa": (0.01, None), "neighbour_temperature": (0.01, None),
@@ -272,23 +274,28 @@ METHODS = ("cross-entropy", "label shift", "real refit", "crt", "lws", "tau-norm
 CONTROLS = tuple(m for m in METHODS if m != "cross-entropy" and "ldmlr" not in m)
 
 
-def read_heads(base:Head, heads:dict # of stages 1 and 3
+def read_heads(base:Head, heads:dict, # of stages 1 and 3
+               test_prior=None # (K,) probabilities; what removes the prior is then also read with these added
               )->dict: # (method, start) -> function that gives (M, K) logits
     "What each method says of the test features; a method without a start has only one"
     said = {("cross-entropy", None): base.logits, ("label shift", None): base.corrected}
     for (source, start), head in heads.items():
         if source == "ldmlr": said |= {("ldmlr", start): head.logits, ("ldmlr + label shift", start): head.corrected}
         else: said |= {(source, start): head.corrected, **({(f"{source}, argmax", start): head.logits} if start else {})}
-    return said
+    if test_prior is None: return said
+    aim, shifted = log_prior(test_prior), [k for k in said if k[0].endswith("label shift")]
+    def toward(say): return lambda z: say(z) + aim.to(z.device)
+    return said | {(f"{m}, test prior", start): toward(said[m, start]) for m, start in shifted}
 
-# %% ../nbs/11_ldmlr.ipynb #f616f52b
+# %% ../nbs/11_ldmlr.ipynb #6ba8ed0b
 def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
-               seed:int, shown=METHODS # rows to make
+               seed:int, shown=METHODS, # rows to make
+               test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
               )->list[dict]: # one a method; numbers of heads from scratch begin with scratch_
     "All rows of one seed, with standard errors over test images of the differences to the controls"
     truth, rows = f.test_labels.numpy(), []
     scores, right = {}, {}
-    said = read_heads(base, heads)
+    said = read_heads(base, heads, test_prior)
     bar = Progress(f"seed {seed}: scores", len(said))
     for k, say in said.items(): # one at a time: with many classes, logits take more room than features
         z = by_rows(say, f.test, f.n_classes).numpy()
@@ -299,6 +306,7 @@ def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
         others = {c: (c, start) if (c, start) in right else (c, None) for c in CONTROLS if c != method}
         of = {c: paired_over_images(right[method, start], right[k]) for c, k in others.items() if k in right}
         return {c: (d.high - d.mean) / 1.959964 for c, d in of.items()}
+    if test_prior is not None: shown = [m for name in shown for m in (name, f"{name}, test prior")]
     for method in (m for m in shown if {(m, None), (m, "label shift")} & set(right)):
         start = None if (method, None) in right else "label shift"
         row = scores[method, start].to_row() | {"se": se(method, start)}
@@ -307,6 +315,7 @@ def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
             row |= {f"scratch_{k}": s[k] for k in s if k not in ("method", "seed", "per_class")} | {"scratch_se": se(method, "scratch")}
         for prefix, at in (("", start), ("scratch_", "scratch")):
             if (k := (f"{method}, argmax", at)) in right: row[f"{prefix}argmax_all"] = float(right[k].mean())
+        if test_prior is not None: row["expected"] = expected_accuracy(row["per_class"], test_prior)
         rows.append(row)
     return rows
 
@@ -334,6 +343,7 @@ def ablation_rows(cfg:LDMLRConfig, # resolved
                  )->list[dict]: # of scores.json, each with the key `ablation`
     "Stages 2 and 3 again, with one setting changed at a time"
     rows, settings = [], ablation_settings(cfg, f.counts)
+    prior = class_prior(cfg.test_prior, f.class_names, f.counts)
     for label, changes in settings:
         now, mine, generator, file = replace(cfg, **changes), f, model, re.sub(r"\W+", "-", label)
         if now.encoding != cfg.encoding: mine = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
@@ -341,7 +351,9 @@ def ablation_rows(cfg:LDMLRConfig, # resolved
         plan = make_plan(planned_counts(f.counts, now.per_class, now.ratio, now.bands))
         made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/file)
         heads = {("ldmlr", start): h for start, h in fit_heads(now, mine, base, made.items, made.labels, seed).items()}
-        rows += [{**r, "method": label, "ablation": label.split(":")[0]} for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",))]
+        rows += [{**r, "method": label, "ablation": label.split(":")[0]}
+                 for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",), prior)
+                 if r["method"] == "ldmlr + label shift"]
     return rows
 
 # %% ../nbs/11_ldmlr.ipynb #3065fe47
@@ -369,7 +381,8 @@ def check_inputs(cfg:LDMLRConfig # as given
                 ):
     "Fail now on data or a device that cannot be used"
     choose_device(cfg.device)
-    read_data(cfg)
+    data = read_data(cfg)
+    class_prior(cfg.test_prior, data.class_names, data.counts)
 
 # %% ../nbs/11_ldmlr.ipynb #f0cefc03
 def run_seed(cfg:LDMLRConfig, # resolved
@@ -381,25 +394,30 @@ def run_seed(cfg:LDMLRConfig, # resolved
     clf, f, room = None, data, room_of(cfg.variant)
     if isinstance(data, LongTail):
         with run.timed(seed=seed, stage="encode"): clf, f = stage_encode(cfg, data, seed, device, precision, run)
-    base = base_head(f, cfg, seed)
+    base, prior = base_head(f, cfg, seed), class_prior(cfg.test_prior, f.class_names, f.counts)
     if cfg.encoding == "as coded": f = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
     with run.timed(seed=seed, stage="generator"): model, plan = room.stage_generate(cfg, f, seed, device, precision, run)
     with run.timed(seed=seed, stage="sample"): made = room.stage_sample(cfg, model, plan, f, base, seed, run.path/"synthetic"/f"seed-{seed}")
     with run.timed(seed=seed, stage="heads"): heads = room.stage_classify(cfg, f, base, made, seed)
     with run.timed(seed=seed, stage="decoupled heads"): heads |= decoupled_heads(cfg, f, base, seed)
-    if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, data_name(cfg))
-    rows = score_rows(f, base, heads, seed)
+    if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, data_name(cfg), prior)
+    rows = score_rows(f, base, heads, seed, test_prior=prior)
     if cfg.ablate:
         with run.timed(seed=seed, stage="ablations"): rows += ablation_rows(cfg, clf, data, f, base, model, seed, device, precision, run)
     return rows
 
 # %% ../nbs/11_ldmlr.ipynb #ecad031e
-def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthetic, name:str):
+def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthetic, name:str, test_prior=None):
     "The first seed's classifier and pictures"
     if clf is None: clf = Classifier(LinearNet(f.n_classes, f.train.shape[1]), f.class_names, (f.train.shape[1],))
     with torch.no_grad(): clf.net.fc.weight.copy_(head.weight); clf.net.fc.bias.copy_(head.bias)
     clf.log_prior = log_prior(head.counts).tolist()
-    clf.cpu().save(run.path/"model", method="ldmlr + label shift", seed=run.config.seed, train_counts=f.counts.tolist(), effective_counts=head.counts.tolist())
+    method, more = "ldmlr + label shift", {}
+    if test_prior is not None:
+        clf.log_prior = (log_prior(head.counts) - log_prior(test_prior)).tolist()
+        method, more = f"{method}, test prior", {"test_prior": test_prior.tolist()}
+    clf.cpu().save(run.path/"model", method=method, seed=run.config.seed, train_counts=f.counts.tolist(),
+                   effective_counts=head.counts.tolist(), **more)
     fig, ax = new_figure()
     plot_counts(f.counts, f.class_names, name, ax=ax)
     save_figure(fig, run.path/"figures"/"counts.png")
@@ -458,6 +476,7 @@ def run(config:LDMLRConfig # the settings
     ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if isinstance(data, LongTail) else data) # photographs are decoded once
     def load(seed): return read(config.seed if config.features else config.data_seed(seed))
     def close(cfg, data):
+        class_prior(cfg.test_prior, data.class_names, data.counts) # one that does not fit is refused now
         ready(data) # a photograph that cannot be read stops the run before it begins
         if isinstance(data, LongTail): return resolve(cfg, data.counts, min(data.train.images.shape[2:]))
         return resolve(cfg, data.counts, None, data.train.shape[1], data.head is not None)

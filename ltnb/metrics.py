@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['THIRD_COLORS', 'Scores', 'check_answers', 'confusion', 'worst', 'score', 'read_logits', 'log_softmax', 'Calibration',
-           'calibration', 'plot_by_rank', 'confusion_flow', 'plot_flow', 'plot_reliability', 'mean_sd', 'Difference',
-           'paired_over_seeds', 'paired_over_images', 'bootstrap', 'paired_bootstrap', 'GenerativeScores',
-           'generative_scores', 'generative_by_band', 'inception_features']
+           'calibration', 'expected_accuracy', 'plot_by_rank', 'confusion_flow', 'plot_flow', 'plot_reliability',
+           'mean_sd', 'Difference', 'paired_over_seeds', 'paired_over_images', 'bootstrap', 'paired_bootstrap',
+           'GenerativeScores', 'generative_scores', 'generative_by_band', 'inception_features']
 
 # %% ../nbs/02_metrics.ipynb #57ae2b09
 import math
@@ -150,6 +150,15 @@ def _binned(sure, right, n_bins=15): # (N,) largest probabilities, (N,) is it ri
     n = np.bincount(at, minlength=n_bins)
     mean = lambda v: np.divide(np.bincount(at, v, n_bins), n, out=np.full(n_bins, np.nan), where=n > 0)
     return Calibration(edges, n, mean(sure), mean(right.astype(float)))
+
+# %% ../nbs/02_metrics.ipynb #ca33569d
+def expected_accuracy(per_class, # (K,) accuracies, NaN or None without test images
+                      prior # (K,) probabilities of the classes
+                     )->float: # a fraction; NaN where a class was not tested
+    "Accuracy on images of a given class prior"
+    a, p = np.asarray(per_class, dtype=float), np.asarray(prior, dtype=float)
+    if a.shape != p.shape: raise DataError(f"{len(p)} probabilities do not fit {len(a)} classes.")
+    return float((a * p).sum() / p.sum())
 
 # %% ../nbs/02_metrics.ipynb #56e554a5
 THIRD_COLORS = dict(zip(THIRDS, BAND_COLORS.values()))

@@ -21,6 +21,7 @@ from torch import nn
 from .core import (DataError, LtnbError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors, nearest, read_json, save_tensors,
                        seeded, write_json)
 from .data import IMAGE_SUFFIXES, ImageFiles, LongTail
+from .labels import unique_names
 
 # %% ../nbs/03_models.ipynb #6401dd0b
 class BasicBlock(nn.Module):
@@ -258,7 +259,7 @@ class Classifier(nn.Module):
                  head:str|None=None, norm:str|None=None # as in `build_model`; None asks the network
                 ):
         super().__init__()
-        self.net, self.arch, self.class_names, self.input_size = net, arch, tuple(map(str, class_names)), tuple(input_size)
+        self.net, self.arch, self.class_names, self.input_size = net, arch, unique_names(class_names), tuple(input_size)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.log_prior = None if log_prior is None else [float(c) for c in log_prior]
         self.head, self.norm = head or getattr(net, "head", "linear"), norm or getattr(net, "norm", "batch")
@@ -456,7 +457,10 @@ def write_predictions(path:str|Path, # the .csv file to write
     names, probs, paths = list(map(str, names)), np.asarray(probs), list(map(str, paths))
     if probs.shape != (len(paths), len(names)): raise DataError(f"{len(paths)} paths and {len(names)} classes need probabilities of shape {(len(paths), len(names))}, got {probs.shape}.")
     clean = lambda text: text.encode("utf-8", "replace").decode() # a file name need not be UTF-8
+    names, own = unique_names(map(clean, names)), ("path", "class", "probability")
+    columns = [f"{n} ({k})" if n in own else n for k, n in enumerate(names)] # each column is found by its name
     with atomic_write(path) as f:
         out = csv.writer(f, lineterminator="\n")
-        out.writerow(["path", "class", "probability", *map(clean, names)])
-        for p, row in zip(paths, probs): out.writerow([clean(p), clean(names[row.argmax()]), f"{row.max():.6g}", *(f"{v:.6g}" for v in row)])
+        out.writerow(["path", "class", "probability", *columns])
+        for p, row in zip(paths, probs):
+            out.writerow([clean(p), names[row.argmax()], f"{row.max():.6g}", *(f"{v:.6g}" for v in row)])

@@ -65,7 +65,8 @@ def show_difference(d:Difference|None # as fractions
     return "–" if d is None else f"{d.mean * 100:+.1f} [{d.low * 100:.1f}, {d.high * 100:.1f}]"
 
 # %% ../nbs/08_report.ipynb #05ef8cb9
-COLUMNS = {"all": "all", "scratch_all": "all, from scratch", "argmax_all": "all, argmax", **{b: b for b in BANDS}, **{t: t.replace("_", " ") for t in THIRDS}}
+COLUMNS = {"all": "all", "scratch_all": "all, from scratch", "argmax_all": "all, argmax",
+           "expected": "expected, test prior", **{b: b for b in BANDS}, **{t: t.replace("_", " ") for t in THIRDS}}
 
 
 def table(rows:list[dict] # of scores.json
