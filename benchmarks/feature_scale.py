@@ -1,7 +1,7 @@
 """LDMLR from frozen features at the size of ImageNet-LT and of iNaturalist 2018: minutes and memory.
 
     python benchmarks/feature_scale.py                    # 115,846 x 2048, 1000 classes, 100 features a class, one seed
-    python benchmarks/feature_scale.py --set inaturalist  # 437,513 x 64, 8142 classes, 66 a class: what the recipe makes
+    python benchmarks/feature_scale.py --set inaturalist  # 437,513 x 64, 8142 classes, the recipe's 66 a class
 
 The features are made here: class means and noise behind a ReLU, with class counts that fall from the set's largest
 class to its smallest one. Accuracy on them says nothing; what is measured is the wall time of each stage of the whole
@@ -87,8 +87,8 @@ def main():
         stages = [json.loads(l) for l in (folder / "run" / "timing.jsonl").read_text().splitlines()]
         print("\n".join(f"{s['stage']:16} {s['seconds']:8.1f} s" for s in stages))
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor (the rest "
-              f"waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end")
+        print(f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor "
+              f"(the rest waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end")
         print(f"machine: {json.loads((folder / 'run' / 'environment.json').read_text())}")
 
 

@@ -205,7 +205,7 @@ def neighbour_classes(head:Head, # of stage 1, its prior included
                      )->torch.Tensor: # (K, K) Q: rows sum to 1, the diagonal is 0
     "Which other classes a class is confused with"
     if len(means) == 1: return torch.ones(1, 1) # there is no other class
-    q, rows = torch.empty(len(means), len(means)), max(1, 2**24 // len(means)) # so many at a time: float64 takes twice the room
+    q, rows = torch.empty(len(means), len(means)), max(1, 2**24 // len(means)) # so many at a time: float64 is large
     for i in range(0, len(means), rows):
         logits = head.logits(means[i:i + rows]).double() / temperature
         logits[torch.arange(len(logits)), torch.arange(i, i + len(logits))] = -math.inf
@@ -226,7 +226,8 @@ def memorised(head:Head, # of stage 1
              )->np.ndarray: # (K,) rho in 0 to 1
     "How sure the head is of its own training items: mean probability of the right class, prior removed"
     rows = min(8192, max(1, 2**24 // n_classes)) # so many at a time
-    p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in zip(z.split(rows), y.split(rows))])
+    parts = zip(z.split(rows), y.split(rows))
+    p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in parts])
     return class_means(p[:, None], y, n_classes)[:, 0].double().numpy()
 
 # %% ../nbs/10_latent.ipynb #5b76e7be

@@ -205,7 +205,7 @@ def view(clf:Classifier, # normalises
 def smallest_map(clf:Classifier, # in whatever mode
                  shape:tuple # (C, H, W) of an image
                 )->int|None: # None without BatchNorm
-    "Least number of values per channel that one image gives to a BatchNorm layer; images that the network cannot take are a `UsageError`"
+    "Fewest values per channel that one image gives to a BatchNorm layer; images the network cannot take are refused"
     seen, mode = [], clf.training
     layers = [m for m in clf.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[2:].numel())) for m in layers]
@@ -215,7 +215,8 @@ def smallest_map(clf:Classifier, # in whatever mode
     except torch.OutOfMemoryError: return None # the first step says it better
     except (AssertionError, RuntimeError, ValueError) as e:
         what, why = " x ".join(map(str, shape[1:])), (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(f"arch={clf.arch!r} cannot take images of {what} pixels ({why}): use larger images or another --arch.") from e
+        raise UsageError(f"arch={clf.arch!r} cannot take images of {what} pixels ({why}): "
+                         "use larger images or another --arch.") from e
     finally:
         for h in hooks: h.remove()
         clf.train(mode)
@@ -232,8 +233,9 @@ def least_batch(clf:Classifier, # to be trained
     least = (2 * size if shares else 2) if smallest_map(clf, shape) == 1 else 1
     if bs >= least: return least
     each = f" in each of {size} processes" if shares else ""
-    raise UsageError(f"bs={bs} leaves BatchNorm one value per channel{each}, as {clf.arch} makes maps of one pixel of these images: "
-                     f"use bs={least} or more{', fewer processes' if shares else ''}, larger images, or a network with norm='group'.")
+    fewer = ", fewer processes" if shares else ""
+    raise UsageError(f"bs={bs} leaves BatchNorm one value per channel{each}, as {clf.arch} makes maps of one pixel of these "
+                     f"images: use bs={least} or more{fewer}, larger images, or a network with norm='group'.")
 
 
 def split_order(order:torch.Tensor, # (N,) positions
@@ -539,7 +541,9 @@ def restore(self:_Training, run, stage): # steps that are done
         if k == "values": self.values = v.to(self.device)
         else: (self.averages.state if k.startswith("ema.") else self.best)[k.split(".", 1)[1]] = v.to(self.device)
     there = self.meta.pop("n_steps", self.usual)
-    if first and there != self.n_steps: raise LtnbError(f"{run.path} was begun with {there} steps an epoch, and these processes make {self.n_steps}: go on with as many processes as it was begun with.")
+    if first and there != self.n_steps:
+        raise LtnbError(f"{run.path} was begun with {there} steps an epoch, and these processes make {self.n_steps}: "
+                        "go on with as many processes as it was begun with.")
     self.stopped = self.meta.get("stopped", False)
     return first
 
