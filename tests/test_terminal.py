@@ -101,6 +101,14 @@ def test_the_end_of_a_kernel_is_explained(tmp_path, cell, words):
     assert isinstance(e.value, UsageError) == ("UsageError" in cell)
 
 
+def test_quiet_says_nothing(tmp_path, capsys):
+    "Bars and notes stay in the notebook"
+    cell = "from ltnb import core\ncore.tell('note: one')\np = core.Progress('fit', 3); p.step(3); p.close()"
+    (tmp_path / "out").mkdir()
+    cli.run_notebook(notebook(tmp_path / "toy.ipynb", cell), Toy(), tmp_path / "out", quiet=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_kernel_that_cannot_start_says_why(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho ModuleNotFoundError: no ipykernel here >&2\nexit 1\n")
