@@ -546,8 +546,8 @@ class ExportConfig(Config):
 def export_command(args:list[str] # after `ltnb export`
                   ):
     "ltnb export: a run's classifier as one ONNX file, checked against it"
-    parser = Parser("ltnb export", description="Write a run's classifier as one ONNX file: 8-bit images in, probabilities out, "
-                                               "with classes, normalisation and prior correction inside.")
+    parser = Parser("ltnb export", description="Write a run's classifier as one ONNX file: 8-bit images in, probabilities "
+                                               "out, with classes, normalisation and prior correction inside.")
     add_settings(parser, ExportConfig)
     add_options(parser, "debug")
     config = settings(ExportConfig, parse(parser, args))

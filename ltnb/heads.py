@@ -220,7 +220,7 @@ def sgd_steps(logits, # function of (B, d) features
     if not all(torch.isfinite(p).all() for p in parameters): raise DataError(f"the head's fit did not stay finite: lower lr (now {lr}), or scale the features down.")
 
 # %% ../nbs/07_heads.ipynb #e0b1602e
-MAX_DRAWS = 2**24 # 16.8 million: the 10 epochs of ImageNet-LT are 12.8 million, those of iNaturalist 2018 would be 81 million
+MAX_DRAWS = 2**24 # 16.8 million; 10 epochs of ImageNet-LT are 12.8 million, of iNaturalist 2018 they would be 81
 
 
 def balanced_draws(counts, # (K,) items per class
@@ -230,8 +230,8 @@ def balanced_draws(counts, # (K,) items per class
     "Draws of a class-balanced fit; it is said when the budget ends it early"
     want = math.ceil(n_epochs * len(counts) * int(max(counts)))
     if want > max_draws and not Progress.quiet:
-        print(f"note: {n_epochs:g} class-balanced epochs of {len(counts):,} classes would be {want:,} draws; the fit ends after "
-              f"max_draws = {max_draws:,}, which is {max_draws / want * n_epochs:.2g} epochs.", file=sys.stderr)
+        print(f"note: {n_epochs:g} class-balanced epochs of {len(counts):,} classes would be {want:,} draws; the fit "
+              f"ends after max_draws = {max_draws:,}, which is {max_draws / want * n_epochs:.2g} epochs.", file=sys.stderr)
     return min(want, max_draws)
 
 
@@ -269,8 +269,9 @@ def lws(head:Head, # of the first stage
     w, b = head.weight.to(features), head.bias.to(features)
     s, frozen = torch.ones_like(b).requires_grad_(), lambda x: x @ w.T + b
     order = balanced_indices(labels, balanced_draws(counts, n_epochs, max_draws), generator(*key, "lws", device=device))
-    if len(features) * len(b) <= MAX_TABLE: sgd_steps(lambda z: s * z, [s], frozen(features), labels, order, lr, wd, bs, progress) # the head is frozen: its logits need computing only once
-    else: sgd_steps(lambda x: s * frozen(x), [s], features, labels, order, lr, wd, bs, progress)
+    how = labels, order, lr, wd, bs, progress
+    if len(features) * len(b) > MAX_TABLE: sgd_steps(lambda x: s * frozen(x), [s], features, *how)
+    else: sgd_steps(lambda z: s * z, [s], frozen(features), *how) # the head is frozen: its logits need computing only once
     s = s.detach()
     return Head(s[:, None] * w, s * b, torch.ones_like(counts))
 
@@ -294,8 +295,8 @@ def choose_tau(head:Head, # fitted without the items below
     if not len(labels) or not taus: raise UsageError(f"a tau needs candidates and held-out items to be chosen on, got {len(taus)} and {len(labels)}.")
     classes, n = labels.unique(return_inverse=True)[1], torch.unique(labels, return_counts=True)[1].double()
     rows = max(1, 2**26 // len(head.weight)) # so many at a time: the logits of all may not fit
-    def answers(h): return torch.cat([h.logits(x).argmax(1) for x in features.split(rows)])
-    right = torch.stack([torch.zeros_like(n).index_add_(0, classes, (answers(tau_norm(head, t)) == labels).double()) for t in taus])
+    def hits(h): return torch.cat([h.logits(x).argmax(1) for x in features.split(rows)]) == labels
+    right = torch.stack([torch.zeros_like(n).index_add_(0, classes, hits(tau_norm(head, t)).double()) for t in taus])
     accuracy = (right / n).mean(1).cpu().numpy().round(12) # so that ties are ties; each class weighs the same, as on a balanced test set
     return float(taus[int(accuracy.argmax())])
 

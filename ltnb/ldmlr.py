@@ -175,7 +175,8 @@ def base_head(f:Features, # with or without a head
     "The head that came with the features, or one fitted on the real ones by cross-entropy"
     if f.head is not None: return f.head
     bar = Progress(f"seed {seed}: first head", cfg.scratch_steps)
-    head = fit_head(f.train, f.train_labels, f.counts, None, None, cfg.scratch_steps, cfg.scratch_lr, key=(seed, "base"), progress=bar.step)
+    how = cfg.scratch_steps, cfg.scratch_lr
+    head = fit_head(f.train, f.train_labels, f.counts, None, None, *how, key=(seed, "base"), progress=bar.step)
     bar.close()
     return head
 
@@ -206,9 +207,11 @@ def stage_sample(cfg:LDMLRConfig, # resolved
     around = neighbourhood(cfg, f, base)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps)
     bar = Progress(f"seed {seed}: sample", len(plan))
-    made = make_synthetic(folder, plan, lambda part: sample_features(model, part, around, *settings), model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step, keep=False)
+    def make(part): return sample_features(model, part, around, *settings)
+    made = make_synthetic(folder, plan, make, model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step, keep=False)
     bar.close()
-    return Synthetic(made.items.tensor() if isinstance(made.items, ShardItems) else made.items, made.manifest) # the rows stay on disk
+    items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
+    return Synthetic(items, made.manifest) # the rows stay on disk
 
 # %% ../nbs/11_ldmlr.ipynb #8e14cf19
 def plan_of(made:Synthetic # whose manifest is in memory or on disk
@@ -239,7 +242,7 @@ def fit_heads(cfg:LDMLRConfig, # resolved
     x, y, w = mix(f.train, f.train_labels, items, labels, cfg.syn_weight)
     counts = effective_counts(f.counts, np.bincount(labels, minlength=f.n_classes), cfg.syn_weight)
     starts = {"label shift": (base, cfg.head_steps, cfg.head_lr), "scratch": (None, cfg.scratch_steps, cfg.scratch_lr)}
-    return {start: fit_head(x, y, counts, w, *args, key=(seed, start), progress=progress) for start, args in starts.items()}
+    return {s: fit_head(x, y, counts, w, *args, key=(seed, s), progress=progress) for s, args in starts.items()}
 
 # %% ../nbs/11_ldmlr.ipynb #70eb721b
 def stage_classify(cfg:LDMLRConfig, # resolved
@@ -252,7 +255,8 @@ def stage_classify(cfg:LDMLRConfig, # resolved
     bar = Progress(f"seed {seed}: heads", len(extra) * (cfg.head_steps + cfg.scratch_steps))
     for name, make in extra.items():
         items = make()
-        heads |= {(name, start): h for start, h in fit_heads(cfg, f, base, items, made.labels[:len(items)], seed, bar.step).items()}
+        fitted = fit_heads(cfg, f, base, items, made.labels[:len(items)], seed, bar.step)
+        heads |= {(name, start): h for start, h in fitted.items()}
     bar.close()
     return heads
 
@@ -263,9 +267,10 @@ def decoupled_heads(cfg:LDMLRConfig, # resolved
                    )->dict[tuple[str, None], Head]: # (method, None) -> head
     "Class-balanced refits with as many draws as the other heads: cRT as those from scratch, LWS as those from label shift; tau = 1"
     unit, d = 5 / f.train.norm(dim=1).mean().clamp_min(1e-6), f.n_classes * int(f.counts.max()) # features of other lengths would need other learning rates
-    bar = Progress(f"seed {seed}: decoupled heads", -(-cfg.scratch_steps * 1024 // 512) - (-cfg.head_steps * 1024 // 512))
+    bar = Progress(f"seed {seed}: decoupled heads", 2 * (cfg.scratch_steps + cfg.head_steps)) # 512 items a step, not 1024
     new = crt(f.train * unit, f.train_labels, f.n_classes, cfg.scratch_steps * 1024 / d, key=(seed,), progress=bar.step)
-    heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,), progress=bar.step)}
+    scaled = lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,), progress=bar.step)
+    heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): scaled}
     bar.close()
     return heads | ({("tau-norm", None): tau_norm(base)} if (base.weight != 0).any(1).all() else {}) # a class without weights cannot be normalised: that row is left out
 

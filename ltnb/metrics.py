@@ -81,13 +81,14 @@ def score(predicted:np.ndarray|None, # (N,) class numbers; None takes the larges
     if logits is not None: answer, sure, log_p = read_logits(logits, labels)
     predicted, labels = check_answers(answer if predicted is None else predicted, labels, len(counts))
     hit, k = predicted == labels, len(counts)
-    right, total, answered = np.bincount(labels[hit], minlength=k), np.bincount(labels, minlength=k), np.bincount(predicted, minlength=k)
+    right, total, answered = (np.bincount(y, minlength=k) for y in (labels[hit], labels, predicted))
     per_class = np.divide(right, total, out=np.full(k, np.nan), where=total > 0)
     f1 = 2 * right / np.maximum(total + answered, 1)
     mean = lambda k: float(np.nanmean(per_class[k])) if np.isfinite(per_class[k]).any() else math.nan
     groups = {**bands(counts), **thirds(counts)}
     from_tail = np.isin(labels, groups["last_third"])
-    tail_to_head = float(np.isin(predicted[from_tail], groups["top_third"]).sum() / from_tail.sum()) if from_tail.any() else math.nan
+    to_head = np.isin(predicted[from_tail], groups["top_third"]).sum()
+    tail_to_head = float(to_head / from_tail.sum()) if from_tail.any() else math.nan
     more = {} if logits is None else dict(ece=_binned(sure, answer == labels).ece, nll=float(-log_p.mean()))
     return Scores(method, seed, float(hit.sum() / len(hit)), mean(slice(None)), {g: mean(k) for g, k in groups.items()}, per_class, macro_f1=float(f1[total > 0].mean()),
                   worst_tenth=worst(per_class, math.ceil(k / 10)), tail_to_head=tail_to_head, **more)
@@ -96,16 +97,18 @@ def score(predicted:np.ndarray|None, # (N,) class numbers; None takes the larges
 def read_logits(logits:np.ndarray, # (N, K)
                 labels:np.ndarray, # (N,) the true classes
                 entries:int=2**22 # how many logits are read at a time
-               )->tuple[np.ndarray, np.ndarray, np.ndarray]: # (N,) answers, (N,) their probabilities, (N,) log probabilities of the true classes
-    "What the score of an image needs of its logits, some rows at a time: a table in float64 would take several times the room of the logits"
-    if getattr(logits, "ndim", 2) != 2 or len(logits) != len(labels): raise DataError(f"logits must be finite numbers of shape (N, K), got shape {np.shape(logits)} for {len(labels)} labels.")
+               )->tuple[np.ndarray, np.ndarray, np.ndarray]: # (N,) answers, their probabilities, log p of the true classes
+    "What a score needs of the logits, some rows at a time: in float64 a table takes several times the room of the logits"
+    if getattr(logits, "ndim", 2) != 2 or len(logits) != len(labels):
+        raise DataError(f"logits must be finite numbers of shape (N, K), got shape {np.shape(logits)} for {len(labels)} labels.")
     k = np.shape(logits)[1]
     if labels.max(initial=0) >= k: raise DataError(f"logits of {k} classes do not go with the label {labels.max()}.")
     n, out = max(1, entries // max(k, 1)), ([], [], [])
     for i in range(0, len(labels), n):
         log_p = log_softmax(logits[i:i + n])
         p = np.exp(log_p)
-        for kept, v in zip(out, (log_p.argmax(1), p.max(1), log_p[np.arange(len(log_p)), labels[i:i + n]])): kept.append(v)
+        of_truth = log_p[np.arange(len(log_p)), labels[i:i + n]]
+        for kept, v in zip(out, (log_p.argmax(1), p.max(1), of_truth)): kept.append(v)
     return tuple(np.concatenate(v) if v else np.zeros(0, t) for v, t in zip(out, (np.int64, float, float)))
 
 
