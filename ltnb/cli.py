@@ -273,7 +273,8 @@ def data_command(args:list[str] # after `ltnb data`
     print(data.card(facts=facts))
     if given.get("out"): keep_card(Path(given["out"]), data, facts, listed)
     bad = [text for s in data.parts.values() if given["check"] and s.on_disk for _, text in unreadable(s.images)]
-    if bad: raise DataError(f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read. The first: {bad[0]}")
+    for text in bad: print(f"ltnb: {' '.join(text.split())}", file=sys.stderr)
+    if bad: raise DataError(f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read, see above.")
     if given["check"]: print("  checked      every image can be read")
 
 # %% ../nbs/90_cli.ipynb #b38a0981
@@ -282,13 +283,15 @@ class PredictConfig(Config):
     "Settings of `ltnb predict`"
     recipe: ClassVar[str] = "predict"
     model: str|None = None # a run directory, or its model folder
-    images: str|None = None # folder of photographs, searched with its subfolders
+    images: str|None = None # folder of photographs, searched with its subfolders, or one photograph
     out: str|None = None # the csv file to write
+    bad_images: Literal["stop", "skip", "tolerate"] = "skip" # photographs that cannot be read: stop, skip them, or decode what is there of truncated JPEGs
+    grey_bits: int|None = None # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
     bs: int = 64 # images at a time
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     paths: ClassVar[tuple] = ("model", "images")
-    limits: ClassVar[dict] = {"bs": (1, None)}
+    limits: ClassVar[dict] = {"bs": (1, None), "grey_bits": (8, 32)}
 
 
 @dataclass(frozen=True)
@@ -321,12 +324,15 @@ def predict_command(args:list[str] # after `ltnb predict`
     Progress.quiet = given["quiet"]
     config = settings(PredictConfig, given)
     needed(config, "model", "images", "out")
+    from ltnb.data import one_line, some_of
     from ltnb.models import load_classifier, predict_files, write_predictions
     clf, device = load_classifier(config.model), choose_device(config.device)
-    paths, probs, bad = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device))
-    write_predictions(config.out, clf.class_names, probs, paths)
-    for path, why in bad: print(f"ltnb: left out {path}: {' '.join(why.split())}", file=sys.stderr)
-    print(f"{len(paths):,} photographs, {len(bad)} left out: {config.out}")
+    made = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device), config.bad_images, config.grey_bits)
+    write_predictions(config.out, clf.class_names, made.probs, made.paths, made.marks)
+    for path, why in made.left_out: print(f"ltnb: left out {one_line(path)}: {' '.join(why.split())}", file=sys.stderr)
+    for note in made.notes: print(f"note: {note}", file=sys.stderr)
+    if made.marks: print(f"note: {len(made.marks):,} truncated, marked in the column note: {some_of(list(made.marks))}.", file=sys.stderr)
+    print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out: {config.out}")
 
 
 def encode_command(args:list[str] # after `ltnb encode`

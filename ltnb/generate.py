@@ -20,7 +20,7 @@ import torch
 
 from .baseline import default_arch, run_directory
 from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
-from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, load_data, plot_counts, show_images
+from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, figure_names, load_data, plot_counts, show_images
 from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
@@ -197,7 +197,8 @@ def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str
     fig, ax = new_figure(n * .5 + 1.5, len(shown) * .5)
     show_images(np.stack([images[c, i] for c in shown for i in range(n)]), n_cols=n, ax=ax)
     side = model.image_shape[1] + 1
-    for i, c in enumerate(shown): ax.text(-2, (i + .5) * side, f"{model.class_names[c]} ({model.counts[c]:,})", ha="right", va="center", fontsize=8)
+    texts, family = figure_names([model.class_names[c] for c in shown])
+    for i, c in enumerate(shown): ax.text(-2, (i + .5) * side, f"{texts[i]} ({model.counts[c]:,})", ha="right", va="center", fontsize=8, fontfamily=family)
     save_figure(fig, path)
 
 # %% ../nbs/20_generate.ipynb #22693981
