@@ -327,12 +327,16 @@ def predict_command(args:list[str] # after `ltnb predict`
     from ltnb.data import one_line, some_of
     from ltnb.models import load_classifier, predict_files, write_predictions
     clf, device = load_classifier(config.model), choose_device(config.device)
-    made = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device), config.bad_images, config.grey_bits)
+    precision = choose_precision(config.precision, device)
+    made = predict_files(clf, config.images, config.bs, device, precision, config.bad_images, config.grey_bits)
     write_predictions(config.out, clf.class_names, made.probs, made.paths, made.marks)
     for path, why in made.left_out: print(f"ltnb: left out {one_line(path)}: {' '.join(why.split())}", file=sys.stderr)
     for note in made.notes: print(f"note: {note}", file=sys.stderr)
-    if made.marks: print(f"note: {len(made.marks):,} truncated, marked in the column note: {some_of(list(made.marks))}.", file=sys.stderr)
-    print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out: {config.out}")
+    if made.marks:
+        names = some_of(list(made.marks))
+        print(f"note: {len(made.marks):,} truncated, marked in the column note: {names}.", file=sys.stderr)
+    more = f", {made.n_left:,} other {'file' if made.n_left == 1 else 'files'} not taken" if made.n_left else ""
+    print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out{more}: {config.out}")
 
 
 def encode_command(args:list[str] # after `ltnb encode`
@@ -350,6 +354,7 @@ def encode_command(args:list[str] # after `ltnb encode`
     from ltnb.heads import Features
     from ltnb.models import load_classifier, new_encoder
     device, data = choose_device(config.device), load_data(config, config.seed)
+    for note in data.notes: print(f"note: {note}", file=sys.stderr)
     clf = load_classifier(config.model) if config.model else new_encoder(config.arch, data, config.pretrained, config.seed)
     bar = Progress("encode", sum(map(len, data.parts.values())))
     features = Features.encode(clf, data, device, choose_precision(config.precision, device), bar.step)

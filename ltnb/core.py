@@ -74,7 +74,8 @@ def atomic_write(path:str|Path, # the file to write
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", errors=None if "b" in mode else "backslashreplace") as f: # names of files need not be text
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace") # names of files need not be text
+        with open(temporary, mode, **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -495,7 +496,9 @@ def start(self:Run, resolved:Config, # the settings with nothing left open
     config = {"format": 1, "ltnb": __version__, "recipe": resolved.recipe, **resolved.identity(), "data": data, "given": {"recipe": resolved.recipe, **self.config.identity()}}
     if (self.path/"config.json").exists():
         there = read_json(self.path/"config.json")
-        settings = lambda c: {k: v for k, v in plain(c).items() if k not in ("given", "ltnb", "format", "data")} | {k: v for k, v in plain(c["data"]).items() if k != "notes"} # the fingerprint says whether the data are the same
+        def settings(c): # of the data the fingerprint decides, not what was noted on the way
+            own = {k: v for k, v in plain(c).items() if k not in ("given", "ltnb", "format", "data")}
+            return own | {k: v for k, v in plain(c["data"]).items() if k != "notes"}
         differ = show_differences(settings(there), settings(config))
         if differ: raise LtnbError(f"{self.path} was begun with other data or on another kind of machine ({'; '.join(differ)}): restore them, or choose another --out.")
     else: write_json(self.path/"config.json", config)

@@ -6,10 +6,10 @@
 __all__ = ['PROFILES', 'BANDS', 'THIRDS', 'BAND_COLORS', 'NO_PHOTOGRAPHS', 'CAMERA_SUFFIXES', 'CIFAR_LT', 'HELPER_FOLDERS',
            'HELPER_FILES', 'BAD_IMAGES', 'UNUSED_CLASS', 'IWILDCAM_SPLITS', 'DATASETS', 'BALANCED', 'longtail_counts',
            'longtail_indices', 'bands', 'thirds', 'gini', 'image_suffixes', 'white_value', 'read_image', 'decode_image',
-           'valid_text', 'one_line', 'some_of', 'ImageFiles', 'free_memory', 'ImageSet', 'duplicates', 'LongTail',
-           'figure_names', 'new_axes', 'plot_counts', 'show_images', 'show_bands', 'read_npz', 'class_labels',
-           'numbered', 'names_of_classes', 'is_helper', 'output_mark', 'is_ltnb_output', 'Photographs', 'split_role',
-           'find_split', 'ordered', 'usual_size', 'damaged', 'unreadable', 'from_paths', 'class_folders',
+           'valid_text', 'one_line', 'some_of', 'ImageFiles', 'free_memory', 'room_for', 'ImageSet', 'duplicates',
+           'LongTail', 'figure_names', 'new_axes', 'plot_counts', 'show_images', 'show_bands', 'read_npz',
+           'class_labels', 'numbered', 'names_of_classes', 'is_helper', 'output_mark', 'is_ltnb_output', 'Photographs',
+           'split_role', 'find_split', 'ordered', 'usual_size', 'damaged', 'unreadable', 'from_paths', 'class_folders',
            'what_is_there', 'read_text', 'read_list', 'read_class_names', 'DataConfig', 'check_source', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d51fcc8c
@@ -144,9 +144,10 @@ def white_value(im, # a loaded PIL image of mode I, I;16 or F
                )->float: # the value that becomes 255
     "Which grey value is white; a ValueError where nothing says it"
     real, top, stated = a.dtype.kind == "f", float(a.max()), _stated_white(im)
-    if not np.isfinite(a).all() or a.min() < 0: raise ValueError("negative or undefined grey values; save it with 8 bits")
+    if not np.isfinite(a).all() or a.min() < 0:
+        raise ValueError("negative or undefined grey values; save it with 8 bits")
     if grey_bits:
-        if top > 2**grey_bits - 1: raise ValueError(f"its grey values go up to {top:g}, which is more than {grey_bits} bits")
+        if top > 2**grey_bits - 1: raise ValueError(f"its grey values go up to {top:g}, more than {grey_bits} bits")
         return 2**grey_bits - 1
     signed = _tag(im, 339) == 2 and _tag(im, 258) == 16
     if stated and not signed and (stated / 4 < top <= stated if real else top <= stated): return stated
@@ -156,8 +157,8 @@ def white_value(im, # a loaded PIL image of mode I, I;16 or F
         if 2**(bits - 2) <= top < 2**bits: return 2**bits - 1
     kind = "floating-point" if real else "signed" if signed else "deep"
     need = max(8, math.ceil(math.log2(top + 1)))
-    raise ValueError(f"its {kind} grey values go up to {top:g} and nothing says which value is white; give --grey-bits, "
-                     f"such as {need}{' or 16' if need < 16 else ''}, or save it with 8 bits")
+    raise ValueError(f"its {kind} grey values go up to {top:g} and nothing says which value is white; give "
+                     f"--grey-bits, such as {need}{' or 16' if need < 16 else ''}, or save it with 8 bits")
 
 # %% ../nbs/01_data.ipynb #65e3b280
 def _eight_bits(im, grey_bits): # a deep grey PIL image -> mode L
@@ -174,7 +175,8 @@ def _rgb(im, raw, grey_bits): # a loaded PIL image, how its pixels lie in the fi
     if im.mode == "L" and _tag(im, 339) == 2: raise ValueError("signed grey values; save it with 8 bits without a sign")
     if ";16" in raw: # Pillow kept the upper 8 bits
         colours = np.asarray(im).reshape(im.height, im.width, -1)[..., :3 if len(im.getbands()) > 2 else 1]
-        if 0 < colours.max() < 64: raise ValueError("its 16-bit colours use none of their two upper bits; save it with 8 bits")
+        if 0 < colours.max() < 64:
+            raise ValueError("its 16-bit colours use none of their two upper bits; save it with 8 bits")
     if im.mode in ("La", "RGBa"): im = im.convert(im.mode.upper())
     if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
         im = im.convert("RGBA")
@@ -221,7 +223,8 @@ def _bare(data): # bytes of a file -> (the same without metadata, its EXIF); Non
     else: return None
     try: exif.load(raw)
     except Exception: pass
-    return data[:8 if parts and isinstance(parts[0][0], bytes) else 2] + b"".join(p for k, p in parts if needed(k)), exif
+    head = data[:8] if data[:1] == b"\x89" else data[:2]
+    return head + b"".join(p for k, p in parts if needed(k)), exif
 
 # %% ../nbs/01_data.ipynb #4b5917fe
 def _quiet_pillow(): # its warnings are code lines on the terminal; what matters is said in sentences
@@ -247,7 +250,8 @@ def _rescued(source, grey_bits, tolerate): # what can still be had -> (RGB, note
     except (OSError, ValueError): return None
     bare = _bare(data)
     tries = [(data, "")] if bare is None else [(bare[0], "")]
-    if tolerate and data[:2] == b"\xff\xd8": tries.append((bare[0] + b"\xff\xd9", "truncated: what is there was decoded"))
+    if tolerate and data[:2] == b"\xff\xd8":
+        tries.append((bare[0] + b"\xff\xd9", "truncated: what is there was decoded"))
     for part, note in tries:
         try: im = _opened(io.BytesIO(part), grey_bits, alone=True)
         except Exception: continue
@@ -261,7 +265,8 @@ def _why_not(e): # an exception of Pillow -> what is wrong, in words
     if not isinstance(e, Image.DecompressionBombError): return str(e) or type(e).__name__
     size = int(next(iter(re.findall(r"\d+", str(e))), 0)) / 1e6
     most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-    return f"it has {size:,.0f} million pixels, and more than {most:.0f} million are not opened, as they can fill the memory"
+    return (f"it has {size:,.0f} million pixels, and more than {most:.0f} million are not opened, as they can fill "
+            "the memory")
 
 # %% ../nbs/01_data.ipynb #44c173e6
 def read_image(path, # a file, or an open binary file
@@ -285,8 +290,8 @@ def read_image(path, # a file, or an open binary file
             im = im.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
         return np.ascontiguousarray(np.asarray(im).transpose(2, 0, 1)), note
     except Exception as e:
-        raise DataError(f"{path} cannot be decoded ({_why_not(e)}): mend or remove it, or leave unreadable images out with "
-                        "--bad-images skip.") from e
+        raise DataError(f"{path} cannot be decoded ({_why_not(e)}): mend or remove it, or leave unreadable images "
+                        "out with --bad-images skip.") from e
 
 
 def decode_image(path, # a file, or an open binary file
@@ -346,7 +351,8 @@ class ImageFiles:
              cache_mb:float|None=None # as above; None keeps this one's
             )->"ImageFiles": # a part of the files
         "Some of the files"
-        return ImageFiles(self.root, [self.paths[i] for i in index], self.size, self.cache_mb if cache_mb is None else cache_mb, self.how)
+        kept = self.cache_mb if cache_mb is None else cache_mb
+        return ImageFiles(self.root, [self.paths[i] for i in index], self.size, kept, self.how)
 
     def _one(self, i):
         with self._lock:
@@ -369,10 +375,12 @@ def _control_groups(root): # yields (folder, is it of version 1?) of this proces
     def lines(name):
         try: return (root/"proc/self"/name).read_text().split("\n")
         except (OSError, ValueError): return []
-    mounts = [("cgroup", "/", "/sys/fs/cgroup/memory"), ("cgroup2", "/", "/sys/fs/cgroup"), ("cgroup2", "/", "/sys/fs/cgroup/unified")]
+    mounts = [("cgroup", "/", "/sys/fs/cgroup/memory"), ("cgroup2", "/", "/sys/fs/cgroup"),
+              ("cgroup2", "/", "/sys/fs/cgroup/unified")]
     for left, _, right in (line.partition(" - ") for line in lines("mountinfo")):
         kind, _, options = [*right.split(), "", "", ""][:3]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")): mounts.append((kind, *left.split()[3:5]))
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            mounts.append((kind, *left.split()[3:5]))
     for number, names, own in (line.split(":", 2) for line in lines("cgroup") if line.count(":") >= 2):
         kind = "cgroup" if "memory" in names.split(",") else "cgroup2" if number == "0" else None
         for _, top, at in (m for m in dict.fromkeys(mounts) if m[0] == kind):
@@ -419,10 +427,18 @@ def __getitem__(self:ImageFiles, i): # whole number, slice or array of positions
     return out
 
 
+def room_for(*files:ImageFiles # to be decoded
+            ):
+    "Refuse what does not fit into the memory that is left"
+    need, free = sum(int(np.prod(f.shape)) for f in files), free_memory()
+    if free is not None and need > free:
+        raise LtnbError(f"{sum(map(len, files)):,} images of {files[0].size} pixels a side take {need / 1e9:.1f} GB of "
+                        f"memory, {free / 1e9:.1f} GB are free: use a smaller --image-size.")
+
+
 @patch
 def __array__(self:ImageFiles, dtype=None, copy=None)->np.ndarray: # all images
-    need, free = int(np.prod(self.shape)), free_memory()
-    if free is not None and need > free: raise LtnbError(f"{len(self):,} images of {self.size} pixels a side take {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: use a smaller --image-size.")
+    room_for(self)
     return self[:].astype(dtype or np.uint8, copy=False)
 
 # %% ../nbs/01_data.ipynb #61a0f38e
@@ -458,7 +474,9 @@ class ImageSet:
     def counts(self)->np.ndarray: return np.bincount(self.labels, minlength=len(self.class_names))
 
     @cached_property
-    def ids(self)->list[str]: return [valid_text(p) for p in self.images.paths] if self.on_disk else [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in self.images]
+    def ids(self)->list[str]:
+        if self.on_disk: return [valid_text(p) for p in self.images.paths]
+        return [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in self.images]
 
 # %% ../nbs/01_data.ipynb #36666b4f
 @patch
@@ -539,16 +557,22 @@ class LongTail:
     @property
     def parts(self)->dict[str, ImageSet]: return {p: s for p in ("train", "val", "test") if (s := getattr(self, p)) is not None}
 
-    def in_memory(self)->"LongTail": # files decoded; an error where they do not fit
-        "The same set with its images as arrays"
-        return replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in self.parts.items() if s.on_disk})
+# %% ../nbs/01_data.ipynb #377fa383
+@patch
+def in_memory(self:LongTail)->LongTail: # files decoded; an error where they do not fit
+    "The same set with its images as arrays"
+    on_disk = {p: s for p, s in self.parts.items() if s.on_disk}
+    room_for(*(s.images for s in on_disk.values()))
+    return replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in on_disk.items()})
 
-    def ready(self, share:float=0.5 # of the free memory that the images may take
-             )->"LongTail": # decoded once where they fit, else as it is: read on demand
-        "The same set, in memory where there is room"
-        need = sum(int(np.prod(s.images.shape)) for s in self.parts.values() if s.on_disk)
-        free = free_memory()
-        return self.in_memory() if need < (1e9 if free is None else free) * share else self
+
+@patch
+def ready(self:LongTail, share:float=0.5 # of the free memory that the images may take
+         )->LongTail: # decoded once where they fit, else as it is: read on demand
+    "The same set, in memory where there is room"
+    need = sum(int(np.prod(s.images.shape)) for s in self.parts.values() if s.on_disk)
+    free = free_memory()
+    return self.in_memory() if need < (1e9 if free is None else free) * share else self
 
 # %% ../nbs/01_data.ipynb #de6acc8d
 @patch
@@ -631,7 +655,9 @@ def card(self:LongTail,
         lines.append((band, f"{k:,} {'class' if k == 1 else 'classes'} with {rule}: {n:,} images, {n / total:.1%} of train" if k else f"no class with {rule}"))
     if "val" in d["images"]: lines.append(("val", f"{d['images']['val']:,} images"))
     lines.append(("test", f"{d['images']['test']:,} images, {span(*d['test_images_per_class'])}"))
-    if (m := d["missing_from_test"]): lines.append(("", f"{len(m)} of {d['n_classes']} classes have no test image ({some_of(m, 5)}): their accuracy is NaN"))
+    if (m := d["missing_from_test"]):
+        few = f"{len(m)} of {d['n_classes']} classes have no test image ({some_of(m, 5)})"
+        lines.append(("", f"{few}: their accuracy is NaN"))
     if d["duplicates"] is not None: lines.append(("same image", ", ".join(f"{n:,} in {pair}" if " and " in pair else f"{n:,} repeats {pair}" for pair, n in d["duplicates"].items())))
     for name in ("subset_hash", "fingerprint"):
         if d[name]: lines.append((name.replace("_", " "), d[name] + (f" (the literature's {CIFAR_LT[d[name]]})" if d[name] in CIFAR_LT else "")))
@@ -649,7 +675,8 @@ def _characters(path): # numbers of the characters that a font has
 @cache
 def _fonts_for(missing, usual): # characters; family names -> installed families that have some of them, the best first
     from matplotlib import font_manager
-    found, fonts = [], {f.name: f.fname for f in font_manager.fontManager.ttflist if "last resort" not in f.name.lower() and f.name not in usual}
+    fonts = {f.name: f.fname for f in font_manager.fontManager.ttflist if f.name not in usual}
+    found, fonts = [], {n: path for n, path in fonts.items() if "last resort" not in n.lower()} # it draws boxes
     missing = {ord(c) for c in missing}
     while missing and fonts:
         name = max(sorted(fonts), key=lambda n: len(missing & _characters(fonts[n])))
@@ -702,7 +729,8 @@ def plot_counts(counts:np.ndarray, # (K,) training images
     if class_names is not None and len(rank) <= 20:
         texts, family = figure_names([class_names[k] for k in rank])
         long = max(map(len, texts)) > 3
-        ax.set_xticks(range(len(rank)), texts, rotation=45 if long else 0, ha="right" if long else "center", rotation_mode="anchor" if long else None, fontfamily=family)
+        turned = dict(rotation=45, ha="right", rotation_mode="anchor") if long else {}
+        ax.set_xticks(range(len(rank)), texts, fontfamily=family, **turned)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -743,7 +771,8 @@ def show_bands(data:LongTail,
         strip[:len(own)] = own
         (text,), family = figure_names([data.class_names[k]], 48)
         title = f"{band}: '{text}', {data.counts[k]:,} {'image' if data.counts[k] == 1 else 'images'}"
-        show_images(strip, n_cols=n, ax=ax).set_title(title, fontsize=9, loc="left", color=BAND_COLORS[band], fontfamily=family)
+        show_images(strip, n_cols=n, ax=ax)
+        ax.set_title(title, fontsize=9, loc="left", color=BAND_COLORS[band], fontfamily=family)
     return axes
 
 # %% ../nbs/01_data.ipynb #f2d9eed9
@@ -905,12 +934,12 @@ def fashion_mnist(cls:LongTail,
     return _in_memory(cls, "FashionMNIST", str(root), imb_ratio, seed, download, cut)
 
 # %% ../nbs/01_data.ipynb #62c772e0
-HELPER_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp", "__macosx",
-                  "__pycache__", "lost+found", "network trash folder", "node_modules", "recycled", "recycler",
-                  "system volume information", "temporary items")
+HELPER_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@sharebin",
+                  "@tmp", "__macosx", "__pycache__", "lost+found", "network trash folder", "node_modules", "recycled",
+                  "recycler", "system volume information", "temporary items")
 HELPER_FILES = ("desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "picasa.ini", "thumbs.db")
 _HELPER_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")
-_OWN_FOLDERS = ("checkpoints", "figures", "generator", "judge", "made", "model", "phi") # that a run writes beside its files
+_OWN_FOLDERS = ("checkpoints", "figures", "generator", "judge", "made", "model", "phi") # of a run, beside its files
 
 
 def is_helper(name:str, # of a file or folder, without its path
@@ -935,9 +964,10 @@ def output_mark(folder:str|Path, # a folder
                )->str: # "run", "generation" or "card"; empty for any other folder
     "Which command of ltnb wrote here?"
     names = set(names)
-    if names & {"run.lock", "notebook.lock"} or any(re.fullmatch(r"\d\d_run_\w+\.ipynb", n) for n in names): return "run"
+    has = lambda pattern: any(re.fullmatch(pattern, n) for n in names)
+    if names & {"run.lock", "notebook.lock"} or has(r"\d\d_run_\w+\.ipynb"): return "run"
     if "config.json" in names and {"recipe", "given"} <= _json_keys(os.path.join(folder, "config.json")): return "run"
-    if "shards.jsonl" in names or ("manifest.jsonl" in names and any(re.fullmatch(r"shard-.*\.safetensors", n) for n in names)): return "generation"
+    if "shards.jsonl" in names or ("manifest.jsonl" in names and has(r"shard-.*\.safetensors")): return "generation"
     if "card.json" in names and {"bands", "imb_ratio"} <= _json_keys(os.path.join(folder, "card.json")): return "card"
     return ""
 
@@ -946,8 +976,10 @@ def _scan(folder, entered=True): # entries by name; a folder that cannot be read
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
-        if not entered: raise UsageError(f"{one_line(folder)} is no folder that can be read ({e.strerror}): give --data-root a folder of class folders.") from e
-        raise DataError(f"{one_line(folder)} cannot be read ({e.strerror}), so its photographs would be missing: change its permissions, or move it away.") from e
+        if not entered: raise UsageError(f"{one_line(folder)} is no folder that can be read ({e.strerror}): give "
+                                         "--data-root a folder of class folders.") from e
+        raise DataError(f"{one_line(folder)} cannot be read ({e.strerror}), so its photographs would be missing: "
+                        "change its permissions, or move it away.") from e
 
 
 def _is_folder(e): # of os.scandir; links count as what they lead to
@@ -957,7 +989,8 @@ def _is_folder(e): # of os.scandir; links count as what they lead to
 
 def _photographs_in(entries): # names of the photographs directly in a folder
     suffixes = image_suffixes()
-    return [e.name for e in entries if e.name.lower().endswith(suffixes) and not e.name.startswith(".") and not _is_folder(e)]
+    names = [e.name for e in entries if e.name.lower().endswith(suffixes) and not _is_folder(e)]
+    return [n for n in names if not n.startswith(".")]
 
 
 def is_ltnb_output(folder:str|Path # a folder
@@ -981,6 +1014,8 @@ class Photographs:
         if only is None: self._walk("", self._real, "")
         else:
             self._seen.add(self._real)
+            for e in _scan(self.root):
+                if not _is_folder(e): self._file(e, e.name)
             for name in only: self._enter(name)
         for path in self._links: self._follow(path) # which can find more of them
         self.paths.sort()
@@ -994,7 +1029,8 @@ class Photographs:
 
     def _follow(self, path):
         real = os.path.realpath(os.path.join(self.root, path))
-        if real in self._seen or (self._real + os.sep).startswith(real.rstrip(os.sep) + os.sep): self._leave("again", path)
+        around = (self._real + os.sep).startswith(real.rstrip(os.sep) + os.sep)
+        if real in self._seen or around: self._leave("again", path)
         else: self._walk(path, real, "")
 
     def _walk(self, path, real, mark):
@@ -1010,6 +1046,7 @@ def _folder(self:Photographs, path, real, above): # one folder; gives the folder
     entries, name = _scan(at, entered=bool(path)), path.rpartition("/")[2]
     own = _photographs_in(entries)
     mark = output_mark(at, [e.name for e in entries])
+    if above == "generation" and name == "png": self._leave("output", path); return []
     theirs = {"figures": above == "run" or (above == "card" and set(own) <= {"counts.png", "images.png"})}.get(
         name, above == "run" and name in _OWN_FOLDERS and not own)
     if path and (theirs or (mark and is_ltnb_output(at))): self._leave("output", path); return []
@@ -1035,8 +1072,9 @@ def _file(self:Photographs, e, path): # one entry that is no folder
     elif not e.name.startswith("."): self._leave("other", path)
 
 # %% ../nbs/01_data.ipynb #6b9d259a
-_REASONS = {"closed": "cannot be opened here, though they look like photographs", "loose": "loose, beside the class folders",
-            "broken": "links to nothing", "hidden": "hidden", "other": "no photographs"}
+_REASONS = {"closed": "cannot be opened here, though they look like photographs",
+            "loose": "loose, beside the class folders", "broken": "links to nothing", "hidden": "hidden",
+            "other": "no photographs"}
 _FOLDER_REASONS = {"helper": "hidden folders and those of helper programs", "output": "what ltnb wrote",
                    "again": "folders that are read already by another path"}
 
@@ -1048,9 +1086,10 @@ def counted(self:Photographs, reason, # of `left`
     "What was left out for a reason, in numbers"
     paths = [p for p in self.left.get(reason, ()) if not below or p.startswith(below + "/")]
     kinds = Counter(one_line(os.path.splitext(p.lower())[1]) or "other" for p in paths)
-    if reason in _FOLDER_REASONS: what = f"{len(paths):,}"
-    else: what = (" and ".join(f"{n:,} {kind}" for kind, n in kinds.most_common()) if len(kinds) < 4 else f"{len(paths):,}")
-    unit = "" if reason in _FOLDER_REASONS else " file" if len(paths) == 1 else " files"
+    folders = reason in _FOLDER_REASONS
+    what = f"{len(paths):,}"
+    if not folders and len(kinds) < 4: what = " and ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+    unit = "" if folders else " file" if len(paths) == 1 else " files"
     return f"{what}{unit} ({some_of(paths)})" if paths else ""
 
 
@@ -1058,13 +1097,21 @@ def counted(self:Photographs, reason, # of `left`
 def notes(self:Photographs)->list[str]: # sentences
     "What was left out, for a person"
     heic = any(p.lower().endswith((".heic", ".heif", ".hif")) for p in self.left.get("closed", ()))
-    return [f"left out, {why}: {self.counted(r)}{'; pip install pillow-heif opens HEIC' if heic and r == 'closed' else ''}."
+    way = {"closed": "; pip install pillow-heif opens HEIC" if heic else ""}
+    return [f"left out, {why}: {self.counted(r)}{way.get(r, '')}."
             for r, why in (_REASONS | _FOLDER_REASONS).items() if self.left.get(r)]
 
+
+@patch(as_prop=True)
+def n_left(self:Photographs)->int: # files, not counting those in folders that were not entered
+    "How many files were not taken"
+    return sum(len(self.left.get(r, ())) for r in _REASONS)
+
 # %% ../nbs/01_data.ipynb #b1c12af5
-_ROLES = {"train": "train", "training": "train", "trn": "train", "test": "test", "testing": "test", "tst": "test", "val": "val", "valid": "val",
-          "validation": "val", "vali": "val", "dev": "val", "development": "val", "eval": "val", "evaluation": "val"}
-_FILLERS = ("set", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "split", "folder", "file", "files")
+_WORDS = {"train": "train training trn", "test": "test testing tst",
+          "val": "val valid validation vali dev development eval evaluation"}
+_ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
+_FILLERS = tuple("set data dataset image images img imgs photo photos picture pictures split folder file files".split())
 _FOLDS = re.compile(r"(fold|split|part|partition|cv|subset)s?[ _.-]*\d+", re.IGNORECASE)
 
 
@@ -1073,9 +1120,10 @@ def split_role(name:str # of a folder
     "Which part of a split is called so?"
     if any(c.isalpha() and not c.isascii() for c in name): return None
     words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-    words = [w[:-len(end)] if (end := next((f for f in _FILLERS if w.endswith(f) and w[:-len(f)] in _ROLES), "")) else w for w in words]
+    words = [next((w[:-len(f)] for f in _FILLERS if w.endswith(f) and w[:-len(f)] in _ROLES), w) for w in words]
     roles = [w for w in words if w in _ROLES]
-    return (_ROLES[roles[0]], tuple(w for w in words if w not in _ROLES and w not in _FILLERS)) if len(roles) == 1 else None
+    if len(roles) != 1: return None
+    return _ROLES[roles[0]], tuple(w for w in words if w not in _ROLES and w not in _FILLERS)
 
 
 def _subfolders(folder): # names of the folders in it that a person made
@@ -1099,43 +1147,50 @@ def _parts_of(names): # folder names -> {name: role} of those that can be parts 
 def _named(names): return ", ".join(repr(one_line(n)) for n in names)
 
 
-def _split(root, kinds): # {name: (role, kind)} of a folder for training with class folders and of those beside it -> {role: name}
-    by = {}
+def _split(root, kinds): # {name: (role, kind)} of parts, with class folders for training -> {role: name}
+    by, where = {}, one_line(root)
     for name, (role, kind) in kinds.items(): by.setdefault(role, []).append(name)
     if double := next((names for names in by.values() if len(names) > 1), None):
-        raise UsageError(f"{one_line(root)} holds {_named(double)}, and it cannot be told which of them is meant: rename or move one away.")
+        raise UsageError(f"{where} holds {_named(double)}, and it cannot be told which of them is meant: rename or "
+                         "move one away.")
     train = by["train"][0]
-    for name, (role, kind) in kinds.items():
-        if kind != "photographs": continue
+    for name in (n for n, (_, kind) in kinds.items() if kind == "photographs"):
         some = ", ".join(f"{one_line(c)}/" for c in _subfolders(os.path.join(root, train))[:2])
-        raise DataError(f"{one_line(os.path.join(root, name))} holds photographs without class folders: put them into folders named as those of "
-                        f"{one_line(train)} ({some}, …), or move it away; ltnb predict --images classifies photographs whose class is not known.")
+        raise DataError(f"{where}/{one_line(name)} holds photographs without class folders: put them into folders "
+                        f"named as those of {one_line(train)} ({some}, …), or move it away; ltnb predict --images classifies "
+                        "photographs whose class is not known.")
     return {role: names[0] for role, names in by.items()}
 
 
 def _wrong_split(root, names, kinds): # what looks like a split and cannot be told is refused
     nested, where = [n for n, (_, kind) in kinds.items() if kind == "classes"], one_line(root)
-    if nested: raise UsageError(f"{where} holds {_named(nested)}, which look like parts of a split, but no folder for training that holds class folders: name it 'train', or rename what is a class.")
+    looks = "look like parts of a split"
+    if nested:
+        raise UsageError(f"{where} holds {_named(nested)}, which {looks}, but no folder for training that holds class "
+                         "folders: name it 'train', or rename what is a class.")
     if len(kinds) > 1 or (kinds and len(names) == 1):
-        raise UsageError(f"{where} holds {_named(kinds)}, which look like parts of a split but hold no class folders: put the photographs of each into class folders, or rename what is a class.")
+        raise UsageError(f"{where} holds {_named(kinds)}, which {looks} but hold no class folders: put the photographs "
+                         "of each into class folders, or rename what is a class.")
     folds = [n for n in names if _FOLDS.fullmatch(n)]
     if len(folds) > 1 and all(_kind(os.path.join(root, n)) == "classes" for n in folds):
-        raise UsageError(f"{where} holds {_named(folds)}, which look like parts of a split, not like classes: name one of them 'train' and one 'test', or put their class folders together.")
-    for n in names[:1]:
-        inner = _parts_of(_subfolders(os.path.join(root, n))) if len(names) > 1 else {}
-        if "train" in inner.values() and len(set(inner.values())) > 1:
-            raise UsageError(f"{where}: {one_line(n)} holds {_named(inner)}, a split inside a class: put the split first, as in {one_line(next(iter(inner)))}/{one_line(n)}.")
+        raise UsageError(f"{where} holds {_named(folds)}, which {looks}, not like classes: name one of them 'train' "
+                         "and one 'test', or put their class folders together.")
+    inner = _parts_of(_subfolders(os.path.join(root, names[0]))) if len(names) > 1 else {}
+    if "train" in inner.values() and len(set(inner.values())) > 1:
+        raise UsageError(f"{where}: {one_line(names[0])} holds {_named(inner)}, a split inside a class: put the split "
+                         f"first, as in {one_line(next(iter(inner)))}/{one_line(names[0])}.")
 
 # %% ../nbs/01_data.ipynb #a04fadcb
 def _of_ltnb(folder): # an output, or a folder such as runs that holds nothing else
     if is_ltnb_output(folder): return True
     inner = _subfolders(folder)
-    return bool(inner) and not _photographs_in(_scan(folder)) and all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
+    if not inner or _photographs_in(_scan(folder)): return False
+    return all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
 
 
 def find_split(root:str|Path, # a folder
                deeper:bool=True # look into the only folder that it holds, too
-              )->tuple[str, dict, list]: # the folder of the parts, {"train": name, …} or {} where there is no split, notes
+              )->tuple[str, dict, list]: # the folder of the parts, {"train": name, …} or {} for no split, notes
     "Is this a split or a folder of class folders? What cannot be told is refused"
     root = str(root)
     try: names = _subfolders(root)
@@ -1145,17 +1200,20 @@ def find_split(root:str|Path, # a folder
         parts = _split(root, kinds)
         notes = [f"{one_line(n)!r} is the {role} set." for role, n in parts.items() if n != role]
         unused = [n for n in names if n not in kinds and not _of_ltnb(os.path.join(root, n))]
-        return root, parts, notes + ([f"not used, beside {_named(parts.values())}: {_named(unused)}."] if unused else [])
-    if deeper and not kinds and len(names) < 10 and len(only := [n for n in names if not _of_ltnb(os.path.join(root, n))]) == 1:
+        if unused: notes.append(f"not used, beside {_named(parts.values())}: {_named(unused)}.")
+        return root, parts, notes
+    only = [n for n in names if not _of_ltnb(os.path.join(root, n))] if deeper and len(names) < 10 else []
+    if len(only) == 1 and not kinds:
         inner, parts, notes = find_split(os.path.join(root, only[0]), False)
-        if parts: return inner, parts, notes
+        if parts: return inner, parts, [f"the parts of the split lie in {_named(only)}.", *notes]
     _wrong_split(root, names, kinds)
     if kinds: return root, {}, [f"{_named(kinds)} is taken as a class, for it holds photographs and no class folders."]
     return root, {}, []
 
 # %% ../nbs/01_data.ipynb #f24b084b
 def _natural(name): # c2 before c10
-    return [(not w.isdigit(), int(w) if w.isdigit() else 0, w) for w in re.split(r"([0-9]+)", name.casefold()) if w], name
+    words = [w for w in re.split(r"([0-9]+)", name.casefold()) if w]
+    return [(not w.isdecimal(), int(w) if w.isdecimal() else 0, w) for w in words], name
 
 
 def ordered(names, # of class folders
@@ -1165,13 +1223,19 @@ def ordered(names, # of class folders
     names = sorted(names)
     if order in (None, "name"): return names
     if order == "natural": return sorted(names, key=_natural)
-    if not os.path.isfile(order): raise UsageError(f"class_order={order!r} is neither natural nor name nor a file with a class a line. {nearest(order, ('natural', 'name'))}")
+    if not os.path.isfile(order):
+        raise UsageError(f"class_order={order!r} is neither natural nor name nor a file with a class a line. "
+                         f"{nearest(order, ('natural', 'name'))}")
     by = {valid_text(n): n for n in names}
     lines = [line for line in (raw.rstrip("\r") for raw in read_text(order).split("\n")) if line]
     lines = [line if line in by else line.strip() for line in lines]
-    if more := [line for line in lines if line not in by]: raise UsageError(f"{order} names {_named(more[:3])}, which {'is' if len(more) == 1 else 'are'} no class folder. {nearest(more[0], by)}")
-    if lacks := [n for n in by if n not in lines]: raise UsageError(f"{order} does not name {_named(lacks[:3])} ({len(lacks):,} of {len(by):,} classes): it must name all, each in a line.")
-    if len(lines) > len(by): raise UsageError(f"{order} names {_named([n for n, k in Counter(lines).items() if k > 1][:1])} more than once.")
+    if more := [line for line in lines if line not in by]:
+        raise UsageError(f"{order} names {_named(more[:3])}, but there is no such class folder. {nearest(more[0], by)}")
+    if lacks := [n for n in by if n not in set(lines)]:
+        raise UsageError(f"{order} does not name {_named(lacks[:3])} ({len(lacks):,} of {len(by):,} classes): it must "
+                         "name all, each in a line.")
+    if len(lines) > len(by):
+        raise UsageError(f"{order} names {_named([n for n, k in Counter(lines).items() if k > 1][:1])} more than once.")
     return [by[line] for line in lines]
 
 # %% ../nbs/01_data.ipynb #7b6c2e88
@@ -1186,7 +1250,8 @@ def usual_size(files:ImageFiles # at least one image
         try:
             with Image.open(files.path(i)) as im: return min(224, *im.size)
         except Exception as e: first = first or e
-    raise DataError(f"{files.path(0)} cannot be opened as an image ({_why_not(first)}), nor can any other: mend or remove them.") from first
+    raise DataError(f"{files.path(0)} cannot be opened as an image ({_why_not(first)}), nor can any other: mend or "
+                    "remove them.") from first
 
 
 def damaged(files:ImageFiles # to be decoded, all of them
@@ -1217,7 +1282,8 @@ def _without_damaged(s, part, notes): # an ImageSet of files -> it without those
     bad, paths = damaged(s.images), s.images.paths
     for usable, what in ((True, "decoded what is there of {} truncated"), (False, "left out {} unreadable")):
         own = [paths[i] for i, _, ok in bad if ok == usable]
-        if own: notes = (*notes, f"{what.format(len(own))} {part} {'image' if len(own) == 1 else 'images'}: {some_of(own, 5)}")
+        unit = "image" if len(own) == 1 else "images"
+        if own: notes = (*notes, f"{what.format(len(own))} {part} {unit}: {some_of(own, 5)}")
     gone = [i for i, _, ok in bad if not ok]
     return (s.take(np.setdiff1d(np.arange(len(s)), gone)) if gone else s), notes
 
@@ -1227,12 +1293,13 @@ def from_paths(cls, root, # LongTail, and the folder of the paths or None
                class_names, # K names
                name:str, # of the set
                image_size:int|None=None, # pixels a side; `usual_size` when left out
-               bad_images:str="stop", # "stop" at the first unreadable image when it is needed, or check all now and "skip" them, or "tolerate" truncated JPEGs
+               bad_images:str="stop", # when one is needed, or check all now: "skip" them, or "tolerate" truncated JPEGs
                notes:tuple=(), # what was done so far
                grey_bits:int|None=None # deep grey values: 2**grey_bits - 1 is white; None asks the files
               )->LongTail: # nothing decoded yet
     "A set from paths and labels"
-    if bad_images not in BAD_IMAGES: raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
+    if bad_images not in BAD_IMAGES:
+        raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
     how = ({"grey_bits": grey_bits} if grey_bits else {}) | ({"tolerate": True} if bad_images == "tolerate" else {})
     sets = {}
     for part, (paths, labels) in parts.items():
@@ -1262,7 +1329,8 @@ def class_folders(found:Photographs, # of a folder of class folders
     for name in [n for n, paths in out.items() if not paths]: # runs, or a folder that holds such
         if any(p.startswith(f"{start}{name}/") for p in made) or name == "runs":
             del out[name]
-            found.left["output"] = [p for p in found.left.get("output", ()) if not p.startswith(f"{start}{name}/")] + [start + name]
+            kept = [p for p in found.left.get("output", ()) if not p.startswith(f"{start}{name}/")]
+            found.left["output"] = [*kept, start + name]
     return out
 
 
@@ -1276,32 +1344,46 @@ def what_is_there(found:Photographs, folder:str # below its root
 
 def _no_photographs(found, part, classes): # sentences about class folders without a photograph
     at = lambda c: f"{part}/{c}" if part else c
-    return [f"the class folder {one_line(at(c))!r} holds no photograph ({what_is_there(found, at(c))})" for c, paths in classes.items() if not paths]
+    return [f"the class folder {one_line(at(c))!r} holds no photograph ({what_is_there(found, at(c))})"
+            for c, paths in classes.items() if not paths]
 
 # %% ../nbs/01_data.ipynb #b70a018b
 def _labelled(classes, index): # class -> paths; class -> its number: (paths, labels)
     classes = {c: classes[c] for c in index if c in classes}
-    return [p for ps in classes.values() for p in ps], np.array([index[c] for c, ps in classes.items() for _ in ps], dtype=np.int64)
+    labels = [index[c] for c, paths in classes.items() for _ in paths]
+    return [p for paths in classes.values() for p in paths], np.array(labels, dtype=np.int64)
 
 
-def _split_parts(found, split, class_order): # (listing, role -> folder, as given) -> (classes in order, part -> (paths, labels), notes)
-    classes, root = {role: class_folders(found, name) for role, name in split.items()}, one_line(found.root)
-    train, notes = split["train"], []
+def _fitting(found, split, classes): # role -> folder; role -> class -> paths: what does not fit together is an error
+    root, train, own = one_line(found.root), one_line(split["train"]), classes["train"]
+    for part, there in classes.items():
+        at = f"{root}/{one_line(split[part])}"
+        if more := [c for c in there if c not in own and there[c]]:
+            close = nearest(valid_text(more[0]), map(valid_text, own))
+            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{train} lacks ({len(more)} such): "
+                            f"every class needs training images.{' ' + close if close.startswith('Did') else ''}")
+        if not any(there.values()):
+            raise DataError(f"{at} holds no photograph: the {part} set is empty ({what_is_there(found, split[part])}).")
+    if empty := next((c for c, paths in own.items() if not paths), None):
+        n = len(classes["test"].get(empty, ()))
+        but = f" but {n} test images" if n else ""
+        raise DataError(f"{root}: class {valid_text(empty)!r} has no training image{but}: "
+                        f"{'; '.join(_no_photographs(found, split['train'], own)[:3])}. Add photographs, or move these "
+                        "folders away.")
+
+
+def _split_parts(found, split, class_order): # role -> folder -> (classes in order, part -> (paths, labels), notes)
+    classes, train, notes = {role: class_folders(found, name) for role, name in split.items()}, split["train"], []
     if "test" not in split and "val" in split:
-        classes["test"] = classes.pop("val")
-        split, notes = {"train": train, "test": split["val"]}, [f"there is no test folder: {one_line(split['val'])} is the test set, as in ImageNet."]
-    if "test" not in split: raise DataError(f"{root} has {train} but neither test nor val: add one, or give --data-root {root}/{train} to split it.")
-    for part, own in classes.items():
-        if more := [c for c in own if c not in classes["train"] and own[c]]:
-            close = nearest(valid_text(more[0]), map(valid_text, classes["train"]))
-            raise DataError(f"{root}/{one_line(split[part])} has the class {valid_text(more[0])!r}, which {root}/{one_line(train)} lacks "
-                            f"({len(more)} such): every class needs training images. {close if close.startswith('Did') else ''}".strip())
-        if not any(own.values()): raise DataError(f"{root}/{one_line(split[part])} holds no photograph: the {part} set is empty ({what_is_there(found, split[part])}).")
-        if part != "train": notes += [f"{text}." for text in _no_photographs(found, split[part], own)]
-    for c in [c for c, paths in classes["train"].items() if not paths]:
-        n = sum(len(own.get(c, ())) for part, own in classes.items() if part == "test")
-        raise DataError(f"{root}: class {valid_text(c)!r} has no training image{f' but {n} test images' if n else ''}: "
-                        f"{'; '.join(_no_photographs(found, train, classes['train']))}. Add photographs, or move these folders away.")
+        split, classes["test"] = {"train": train, "test": split["val"]}, classes.pop("val")
+        notes.append(f"there is no test folder: {one_line(split['test'])} is the test set, as in ImageNet.")
+    if "test" not in split:
+        at = one_line(os.path.join(found.root, train))
+        raise DataError(f"{one_line(found.root)} has {one_line(train)} but neither test nor val: add one, or give "
+                        f"--data-root {at} to split it.")
+    _fitting(found, split, classes)
+    for part in sorted(classes.keys() - {"train"}):
+        notes += [f"{text}." for text in _no_photographs(found, split[part], classes[part])]
     names = ordered(classes["train"], class_order)
     index = {c: k for k, c in enumerate(names)}
     return names, {part: _labelled(own, index) for part, own in classes.items()}, notes
@@ -1310,18 +1392,19 @@ def _split_parts(found, split, class_order): # (listing, role -> folder, as give
 def _drawn_parts(found, test_fraction, seed, class_order): # the same, with a share of each class for the test
     if not 0 < test_fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
     classes, root = class_folders(found), one_line(found.root)
-    if empty := _no_photographs(found, "", classes):
-        if len(classes) > 1: raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: {'; '.join(empty[:3])}. Add photographs, or move these folders away.")
+    if len(classes) > 1 and (empty := _no_photographs(found, "", classes)):
+        raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: {'; '.join(empty[:3])}. "
+                        "Add photographs, or move these folders away.")
     rng, train, test = np.random.RandomState(seed), {}, {}
     for c, paths in classes.items():
         order, n = rng.permutation(len(paths)), int(len(paths) * test_fraction)
         train[c], test[c] = ([paths[i] for i in np.sort(index)] for index in (order[n:], order[:n]))
-    names = ordered(classes, class_order)
-    most = max(map(len, classes.values()), default=0)
+    names, most = ordered(classes, class_order), max(map(len, classes.values()), default=0)
     if len(names) > 1 and not any(test.values()):
-        way = f"give a larger --test-fraction, at least {math.ceil(100 / most) / 100:g}, or add" if most > 1 else "add"
-        raise DataError(f"{root}: no class has {math.ceil(1 / test_fraction)} photographs, so the test set is empty: {test_fraction:.0%} of each class, rounded down, is none (--test-fraction {test_fraction:g}). "
-                        f"{way[0].upper()}{way[1:]} photographs, or a test folder.")
+        way = f"Give a larger --test-fraction, at least {math.ceil(100 / most) / 100:g}, or add" if most > 1 else "Add"
+        raise DataError(f"{root}: no class has {math.ceil(1 / test_fraction)} photographs, so the test set is empty: "
+                        f"{test_fraction:.0%} of each class, rounded down, is none (--test-fraction "
+                        f"{test_fraction:g}). {way} photographs, or a test folder.")
     index = {c: k for k, c in enumerate(names)}
     note = f"there is no test folder: {test_fraction:.0%} of each class, rounded down, is the test set (seed {seed})."
     return names, {"train": _labelled(train, index), "test": _labelled(test, index)}, [note]
@@ -1345,12 +1428,17 @@ def folder(cls:LongTail,
     found = Photographs(root, split.values() or None)
     if split: names, parts, more = _split_parts(found, split, class_order)
     else: names, parts, more = _drawn_parts(found, test_fraction, seed, class_order)
+    for path in [p for p in found.paths if "/" not in p and split]: found._leave("loose", path)
+    if root != given and (top := _photographs_in(_scan(given))): found.left["loose"] = top + found.left.get("loose", [])
     notes = [*notes, *more, *found.notes()]
     if len(names) < 2:
         inner = _subfolders(os.path.join(root, names[0])) if len(names) == 1 and not split else []
-        hint = f"; it holds {len(inner)} folders: did you mean --data-root {one_line(os.path.join(given, names[0]))}?" if len(inner) > 1 else f"{'; ' + ' '.join(found.notes()) if found.notes() else '.'}"
-        raise DataError(f"{one_line(given)} has {len(names)} class folders: at least 2 are needed, each with its images{hint}")
-    return from_paths(cls, root, parts, tuple(map(valid_text, names)), name, image_size, bad_images, tuple(notes), grey_bits).cut(imb_ratio, seed, **cut)
+        way = f"did you mean --data-root {one_line(os.path.join(given, names[0]))}?" if len(inner) > 1 else ""
+        raise DataError(f"{one_line(given)} has {len(names)} class folders: at least 2 are needed, each with its images"
+                        + "; ".join(["", way or " ".join(found.notes()) or "nothing else is in it."]))
+    names = tuple(map(valid_text, names))
+    data = from_paths(cls, root, parts, names, name, image_size, bad_images, tuple(notes), grey_bits)
+    return data.cut(imb_ratio, seed, **cut)
 
 # %% ../nbs/01_data.ipynb #9fe79589
 @patch(cls_method=True)
@@ -1446,9 +1534,11 @@ def lists(cls:LongTail,
     for p, (paths, y) in parts.items():
         if y.max() >= len(names): raise DataError(f"{files[p]} has the class number {y.max()}, but {class_names} has {len(names)} names.")
         if p != "train" and (both := set(paths) & set(parts["train"][0])): raise DataError(f"{files[p]} and {train_list} share {len(both)} paths, such as {min(both)!r}: an image may stand in one of them.")
-        missing = [x for x in paths if not os.path.exists(os.path.join(root, x))] if root is not None and bad_images == "stop" else []
+        looked_for = paths if root is not None and bad_images == "stop" else []
+        missing = [x for x in looked_for if not os.path.exists(os.path.join(root, x))]
         if missing: raise DataError(f"{len(missing):,} of {len(paths):,} images of {files[p]} are not under {root}, such as {missing[0]!r}: check --data-root, or leave them out with --bad-images skip.")
-    return from_paths(cls, root, parts, names, Path(train_list).stem, image_size, bad_images, grey_bits=grey_bits).cut(imb_ratio, seed, **cut)
+    data = from_paths(cls, root, parts, names, Path(train_list).stem, image_size, bad_images, grey_bits=grey_bits)
+    return data.cut(imb_ratio, seed, **cut)
 
 # %% ../nbs/01_data.ipynb #2ae4ac0c
 IWILDCAM_SPLITS = {"ood": ("val", "test"), "id": ("id_val", "id_test")}
@@ -1487,7 +1577,8 @@ def iwildcam(cls:LongTail,
     names = read_class_names(root/"categories.csv") if (root/"categories.csv").exists() else numbered(labels, table)
     if max(y.max() for y in labels.values()) >= len(names): raise DataError(f"{table} has the class number {max(y.max() for y in labels.values())}, but {root/'categories.csv'} has {len(names)} names.")
     notes = (f"left out {left} photographs of class {UNUSED_CLASS}, which stands for none of the classes.",) if left else ()
-    return from_paths(cls, root, parts, names, f"iwildcam-{domain}", image_size, bad_images, notes, grey_bits).cut(imb_ratio, seed, **cut)
+    data = from_paths(cls, root, parts, names, f"iwildcam-{domain}", image_size, bad_images, notes, grey_bits)
+    return data.cut(imb_ratio, seed, **cut)
 
 # %% ../nbs/01_data.ipynb #2b2efa22
 DATASETS = {"digits": (), "cifar10": ("data_root", "download"), "cifar100": ("data_root", "download"), "fashion_mnist": ("data_root", "download"),

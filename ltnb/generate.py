@@ -198,7 +198,9 @@ def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str
     show_images(np.stack([images[c, i] for c in shown for i in range(n)]), n_cols=n, ax=ax)
     side = model.image_shape[1] + 1
     texts, family = figure_names([model.class_names[c] for c in shown])
-    for i, c in enumerate(shown): ax.text(-2, (i + .5) * side, f"{texts[i]} ({model.counts[c]:,})", ha="right", va="center", fontsize=8, fontfamily=family)
+    for i, c in enumerate(shown):
+        text = f"{texts[i]} ({model.counts[c]:,})"
+        ax.text(-2, (i + .5) * side, text, ha="right", va="center", fontsize=8, fontfamily=family)
     save_figure(fig, path)
 
 # %% ../nbs/20_generate.ipynb #22693981

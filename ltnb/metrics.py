@@ -149,7 +149,8 @@ def plot_by_rank(accuracy:dict, # method -> (K,) accuracies per class, or (S, K)
     ax.set(xlabel="class, largest first (tick: training images)", ylabel="test accuracy, %", ylim=(0, 102))
     if len(rank) <= 20:
         texts, family = figure_names([class_names[k] for k in rank] if class_names else [])
-        ax.set_xticks(range(len(rank)), ["\n".join([*texts[i:i + 1], str(counts[k])]) for i, k in enumerate(rank)], fontfamily=family)
+        ticks = ["\n".join([*texts[i:i + 1], str(counts[k])]) for i, k in enumerate(rank)]
+        ax.set_xticks(range(len(rank)), ticks, fontfamily=family)
     ax.legend(frameon=False, fontsize=8)
     return ax
 

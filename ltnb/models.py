@@ -418,19 +418,21 @@ class Predictions:
     probs: np.ndarray # (N, K)
     left_out: list # (path, what is wrong) of files that cannot be decoded
     marks: dict # path -> what was tolerated
-    notes: list # what was not looked at, in sentences
+    notes: list # what was not taken, in sentences
+    n_left: int # how many files that were
 
     def __iter__(self): return iter((self.paths, self.probs, self.left_out))
 
 
-def _found(source, kind): # a folder or a file, how it is called -> (root, paths, notes)
+def _found(source, kind): # a folder or a file, how it is called -> (root, paths, listing or None)
     source = os.path.abspath(source)
-    if os.path.isfile(source): return (*os.path.split(source)[:1], [os.path.basename(source)], [])
+    if os.path.isfile(source): return os.path.dirname(source), [os.path.basename(source)], None
     if not os.path.isdir(source): raise UsageError(f"{one_line(kind)} is no folder and no file.")
     found = Photographs(source)
     if not found.paths:
-        raise UsageError(" ".join([f"{one_line(kind)} holds no image: .jpg, .png, .tif and {len(image_suffixes()) - 3} more suffixes are looked for.", *found.notes()]))
-    return source, found.paths, found.notes()
+        looked_for = f".jpg, .png, .tif and {len(image_suffixes()) - 3} more suffixes are looked for."
+        raise UsageError(" ".join([f"{one_line(kind)} holds no image: {looked_for}", *found.notes()]))
+    return source, found.paths, found
 
 
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
@@ -440,11 +442,12 @@ def predict_files(clf:Classifier, # for square images of 1 or 3 channels
                   precision:str="auto", # "auto", "fp32" or "bf16"
                   bad_images:str="skip", # unreadable images: "stop", "skip" or "tolerate"
                   grey_bits:int|None=None # deep grey values: 2**grey_bits - 1 is white; None asks the files
-                 )->Predictions: # sorted relative paths, their (N, K) probabilities, (path, what is wrong) of unreadable files, and more
+                 )->Predictions: # unpacks as sorted relative paths, (N, K) probabilities, (path, what is wrong)
     "Classify a folder of image files, or one file"
     if len(clf.input_size) != 3 or clf.input_size[1] != clf.input_size[2] or clf.input_size[0] not in (1, 3): raise UsageError(f"image files need a classifier of square grey or RGB images, this one takes {' x '.join(map(str, clf.input_size))}.")
-    if bad_images not in BAD_IMAGES: raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
-    root, found, notes = _found(folder, folder)
+    if bad_images not in BAD_IMAGES:
+        raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
+    root, found, listing = _found(folder, folder)
     device = choose_device(device)
     precision, probs, bad, marks, paths = choose_precision(precision, device), [], [], {}, []
     def decode(path):
@@ -461,8 +464,10 @@ def predict_files(clf:Classifier, # for square images of 1 or 3 channels
             x = np.stack(list(good.values()))
             paths += good
             probs.append(clf.predict(luma(x) if clf.input_size[0] == 1 else x, bs, device, precision))
-    if os.path.isfile(folder) and bad: raise UsageError(f"{one_line(folder)} is no folder, and it cannot be classified: {bad[0][1]}")
-    return Predictions(paths, np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32), bad, marks, notes)
+    if listing is None and bad:
+        raise UsageError(f"{one_line(folder)} is no folder, and no photograph that can be classified: {bad[0][1]}")
+    whole = np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32)
+    return Predictions(paths, whole, bad, marks, listing.notes() if listing else [], listing.n_left if listing else 0)
 
 # %% ../nbs/03_models.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
@@ -479,4 +484,5 @@ def write_predictions(path:str|Path, # the .csv file to write
         out.writerow(["path", "class", "probability", *(["note"] if marks else []), *map(valid_text, names)])
         for p, row in zip(paths, probs):
             note = [marks.get(p, "")] if marks else []
-            out.writerow([valid_text(p), valid_text(names[row.argmax()]), f"{row.max():.6g}", *note, *(f"{v:.6g}" for v in row)])
+            first = [valid_text(p), valid_text(names[row.argmax()]), f"{row.max():.6g}"]
+            out.writerow([*first, *note, *(f"{v:.6g}" for v in row)])

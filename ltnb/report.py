@@ -191,7 +191,8 @@ def plot_feature_map(train, train_labels, # (N, d) real training features, (N,) 
     pad = (high - low) * 0.08 + 1e-6
     for ax in axes: ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
     axes[0].set_ylabel("second")
-    axes[0].legend(frameon=False, prop=dict(family=family, size=8), title="class (training items); grey: others", title_fontsize=8)
+    title = "class (training items); grey: others"
+    axes[0].legend(frameon=False, prop=dict(family=family, size=8), title=title, title_fontsize=8)
     return axes
 
 # %% ../nbs/08_report.ipynb #f0905e72

@@ -97,7 +97,8 @@ class Batches:
                  workers:int=2 # processes that decode files; 0 decodes in this one
                 ):
         self.device, self.workers, self.on_disk = device, workers, isinstance(images, ImageFiles)
-        self.images = images.take(range(len(images)), cache_mb=0) if self.on_disk else torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        if self.on_disk: self.images = images.take(range(len(images)), cache_mb=0)
+        else: self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
     def __len__(self): return len(self.images)
     def __getitem__(self, index): return torch.from_numpy(self.images[np.asarray(index)]) # of files, in a worker
