@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 import ltnb
 from .core import Config, DataError, LtnbError, Progress, Run, UsageError, atomic_write, choose_device, choose_precision, lock_file, nearest, os_error, unlock_file, write_json
-from .data import DataConfig, check_source, load_data
+from .data import DataConfig, check_source, load_data, valid_text
 
 # %% ../nbs/90_cli.ipynb #e251813e
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ def run_notebook(notebook:Path, # the entry notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)
     values = {**config.to_dict(), "out": str(folder.resolve())}
     values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
+    for k, v in values.items(): # a name that is not text
+        if isinstance(v, str) and v != valid_text(v):
+            raise UsageError(f"{k}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give the "
+                             "path another name.")
     with kernel_folder(quiet) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")

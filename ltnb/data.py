@@ -427,10 +427,11 @@ def __getitem__(self:ImageFiles, i): # whole number, slice or array of positions
     return out
 
 
-def room_for(*files:ImageFiles # to be decoded
+def room_for(*files:ImageFiles, # to be decoded
+             copies:int=1 # how many will be held at the same time
             ):
     "Refuse what does not fit into the memory that is left"
-    need, free = sum(int(np.prod(f.shape)) for f in files), free_memory()
+    need, free = copies * sum(int(np.prod(f.shape)) for f in files), free_memory()
     if free is not None and need > free:
         raise LtnbError(f"{sum(map(len, files)):,} images of {files[0].size} pixels a side take {need / 1e9:.1f} GB of "
                         f"memory, {free / 1e9:.1f} GB are free: use a smaller --image-size.")
@@ -559,10 +560,11 @@ class LongTail:
 
 # %% ../nbs/01_data.ipynb #377fa383
 @patch
-def in_memory(self:LongTail)->LongTail: # files decoded; an error where they do not fit
+def in_memory(self:LongTail, copies:int=1 # how many will be held at the same time
+             )->LongTail: # files decoded; an error where they do not fit
     "The same set with its images as arrays"
     on_disk = {p: s for p, s in self.parts.items() if s.on_disk}
-    room_for(*(s.images for s in on_disk.values()))
+    room_for(*(s.images for s in on_disk.values()), copies=copies)
     return replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in on_disk.items()})
 
 

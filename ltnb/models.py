@@ -410,7 +410,7 @@ def new_encoder(arch:str, # timm:NAME, or a name of `ARCHS`
         if len(mean) != shape[0]: mean, std = ([float(np.mean(v))] * shape[0] for v in (mean, std))
     return Classifier(net, data.class_names, shape, mean, std, arch)
 
-# %% ../nbs/03_models.ipynb #52af04c8
+# %% ../nbs/03_models.ipynb #6d8533eb
 @dataclass
 class Predictions:
     "What a classifier says of photographs; unpacks as paths, probabilities and what was left out"
@@ -434,7 +434,7 @@ def _found(source, kind): # a folder or a file, how it is called -> (root, paths
         raise UsageError(" ".join([f"{one_line(kind)} holds no image: {looked_for}", *found.notes()]))
     return source, found.paths, found
 
-
+# %% ../nbs/03_models.ipynb #52af04c8
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
                   folder:str|Path, # all images below it; or one file
                   bs:int=64, # images at a time

@@ -313,6 +313,38 @@ def test_names_in_figures(tmp_path):
     assert valid_text("plain") == "plain" and valid_text(os.fsdecode(b"\xff")) == "\\xff" and valid_text("\ud800") == "\\ud800"
 
 
+def test_an_installed_font_is_used(tmp_path, monkeypatch):
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib import font_manager
+    pen = TTGlyphPen(None)
+    for go, at in ((pen.moveTo, (0, 0)), (pen.lineTo, (500, 0)), (pen.lineTo, (500, 500))): go(at)
+    pen.closePath()
+    glyph = pen.glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "a"])
+    font.setupCharacterMap({0x65e5: "a"})
+    font.setupGlyf({".notdef": glyph, "a": glyph})
+    font.setupHorizontalMetrics({".notdef": (600, 0), "a": (600, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Ltnb Test", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "test.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    D._fonts_for.cache_clear()
+    font_manager.fontManager.addfont(tmp_path / "test.ttf")
+    texts, family = figure_names(["日", "本"])
+    assert texts[0] == "日" and (texts[1] == r"\u672c" or len(family) > 2) and (family[-1] == "Ltnb Test" or len(family) > 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from matplotlib.figure import Figure
+        fig = Figure()
+        fig.text(.5, .5, texts[0], fontfamily=family)
+        fig.savefig(tmp_path / "a.png")
+    D._fonts_for.cache_clear()
+
+
 # predict
 
 @pytest.fixture(scope="module")
