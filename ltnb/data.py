@@ -1329,7 +1329,8 @@ def class_folders(found:Photographs, # of a folder of class folders
         else: found._leave("loose", path)
     made = [p for p in found.left.get("output", ()) if p.startswith(start)]
     for name in [n for n, paths in out.items() if not paths]: # runs, or a folder that holds such
-        if any(p.startswith(f"{start}{name}/") for p in made) or name == "runs":
+        empty_runs = name == "runs" and what_is_there(found, start + name) == "it is empty"
+        if empty_runs or any(p.startswith(f"{start}{name}/") for p in made):
             del out[name]
             kept = [p for p in found.left.get("output", ()) if not p.startswith(f"{start}{name}/")]
             found.left["output"] = [*kept, start + name]
@@ -1434,8 +1435,9 @@ def folder(cls:LongTail,
     if root != given and (top := _photographs_in(_scan(given))): found.left["loose"] = top + found.left.get("loose", [])
     notes = [*notes, *more, *found.notes()]
     if len(names) < 2:
-        inner = _subfolders(os.path.join(root, names[0])) if len(names) == 1 and not split else []
-        way = f"did you mean --data-root {one_line(os.path.join(given, names[0]))}?" if len(inner) > 1 else ""
+        inner, below = os.path.join(root, *names[:1]), [] # of one folder in the other, the first that holds several
+        while names and not split and len(below := _subfolders(inner)) == 1: inner = os.path.join(inner, below[0])
+        way = f"did you mean --data-root {one_line(inner)}?" if len(below) > 1 else ""
         raise DataError(f"{one_line(given)} has {len(names)} class folders: at least 2 are needed, each with its images"
                         + "; ".join(["", way or " ".join(found.notes()) or "nothing else is in it."]))
     names = tuple(map(valid_text, names))
