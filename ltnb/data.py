@@ -963,15 +963,15 @@ def _json_keys(path): # names in a JSON object; none where it is none
 
 def output_mark(folder:str|Path, # a folder
                 names # of what it holds
-               )->str: # "run", "generation" or "card"; empty for any other folder
+               )->str: # "run", "notebook", "generation" or "card"; empty for any other folder
     "Which command of ltnb wrote here?"
     names = set(names)
     has = lambda pattern: any(re.fullmatch(pattern, n) for n in names)
-    if names & {"run.lock", "notebook.lock"} or has(r"\d\d_run_\w+\.ipynb"): return "run"
+    if names & {"run.lock", "notebook.lock"}: return "run"
     if "config.json" in names and {"recipe", "given"} <= _json_keys(os.path.join(folder, "config.json")): return "run"
     if "shards.jsonl" in names or ("manifest.jsonl" in names and has(r"shard-.*\.safetensors")): return "generation"
     if "card.json" in names and {"bands", "imb_ratio"} <= _json_keys(os.path.join(folder, "card.json")): return "card"
-    return ""
+    return "notebook" if has(r"\d\d_run_\w+\.ipynb") else "" # of a run that has not begun
 
 # %% ../nbs/01_data.ipynb #54b7f608
 def _scan(folder, entered=True): # entries by name; a folder that cannot be read is an error that names it
@@ -1018,16 +1018,16 @@ class Photographs:
             self._seen.add(self._real)
             for e in _scan(self.root):
                 if not _is_folder(e): self._file(e, e.name)
-            for name in only: self._enter(name)
+            for name in sorted(only, key=lambda n: os.path.islink(os.path.join(self.root, n))): self._enter(name)
         for path in self._links: self._follow(path) # which can find more of them
         self.paths.sort()
 
     def _leave(self, reason, path): self.left.setdefault(reason, []).append(path)
 
-    def _enter(self, path): # a folder in root, perhaps a link
-        at = os.path.join(self.root, path)
-        if os.path.islink(at): self._links.append(path)
-        else: self._walk(path, os.path.realpath(at), "")
+    def _enter(self, path): # a part of a split; it can be a link to another part, and is then both
+        real = os.path.realpath(os.path.join(self.root, path))
+        if real in self._seen: self._seen = {self._real}
+        self._walk(path, real, "")
 
     def _follow(self, path):
         real = os.path.realpath(os.path.join(self.root, path))

@@ -83,6 +83,9 @@ def test_links_are_followed_once_and_not_around(tmp_path):
         os.symlink(whole / c, tmp_path / "set" / "train" / c)
     os.symlink(photos(tmp_path / "t"), tmp_path / "set" / "test")
     assert LongTail.folder(tmp_path / "set").counts.tolist() == [3, 3]
+    os.symlink("test", tmp_path / "set" / "val")
+    data = LongTail.folder(tmp_path / "set")
+    assert len(data.val) == len(data.test) == 16, "a part that is a link to another part is both"
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, main):
@@ -156,6 +159,10 @@ def test_photographs_stay_whatever_was_written_beside_them(tmp_path):
     assert not is_ltnb_output(root) and not is_ltnb_output(root / "cat") and LongTail.folder(root).fingerprint() == before
     (root / "dog" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert LongTail.folder(root).counts.tolist() == [8, 5]
+    for name in ("figures", "model"):
+        for i in range(2): photo(f"{root}/{name}/{i}.png")
+    (root / "run.lock").unlink(), (root / "config.json").unlink(), (root / "60_run_baseline.ipynb").write_text("{}")
+    assert LongTail.folder(root).class_names == ("cat", "dog", "figures", "model")
     split = photos(tmp_path / "s" / "train").parent
     photos(split / "test")
     write(split / "train", {"card.json": json.dumps({"bands": {}, "imb_ratio": 1})})
