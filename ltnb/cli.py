@@ -166,8 +166,8 @@ def run_notebook(notebook:Path, # the entry notebook
     values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
     for k, v in values.items(): # a name that is not text
         if isinstance(v, str) and v != valid_text(v):
-            raise UsageError(f"{k}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give the "
-                             "path another name.")
+            raise UsageError(f"{k}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give "
+                             "the path another name.")
     with kernel_folder(quiet) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")

@@ -74,7 +74,7 @@ def atomic_write(path:str|Path, # the file to write
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace") # names of files need not be text
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace") # a file's name need not be text
         with open(temporary, mode, **text) as f:
             yield f
             f.flush()

@@ -1159,8 +1159,8 @@ def _split(root, kinds): # {name: (role, kind)} of parts, with class folders for
     for name in (n for n, (_, kind) in kinds.items() if kind == "photographs"):
         some = ", ".join(f"{one_line(c)}/" for c in _subfolders(os.path.join(root, train))[:2])
         raise DataError(f"{where}/{one_line(name)} holds photographs without class folders: put them into folders "
-                        f"named as those of {one_line(train)} ({some}, …), or move it away; ltnb predict --images classifies "
-                        "photographs whose class is not known.")
+                        f"named as those of {one_line(train)} ({some}, …), or move it away; ltnb predict --images "
+                        "classifies photographs whose class is not known.")
     return {role: names[0] for role, names in by.items()}
 
 
@@ -1363,8 +1363,8 @@ def _fitting(found, split, classes): # role -> folder; role -> class -> paths: w
         at = f"{root}/{one_line(split[part])}"
         if more := [c for c in there if c not in own and there[c]]:
             close = nearest(valid_text(more[0]), map(valid_text, own))
-            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{train} lacks ({len(more)} such): "
-                            f"every class needs training images.{' ' + close if close.startswith('Did') else ''}")
+            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{train} lacks ({len(more)} "
+                            f"such): every class needs training images.{' ' + close if close.startswith('Did') else ''}")
         if not any(there.values()):
             raise DataError(f"{at} holds no photograph: the {part} set is empty ({what_is_there(found, split[part])}).")
     if empty := next((c for c, paths in own.items() if not paths), None):
@@ -1396,8 +1396,8 @@ def _drawn_parts(found, test_fraction, seed, class_order): # the same, with a sh
     if not 0 < test_fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
     classes, root = class_folders(found), one_line(found.root)
     if len(classes) > 1 and (empty := _no_photographs(found, "", classes)):
-        raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: {'; '.join(empty[:3])}. "
-                        "Add photographs, or move these folders away.")
+        raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: "
+                        f"{'; '.join(empty[:3])}. Add photographs, or move these folders away.")
     rng, train, test = np.random.RandomState(seed), {}, {}
     for c, paths in classes.items():
         order, n = rng.permutation(len(paths)), int(len(paths) * test_fraction)

@@ -271,7 +271,8 @@ def check_inputs(config:DiffusionConfig # as given
 def run(config:DiffusionConfig # the settings
        )->Run: # finished
     "Train and judge a diffusion model; the same call continues a run that was stopped, and changes nothing in a finished one"
-    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(2)) # the judge trains on a copy of all parts
+    copies = 2 # the judge trains on a copy of all parts
+    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(copies))
     def join(device): team.append(join_team(device)); return team[0]
     def one_seed(*args): return run_seed(*args, team[0])
     return run_directory(config).carry_out(lambda seed: read(config.data_seed(seed)), resolve, one_seed, finish_run, join)

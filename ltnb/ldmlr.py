@@ -442,7 +442,7 @@ def run(config:LDMLRConfig # the settings
     "Run LDMLR with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
     read = lru_cache(maxsize=1)(lambda seed: read_data(replace(config, seed=seed)))
     @lru_cache(maxsize=1)
-    def ready(data): return data.ready() if isinstance(data, LongTail) else data # photographs are decoded once, where they fit
+    def ready(data): return data.ready() if isinstance(data, LongTail) else data # decoded once, where they fit
     def load(seed): return read(config.seed if config.features else config.data_seed(seed))
     def close(cfg, data):
         ready(data) # a photograph that cannot be read stops the run before it begins
