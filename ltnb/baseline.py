@@ -18,7 +18,7 @@ import torch
 
 from .augment import Augment
 from .core import Progress, Run, UsageError, nearest, read_json, read_jsonl
-from .data import BALANCED, DataConfig, LongTail, free_memory, load_data, plot_counts
+from .data import BALANCED, DataConfig, LongTail, load_data, plot_counts
 from .heads import MAX_DRAWS, Features, choose_tau, crt, lws, nearest_mean, tau_norm
 from .labels import class_prior
 from .losses import LOSSES, build_loss, label_shift, log_prior
@@ -271,8 +271,7 @@ def run(config:BaselineConfig # the settings
     "Train a baseline; the same call continues a run that was stopped, and changes nothing in a finished one"
     check_settings(config)
     team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed))
-    fits = lambda data: sum(np.prod(s.images.shape) for s in data.parts.values()) < (free_memory() or 1e9) / 2
-    ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if fits(data) else data) # photographs are decoded once, where they fit
+    ready = lru_cache(maxsize=1)(LongTail.ready) # photographs are decoded once, where they fit
     def join(device): team.append(join_team(device)); return team[0]
     def load(seed): return read(config.data_seed(seed))
     def close(cfg, data): return ready(data) and resolve(cfg, data) # a photograph that cannot be read stops the run before it begins

@@ -421,7 +421,8 @@ def data_command(args:list[str] # after `ltnb data`
     print(data.card(facts=facts))
     if given.get("out") is not None: keep_card(Path(given["out"]), data, facts, listed)
     bad = [text for s in data.parts.values() if given["check"] and s.on_disk for _, text in unreadable(s.images)]
-    if bad: raise DataError(f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read. The first: {bad[0]}")
+    for text in bad: print(f"ltnb: {' '.join(text.split())}", file=sys.stderr)
+    if bad: raise DataError(f"{len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read, see above.")
     if given["check"]: print("  checked      every image can be read")
 
 # %% ../nbs/90_cli.ipynb #b38a0981
@@ -430,14 +431,16 @@ class PredictConfig(Config):
     "Settings of `ltnb predict`"
     recipe: ClassVar[str] = "predict"
     model: str|None = None # a run directory, or its model folder
-    images: str|None = None # folder of photographs, searched with its subfolders
+    images: str|None = None # folder of photographs, searched with its subfolders, or one photograph
     out: str|None = None # the csv file to write
     test_prior: str|None = None # class prior of these photographs (a .csv or .json file, 5,3,1 or train)
+    bad_images: Literal["stop", "skip", "tolerate"] = "skip" # photographs that cannot be read: stop, skip them, or decode what is there of truncated JPEGs
+    grey_bits: int|None = None # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
     bs: int = 64 # images at a time
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     paths: ClassVar[tuple] = ("model", "images")
-    limits: ClassVar[dict] = {"bs": (1, None)}
+    limits: ClassVar[dict] = {"bs": (1, None), "grey_bits": (8, 32)}
 
 
 @dataclass(frozen=True)
@@ -498,15 +501,21 @@ def predict_command(args:list[str] # after `ltnb predict`
     config = settings(PredictConfig, given)
     needed(config, "model", "images", "out")
     check_output(config.out, config.inputs(), ".csv", is_predictions)
+    from ltnb.data import one_line, some_of
     from ltnb.models import load_classifier, predict_files, write_predictions
     clf, device = load_classifier(config.model), choose_device(config.device)
     if config.test_prior is not None:
         from ltnb.losses import retarget
         retarget(clf, config.model, config.test_prior)
-    paths, probs, bad = predict_files(clf, config.images, config.bs, device, choose_precision(config.precision, device))
-    write_predictions(config.out, clf.class_names, probs, paths)
-    for path, why in bad if not Progress.quiet else (): tell(f"ltnb: left out {path}: {' '.join(why.split())}")
-    print(f"{len(paths):,} photographs, {len(bad)} left out: {config.out}")
+    precision = choose_precision(config.precision, device)
+    made = predict_files(clf, config.images, config.bs, device, precision, config.bad_images, config.grey_bits)
+    write_predictions(config.out, clf.class_names, made.probs, made.paths, made.marks)
+    said = [f"ltnb: left out {one_line(path)}: {' '.join(why.split())}" for path, why in made.left_out]
+    said += [f"note: {n}" for n in made.notes]
+    if made.marks: said.append(f"note: {len(made.marks):,} truncated, marked in the column note: {some_of(list(made.marks))}.")
+    for text in said if not Progress.quiet else (): tell(text)
+    more = f", {made.n_left:,} other {'file' if made.n_left == 1 else 'files'} not taken" if made.n_left else ""
+    print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out{more}: {config.out}")
 
 # %% ../nbs/90_cli.ipynb #1c9b0771
 def encode_command(args:list[str] # after `ltnb encode`
@@ -525,6 +534,7 @@ def encode_command(args:list[str] # after `ltnb encode`
     from ltnb.heads import Features
     from ltnb.models import load_classifier, new_encoder
     device, data = choose_device(config.device), load_data(config, config.seed)
+    for note in data.notes if not Progress.quiet else (): tell(f"note: {note}")
     clf = load_classifier(config.model) if config.model else new_encoder(config.arch, data, config.pretrained, config.seed)
     bar = Progress("encode", sum(map(len, data.parts.values())))
     features = Features.encode(clf, data, device, choose_precision(config.precision, device), bar.step)

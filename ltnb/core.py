@@ -175,8 +175,10 @@ def load_tensors(path:str|Path # a file of `save_tensors`
     "Load tensors; a torn or foreign file is a `DataError` that names it"
     from safetensors import safe_open
     try:
-        with safe_open(str(path), framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("ltnb", "{}"))
+        with open(path, "rb") as file: # safetensors takes only names that are text
+            named = str(path) if str(path).isprintable() else f"/proc/self/fd/{file.fileno()}"
+            with safe_open(named, framework="pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("ltnb", "{}"))
     except FileNotFoundError as e: raise DataError(f"{path} does not exist.") from e
     except Exception as e: raise DataError(f"{path} is damaged or no safetensors file ({e}).") from e
 

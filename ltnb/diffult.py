@@ -538,7 +538,7 @@ def check_inputs(config:DiffuLTConfig # as given
 def run(config:DiffuLTConfig # the settings
        )->Run: # finished
     "Run DiffuLT with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
-    team, read, r = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory()), run_directory(config)
+    team, read, r = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(2)), run_directory(config)
     def join(device): team.append(join_team(device)); return team[0]
     def close(cfg, data):
         cfg, known = resolve(cfg, data), r.path/"config.json"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Answer', 'onnx_packages', 'to_onnx', 'largest_differences', 'photographs', 'images_of_run', 'check_inputs',
-           'check_path', 'export']
+           'is_export', 'export']
 
 # %% ../nbs/13_export.ipynb #e8d79f49
-import json, os, warnings
+import json, warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from . import __version__
-from .core import LtnbError, UsageError, atomic_write, read_json
-from .data import IMAGE_SUFFIXES, DataConfig, ImageFiles, LongTail, load_data, read_npz
+from .core import LtnbError, UsageError, atomic_write, check_output, read_json
+from .data import DataConfig, ImageFiles, LongTail, Photographs, load_data, read_npz
 from .models import Classifier, load_classifier, luma
 
 # %% ../nbs/13_export.ipynb #e3d6e4b9
@@ -93,12 +93,9 @@ def photographs(folder:str|Path, # searched with its subfolders
     if len(size) != 3 or size[1] != size[2] or size[0] not in (1, 3):
         takes = " x ".join(map(str, size))
         raise UsageError(f"--images are for a classifier of square grey or RGB images, this one takes {takes}.")
-    if not os.path.isdir(folder): raise UsageError(f"--images {folder} is no folder.")
-    walk = ((at, f) for at, folders, files in os.walk(folder) if folders.sort() is None for f in sorted(files))
-    found = (os.path.relpath(os.path.join(at, f), folder) for at, f in walk
-             if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
+    if not Path(folder).is_dir(): raise UsageError(f"--images {folder} is no folder.")
     out = []
-    for path in found:
+    for path in Photographs(folder).paths:
         try: out.append(ImageFiles(folder, [path], size[1], 0)[0])
         except LtnbError: continue # one that cannot be read is not needed here
         if len(out) == n: break
@@ -145,21 +142,12 @@ def check_inputs(run:str|Path, # a run directory, or its folder model
     return np.concatenate([LongTail.digits().test.images[:n], x]), f"{n} bundled digits and {n} images of noise"
 
 # %% ../nbs/13_export.ipynb #4b6ea010
-def check_path(path:str|Path # of the file to write
-              ):
-    "Refuse what cannot become an ONNX file, and files that are not of an earlier export"
-    path, folder = Path(path), Path(os.path.abspath(path)).parent
-    if path.suffix.lower() != ".onnx": raise UsageError(f"--out {path} is no name of an ONNX file: end it in .onnx.")
-    if path.is_dir(): raise UsageError(f"--out {path} is a folder: name a file.")
-    if len(os.fsencode(path.name)) > 230: raise UsageError(f"--out {path.name[:40]}… is too long a file name.")
-    while not folder.exists(): folder = folder.parent
-    if not folder.is_dir(): raise UsageError(f"--out {path}: {folder} is a file, not a folder.")
-    if not os.access(folder, os.W_OK | os.X_OK): raise UsageError(f"--out {path}: {folder} cannot be written to.")
-    if not path.exists(): return
+def is_export(path:str # a file
+             )->bool: # did `ltnb export` write it?
+    "The graph's own description tells"
     onnx, _ = onnx_packages()
-    try: mine = any(p.key == "ltnb" for p in onnx.load(str(path), load_external_data=False).metadata_props)
-    except Exception: mine = False
-    if not mine: raise UsageError(f"--out {path} is there and is no file of ltnb export: choose another name.")
+    try: return any(p.key == "ltnb" for p in onnx.load(str(path), load_external_data=False).metadata_props)
+    except Exception: return False # some other file
 
 # %% ../nbs/13_export.ipynb #07ac5fed
 def export(run:str|Path, # a run directory, or its folder model
@@ -169,7 +157,8 @@ def export(run:str|Path, # a run directory, or its folder model
           )->str: # what was written, and on what it was checked
     "Write a run's classifier as one ONNX file, once it has answered like the classifier"
     onnx, ort = onnx_packages()
-    check_path(out)
+    read = [(flag, p, False) for flag, p in (("--model", run), ("--images", images)) if p is not None]
+    check_output(out, read, ".onnx", is_export)
     clf = load_classifier(run)
     x, what = check_inputs(run, clf, images)
     proto = to_onnx(clf)

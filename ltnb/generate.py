@@ -20,7 +20,7 @@ import torch
 
 from .baseline import default_arch, run_directory
 from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
-from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, load_data, plot_counts, show_images
+from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, figure_names, load_data, plot_counts, show_images
 from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
@@ -197,7 +197,10 @@ def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str
     fig, ax = new_figure(n * .5 + 1.5, len(shown) * .5)
     show_images(np.stack([images[c, i] for c in shown for i in range(n)]), n_cols=n, ax=ax)
     side = model.image_shape[1] + 1
-    for i, c in enumerate(shown): ax.text(-2, (i + .5) * side, f"{model.class_names[c]} ({model.counts[c]:,})", ha="right", va="center", fontsize=8)
+    texts, family = figure_names([model.class_names[c] for c in shown])
+    for i, c in enumerate(shown):
+        text = f"{texts[i]} ({model.counts[c]:,})"
+        ax.text(-2, (i + .5) * side, text, ha="right", va="center", fontsize=8, fontfamily=family)
     save_figure(fig, path)
 
 # %% ../nbs/20_generate.ipynb #22693981
@@ -268,7 +271,8 @@ def check_inputs(config:DiffusionConfig # as given
 def run(config:DiffusionConfig # the settings
        )->Run: # finished
     "Train and judge a diffusion model; the same call continues a run that was stopped, and changes nothing in a finished one"
-    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory())
+    copies = 2 # the judge trains on a copy of all parts
+    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(copies))
     def join(device): team.append(join_team(device)); return team[0]
     def one_seed(*args): return run_seed(*args, team[0])
     return run_directory(config).carry_out(lambda seed: read(config.data_seed(seed)), resolve, one_seed, finish_run, join)

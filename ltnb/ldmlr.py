@@ -154,8 +154,10 @@ def stage_encode(cfg:LDMLRConfig, # resolved
                  run:Run|None=None # keeps checkpoints
                 )->tuple[Classifier, Features]: # trained, and its frozen features
     "Train the classifier, then encode train and test images in evaluation mode"
-    mean, std = pixel_stats(data.train.images)
-    shape = data.train.images.shape[1:]
+    images = data.train.images
+    some = np.random.RandomState(0).permutation(len(images))[:2000] if data.train.on_disk else slice(None)
+    mean, std = pixel_stats(images[some])
+    shape = images.shape[1:]
     clf = Classifier(build_model(cfg.arch, data.n_classes, shape[0], seed), data.class_names, shape, mean, std, cfg.arch)
     fit(clf, data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment), seed, device, precision, run)
     name = f"features-seed-{seed}"
@@ -478,7 +480,8 @@ def run(config:LDMLRConfig # the settings
        )->Run: # finished
     "Run LDMLR with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
     read = lru_cache(maxsize=1)(lambda seed: read_data(replace(config, seed=seed)))
-    ready = lru_cache(maxsize=1)(lambda data: data.in_memory() if isinstance(data, LongTail) else data) # photographs are decoded once
+    @lru_cache(maxsize=1)
+    def ready(data): return data.ready() if isinstance(data, LongTail) else data # decoded once, where they fit
     def load(seed): return read(config.seed if config.features else config.data_seed(seed))
     def close(cfg, data):
         class_prior(cfg.test_prior, data.class_names, data.counts) # one that does not fit is refused now

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import DataError, LtnbError, UsageError
-from .data import BAND_COLORS, BANDS, THIRDS, bands, new_axes, plain_text, thirds
+from .data import BAND_COLORS, BANDS, THIRDS, bands, figure_names, new_axes, thirds
 
 # %% ../nbs/02_metrics.ipynb #a6b59952
 @dataclass(frozen=True)
@@ -180,7 +180,10 @@ def plot_by_rank(accuracy:dict, # method -> (K,) accuracies per class, or (S, K)
         ax.plot(mean[rank] * 100, marker="o" if len(rank) <= 20 else "", ms=4, lw=1.4, color=color, label=name)
     ax.axhline(100 / len(rank), color="k", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="class, largest first (tick: training images)", ylabel="test accuracy, %", ylim=(0, 102))
-    if len(rank) <= 20: ax.set_xticks(range(len(rank)), [f"{plain_text(class_names[k]) + chr(10) if class_names else ''}{counts[k]}" for k in rank])
+    if len(rank) <= 20:
+        texts, family = figure_names([class_names[k] for k in rank] if class_names else [])
+        ticks = ["\n".join([*texts[i:i + 1], str(counts[k])]) for i, k in enumerate(rank)]
+        ax.set_xticks(range(len(rank)), ticks, fontfamily=family)
     ax.legend(frameon=False, fontsize=8)
     return ax
 

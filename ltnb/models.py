@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'ARCHS', 'BasicBlock', 'ResNet', 'Halve', 'ConvNet', 'LinearNet', 'Backbone', 'cosines', 'CosineHead',
            'WCDASHead', 'group_norm', 'build_model', 'Classifier', 'pixel_stats', 'luma', 'check_images', 'encode',
-           'load_classifier', 'new_encoder', 'predict_files', 'write_predictions']
+           'load_classifier', 'new_encoder', 'Predictions', 'predict_files', 'write_predictions']
 
 # %% ../nbs/03_models.ipynb #e07530d8
 import csv, math, os
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 
 from .core import (DataError, LtnbError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors, nearest, read_json, save_tensors,
                        seeded, write_json)
-from .data import IMAGE_SUFFIXES, ImageFiles, LongTail
+from .data import BAD_IMAGES, ImageFiles, LongTail, Photographs, image_suffixes, one_line, read_image, valid_text
 from .labels import unique_names
 
 # %% ../nbs/03_models.ipynb #6401dd0b
@@ -417,50 +418,82 @@ def new_encoder(arch:str, # timm:NAME, or a name of `ARCHS`
         if len(mean) != shape[0]: mean, std = ([float(np.mean(v))] * shape[0] for v in (mean, std))
     return Classifier(net, data.class_names, shape, mean, std, arch)
 
+# %% ../nbs/03_models.ipynb #6d8533eb
+@dataclass
+class Predictions:
+    "What a classifier says of photographs; unpacks as paths, probabilities and what was left out"
+    paths: list # relative, sorted
+    probs: np.ndarray # (N, K)
+    left_out: list # (path, what is wrong) of files that cannot be decoded
+    marks: dict # path -> what was tolerated
+    notes: list # what was not taken, in sentences
+    n_left: int # how many files that were
+
+    def __iter__(self): return iter((self.paths, self.probs, self.left_out))
+
+
+def _found(source, kind): # a folder or a file, how it is called -> (root, paths, listing or None)
+    source = os.path.abspath(source)
+    if os.path.isfile(source): return os.path.dirname(source), [os.path.basename(source)], None
+    if not os.path.isdir(source): raise UsageError(f"{one_line(kind)} is no folder and no file.")
+    found = Photographs(source)
+    if not found.paths:
+        looked_for = f".jpg, .png, .tif and {len(image_suffixes()) - 3} more suffixes are looked for."
+        raise UsageError(" ".join([f"{one_line(kind)} holds no image: {looked_for}", *found.notes()]))
+    return source, found.paths, found
+
 # %% ../nbs/03_models.ipynb #52af04c8
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
-                  folder:str|Path, # all images below it
+                  folder:str|Path, # all images below it; or one file
                   bs:int=64, # images at a time
                   device:str="auto", # where to compute
-                  precision:str="auto" # "auto", "fp32" or "bf16"
-                 )->tuple[list, np.ndarray, list]: # sorted relative paths, their (N, K) probabilities, and (path, what is wrong) of unreadable files
-    "Classify a folder of image files"
+                  precision:str="auto", # "auto", "fp32" or "bf16"
+                  bad_images:str="skip", # unreadable images: "stop", "skip" or "tolerate"
+                  grey_bits:int|None=None # deep grey values: 2**grey_bits - 1 is white; None asks the files
+                 )->Predictions: # unpacks as sorted relative paths, (N, K) probabilities, (path, what is wrong)
+    "Classify a folder of image files, or one file"
     if len(clf.input_size) != 3 or clf.input_size[1] != clf.input_size[2] or clf.input_size[0] not in (1, 3): raise UsageError(f"image files need a classifier of square grey or RGB images, this one takes {' x '.join(map(str, clf.input_size))}.")
-    if not os.path.isdir(folder): raise UsageError(f"{folder} is no folder.")
+    if bad_images not in BAD_IMAGES:
+        raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
+    root, found, listing = _found(folder, folder)
     device = choose_device(device)
-    precision = choose_precision(precision, device)
-    root = os.path.abspath(folder)
-    found = sorted(os.path.relpath(os.path.join(at, f), root).replace(os.sep, "/") for at, _, files in os.walk(root) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
-    if not found: raise UsageError(f"{folder} holds no image: {', '.join(IMAGE_SUFFIXES)} are looked for.")
-    files, paths, probs, bad = ImageFiles(root, found, clf.input_size[1], 0), [], [], []
-    def decode(i):
-        try: return files[i]
-        except DataError as e: return str(e.__cause__ or e).replace(root + os.sep, "")
+    precision, probs, bad, marks, paths = choose_precision(precision, device), [], [], {}, []
+    def decode(path):
+        try: return read_image(os.path.join(root, path), clf.input_size[1], grey_bits, bad_images == "tolerate")
+        except DataError as e:
+            if bad_images == "stop": raise
+            return None, str(e).replace(root + os.sep, "")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for i in range(0, len(found), bs):
-            names = found[i:i + bs]
-            got = dict(zip(names, pool.map(decode, range(i, i + len(names)))))
-            bad += [(p, x) for p, x in got.items() if isinstance(x, str)]
-            if not (good := {p: x for p, x in got.items() if not isinstance(x, str)}): continue
+            got = dict(zip(found[i:i + bs], pool.map(decode, found[i:i + bs])))
+            bad += [(p, note) for p, (x, note) in got.items() if x is None]
+            marks |= {p: note for p, (x, note) in got.items() if x is not None and note}
+            if not (good := {p: x for p, (x, _) in got.items() if x is not None}): continue
             x = np.stack(list(good.values()))
             paths += good
             probs.append(clf.predict(luma(x) if clf.input_size[0] == 1 else x, bs, device, precision))
-    return paths, np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32), bad
+    if listing is None and bad:
+        raise UsageError(f"{one_line(folder)} is no folder, and no photograph that can be classified: {bad[0][1]}")
+    whole = np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32)
+    return Predictions(paths, whole, bad, marks, listing.notes() if listing else [], listing.n_left if listing else 0)
 
 # %% ../nbs/03_models.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
                       names, # K class names
                       probs:np.ndarray, # (N, K) probabilities
-                      paths # N paths
+                      paths, # N paths
+                      marks:dict|None=None # path -> what was tolerated; gives a column `note`
                      ):
-    "One row an image: path, class, its probability, and the probability of each class"
+    "One row an image: path, class, its probability, a note where there are any, and the probability of each class"
     names, probs, paths = list(map(str, names)), np.asarray(probs), list(map(str, paths))
     if probs.shape != (len(paths), len(names)): raise DataError(f"{len(paths)} paths and {len(names)} classes need probabilities of shape {(len(paths), len(names))}, got {probs.shape}.")
-    clean = lambda text: text.encode("utf-8", "replace").decode() # a file name need not be UTF-8
-    names, own = unique_names(map(clean, names)), ("path", "class", "probability")
+    names = unique_names(map(valid_text, names))
+    own = ("path", "class", "probability", *(["note"] if marks else []))
     columns = [f"{n} ({k})" if n in own else n for k, n in enumerate(names)] # each column is found by its name
     with atomic_write(path) as f:
         out = csv.writer(f, lineterminator="\n")
-        out.writerow(["path", "class", "probability", *columns])
+        out.writerow([*own, *columns])
         for p, row in zip(paths, probs):
-            out.writerow([clean(p), names[row.argmax()], f"{row.max():.6g}", *(f"{v:.6g}" for v in row)])
+            note = [marks.get(p, "")] if marks else []
+            first = [valid_text(p), names[row.argmax()], f"{row.max():.6g}"]
+            out.writerow([*first, *note, *(f"{v:.6g}" for v in row)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import atomic_write, os_error
-from .data import BANDS, THIRDS
+from .data import BANDS, THIRDS, figure_names
 from .metrics import Difference, mean_sd, paired_over_seeds, plot_by_rank
 
 # %% ../nbs/08_report.ipynb #7c8f832b
@@ -207,16 +207,18 @@ def plot_feature_map(train, train_labels, # (N, d) real training features, (N,) 
     for ax, (title, z, y) in zip(axes, parts):
         flat = (z - mean) @ basis
         ax.plot(*flat[:: max(1, len(flat) // 2000)].T, ".", color="0.85", ms=3)
-        for k, color in zip(shown, ("#0072B2", "#E69F00", "#CC79A7")):
+        texts, family = figure_names([class_names[k] if class_names else k for k in shown])
+        for k, text, color in zip(shown, texts, ("#0072B2", "#E69F00", "#CC79A7")):
             p = flat[y == k][:200]
-            ax.plot(*p.T, "o", ms=4, alpha=0.6, color=color, mew=0, label=f"{class_names[k] if class_names else k} ({counts[k]})".replace("$", r"\$"))
+            ax.plot(*p.T, "o", ms=4, alpha=0.6, color=color, mew=0, label=f"{text} ({counts[k]})")
         ax.set(title=title, xticks=[], yticks=[], xlabel="first principal component")
     every = np.concatenate([(z - mean) @ basis for _, z, _ in parts])
     low, high = np.percentile(every, 0.5, axis=0), np.percentile(every, 99.5, axis=0)
     pad = (high - low) * 0.08 + 1e-6
     for ax in axes: ax.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
     axes[0].set_ylabel("second")
-    axes[0].legend(frameon=False, fontsize=8, title="class (training items); grey: others", title_fontsize=8)
+    title = "class (training items); grey: others"
+    axes[0].legend(frameon=False, prop=dict(family=family, size=8), title=title, title_fontsize=8)
     return axes
 
 # %% ../nbs/08_report.ipynb #f0905e72

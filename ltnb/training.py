@@ -140,7 +140,7 @@ class Batches:
                  wait:float=60. # seconds to wait for a batch of theirs
                 ):
         self.device, self.workers, self.wait, self.on_disk = device, workers, wait, isinstance(images, ImageFiles)
-        if self.on_disk: self.images = ImageFiles(images.root, images.paths, images.size, cache_mb=0)
+        if self.on_disk: self.images = images.take(range(len(images)), cache_mb=0)
         else: self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
     def __len__(self): return len(self.images)

@@ -278,7 +278,7 @@ def test_write_predictions(tmp_path):
     write_predictions(tmp_path / "deep" / "p.csv", names, probs, paths)
     rows = list(csv.reader(io.StringIO((tmp_path / "deep" / "p.csv").read_text(encoding="utf-8"))))
     assert rows[0] == ["path", "class", "probability", *names]
-    assert [r[:2] for r in rows[1:]] == [["x/1.jpg", "a"], ['odd,"2".png', 'with, "comma"'], ["?.png", "é\n"]]
+    assert [r[:2] for r in rows[1:]] == [["x/1.jpg", "a"], ['odd,"2".png', 'with, "comma"'], ["\\xff.png", "é\n"]]
     assert np.allclose(np.array([r[3:] for r in rows[1:]], float), probs, rtol=1e-5) and all(float(r[2]) == max(map(float, r[3:])) for r in rows[1:])
     write_predictions(tmp_path / "none.csv", names, np.zeros((0, 3)), [])
     assert len((tmp_path / "none.csv").read_text(encoding="utf-8").strip()) > 0
