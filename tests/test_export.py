@@ -63,11 +63,11 @@ def test_what_is_refused(run, main, tmp_path, monkeypatch):
     (tmp_path / "theirs.onnx").write_bytes(b"theirs")
     (tmp_path / "folder.onnx").mkdir()
     new, theirs = tmp_path / "m.onnx", tmp_path / "theirs.onnx"
-    refused = {("--out", theirs): "no file of ltnb export", ("--out", tmp_path / "m.pt"): "end it in .onnx",
+    refused = {("--out", theirs): "did not write it", ("--out", tmp_path / "m.pt"): ".onnx",
                (): "--out",
                ("--out", tmp_path / "folder.onnx"): "is a folder",
                ("--out", theirs / "m.onnx"): "not a folder",
-               ("--out", tmp_path / f"{'n' * 240}.onnx"): "too long",
+               ("--out", tmp_path / f"{'n' * 252}.onnx"): "too long",
                ("--out", new, "--images", tmp_path / "none"): "is no folder",
                ("--out", new, "--images", tmp_path): "no image that can be read"}
     for args, says in refused.items():
