@@ -115,6 +115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ltnb.cli.Recipe.load': ('cli.html#recipe.load', 'ltnb/cli.py'),
                           'ltnb.cli.add_options': ('cli.html#add_options', 'ltnb/cli.py'),
                           'ltnb.cli.add_settings': ('cli.html#add_settings', 'ltnb/cli.py'),
+                          'ltnb.cli.check_text': ('cli.html#check_text', 'ltnb/cli.py'),
                           'ltnb.cli.data_command': ('cli.html#data_command', 'ltnb/cli.py'),
                           'ltnb.cli.demo_command': ('cli.html#demo_command', 'ltnb/cli.py'),
                           'ltnb.cli.encode_command': ('cli.html#encode_command', 'ltnb/cli.py'),

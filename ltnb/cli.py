@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIONS', 'COMMANDS', 'Recipe', 'entry_notebook', 'Parser', 'help_of', 'add_settings', 'add_options',
-           'parse', 'settings', 'kernel_folder', 'notebook_finished', 'run_notebook', 'run_command', 'execute',
-           'demo_command', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig', 'needed', 'predict_command',
-           'encode_command', 'generate_command', 'list_command', 'usage', 'main']
+           'parse', 'settings', 'kernel_folder', 'check_text', 'notebook_finished', 'run_notebook', 'run_command',
+           'execute', 'demo_command', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig', 'needed',
+           'predict_command', 'encode_command', 'generate_command', 'list_command', 'usage', 'main']
 
 # %% ../nbs/90_cli.ipynb #305a3f2b
 import argparse, importlib, json, os, shutil, sys, tempfile, threading, traceback
@@ -140,6 +140,15 @@ def kernel_folder(quiet:bool # say nothing
             thread.join(2)
             os.close(keep_open)
 
+# %% ../nbs/90_cli.ipynb #a51e78af
+def check_text(values:dict # settings of a recipe
+              ):
+    "Refuse what a notebook cannot hold"
+    for name, v in values.items():
+        if isinstance(v, str) and v != valid_text(v):
+            raise UsageError(f"{name}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give "
+                             "the path another name.")
+
 # %% ../nbs/90_cli.ipynb #d4079f87
 def notebook_finished(path:Path # an executed notebook
                      )->bool: # True when papermill ran it to its end
@@ -164,10 +173,6 @@ def run_notebook(notebook:Path, # the entry notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)
     values = {**config.to_dict(), "out": str(folder.resolve())}
     values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
-    for k, v in values.items(): # a name that is not text
-        if isinstance(v, str) and v != valid_text(v):
-            raise UsageError(f"{k}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give "
-                             "the path another name.")
     with kernel_folder(quiet) as env, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env["JUPYTER_RUNTIME_DIR"] = env.pop("folder")
@@ -216,6 +221,7 @@ def execute(module, config, # a recipe's module and settings
     run = module.run_directory(config)
     if plain or notebook is None: run = module.run(config)
     elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
+        check_text(config.to_dict())
         module.check_inputs(config)
         with run: pass # another writer? then say so now
         lock = lock_file(run.path/"notebook.lock", wait=1)
