@@ -348,7 +348,7 @@ def predict_command(args:list[str] # after `ltnb predict`
     more = f", {made.n_left:,} other {'file' if made.n_left == 1 else 'files'} not taken" if made.n_left else ""
     print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out{more}: {config.out}")
 
-
+# %% ../nbs/90_cli.ipynb #26d14280
 def encode_command(args:list[str] # after `ltnb encode`
                   ):
     "ltnb encode: the frozen features of an image set, for `--features`"
