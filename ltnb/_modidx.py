@@ -120,6 +120,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ltnb.cli.call': ('cli.html#call', 'ltnb/cli.py'),
                           'ltnb.cli.cell_error': ('cli.html#cell_error', 'ltnb/cli.py'),
                           'ltnb.cli.check_notebook': ('cli.html#check_notebook', 'ltnb/cli.py'),
+                          'ltnb.cli.check_text': ('cli.html#check_text', 'ltnb/cli.py'),
                           'ltnb.cli.data_command': ('cli.html#data_command', 'ltnb/cli.py'),
                           'ltnb.cli.demo_command': ('cli.html#demo_command', 'ltnb/cli.py'),
                           'ltnb.cli.encode_command': ('cli.html#encode_command', 'ltnb/cli.py'),

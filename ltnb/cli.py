@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIONS', 'CARD', 'GENERATED', 'COMMANDS', 'RESUMED', 'Recipe', 'entry_notebook', 'Parser', 'help_of',
-           'add_settings', 'add_options', 'parse', 'settings', 'show_pipe', 'kernel_folder', 'module_path',
-           'kernel_manager', 'out_of_memory', 'kernel_error', 'notebook_finished', 'notebook_settings', 'here',
-           'variables', 'cell_error', 'run_notebook', 'run_command', 'check_notebook', 'execute', 'demo_command',
-           'has_card', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig', 'needed', 'is_predictions',
-           'is_features', 'is_job', 'predict_command', 'encode_command', 'ExportConfig', 'export_command',
-           'generate_command', 'list_command', 'open_streams', 'flush_streams', 'Stopped', 'stopped_by_signals',
-           'quiet_libraries', 'usage', 'failure', 'call', 'main']
+           'add_settings', 'add_options', 'parse', 'settings', 'show_pipe', 'check_text', 'kernel_folder',
+           'module_path', 'kernel_manager', 'out_of_memory', 'kernel_error', 'notebook_finished', 'notebook_settings',
+           'here', 'variables', 'cell_error', 'run_notebook', 'run_command', 'check_notebook', 'execute',
+           'demo_command', 'has_card', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig', 'needed',
+           'is_predictions', 'is_features', 'is_job', 'predict_command', 'encode_command', 'ExportConfig',
+           'export_command', 'generate_command', 'list_command', 'open_streams', 'flush_streams', 'Stopped',
+           'stopped_by_signals', 'quiet_libraries', 'usage', 'failure', 'call', 'main']
 
 # %% ../nbs/90_cli.ipynb #305a3f2b
 import argparse, importlib, logging, os, signal, sys, tempfile, threading, time, traceback, warnings, zipfile
@@ -23,7 +23,7 @@ import ltnb
 from .core import (Config, DataError, LtnbError, Progress, Run, UsageError, atomic_write, check_output, choose_device,
                        choose_precision, lock_file, nearest, os_error, read_json, read_jsonl, show_messages, show_text,
                        tell, terminal_width, unlock_file, work_is_kept, write_json)
-from .data import DataConfig, check_source, load_data
+from .data import DataConfig, check_source, load_data, valid_text
 
 # %% ../nbs/90_cli.ipynb #e251813e
 @dataclass(frozen=True)
@@ -130,6 +130,15 @@ def show_pipe(pipe:int, # a descriptor to read from
             show_messages(whole, shown)
         elif last: break
     for stage in shown.values(): stage.close(finished=False)
+
+# %% ../nbs/90_cli.ipynb #a51e78af
+def check_text(values:dict # settings of a recipe
+              ):
+    "Refuse what a notebook cannot hold"
+    for name, v in values.items():
+        if isinstance(v, str) and v != valid_text(v):
+            raise UsageError(f"{name}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or give "
+                             "the path another name.")
 
 # %% ../nbs/90_cli.ipynb #90628078
 @contextmanager
@@ -239,13 +248,7 @@ def notebook_settings(config, # checked settings
                      )->dict: # name -> value
     "What papermill injects: paths made absolute"
     values = {**config.to_dict(), "out": str(folder.resolve())}
-    values = {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
-    for k, v in values.items():
-        try: str(v).encode("utf-8")
-        except UnicodeEncodeError:
-            said = f"{k} {v!r} is not UTF-8, and a notebook cannot hold it: rename it, or add --plain."
-            raise UsageError(said) from None
-    return values
+    return {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
 
 # %% ../nbs/90_cli.ipynb #16a90086
 def here()->str: # the working folder
@@ -348,6 +351,7 @@ def execute(module, config, # a recipe's module and settings
     if not plain and notebook: check_notebook(run, notebook)
     if plain or notebook is None or (run.finished and run.moved): run = module.run(config)
     elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
+        check_text(config.to_dict())
         module.check_inputs(config)
         with run: pass # another writer? then say so now
         lock = lock_file(run.path/"notebook.lock", wait=1)

@@ -204,7 +204,7 @@ def _png_parts(data): # yields (kind, whole chunk)
         yield data[at + 4:at + 8], data[at:end]
         at = end
 
-
+# %% ../nbs/01_data.ipynb #9b083f87
 def _jpeg_parts(data): # yields (marker, whole segment); the last one is all from the first scan on
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
@@ -247,7 +247,7 @@ def _opened(source, grey_bits, alone=False): # a path or an open file -> upright
         out = _rgb(im, raw, grey_bits)
     return out.transpose(Image.Transpose[turn]) if turn else out
 
-
+# %% ../nbs/01_data.ipynb #ac7f4236
 def _rescued(source, grey_bits, tolerate): # what can still be had -> (RGB, note); None where nothing can
     from PIL import Image
     try: data = source.seek(0) or source.read() if hasattr(source, "read") else Path(source).read_bytes()
@@ -392,7 +392,7 @@ def _control_groups(root): # yields (folder, is it of version 1?) of this proces
             parts = [p for p in inner.split("/") if p not in ("", ".", "..")]
             for n in range(len(parts), -1, -1): yield root.joinpath(at.lstrip("/"), *parts[:n]), kind == "cgroup"
 
-
+# %% ../nbs/01_data.ipynb #b93a69cc
 def _group_memory(folder, first): # what a control group leaves; nothing where it has no limit
     used = _number(folder/("memory.usage_in_bytes" if first else "memory.current"))
     kept = _number(folder/"memory.stat", "total_inactive_file" if first else "inactive_file") or 0
@@ -1461,7 +1461,7 @@ def _fitting(found, split, classes): # role -> folder; role -> class -> paths: w
                         f"{'; '.join(_no_photographs(found, split['train'], own)[:3])}. Add photographs, or move these "
                         "folders away.")
 
-
+# %% ../nbs/01_data.ipynb #e4549b86
 def _split_parts(found, split, class_order): # role -> folder -> (classes in order, part -> (paths, labels), notes)
     classes, train, notes = {role: class_folders(found, name) for role, name in split.items()}, split["train"], []
     if "test" not in split and "val" in split:
