@@ -672,6 +672,9 @@ def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .c
     parts, inline = text.split(","), text[0] in "[{"
     if not inline and len(parts) > 1 and not Path(text).exists(): value = [p.strip() for p in parts]
     else:
+        if not inline and not Path(text).exists():
+            raise UsageError(f"{source} does not exist as a file: give a .csv or .json file, "
+                             "counts joined by commas, or train.")
         content = text if inline else read_text(text)
         as_json = inline or text.lower().endswith(".json")
         try: value = json.loads(content, object_pairs_hook=_once) if as_json else _prior_table(text, content)
@@ -682,7 +685,7 @@ def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .c
     if not isinstance(value, (list, dict)) or not value:
         raise UsageError(f"{source}: expected counts or probabilities of the classes.")
     return json.dumps({k: _amount(v, source) for k, v in value.items()} if isinstance(value, dict)
-                      else [_amount(v, source) for v in value], ensure_ascii=False)
+                      else [_amount(v, source) for v in value], ensure_ascii=False, sort_keys=True)
 
 # %% ../nbs/00_labels.ipynb #ac128808
 def class_prior(given:str|None, # of `prior_text`
