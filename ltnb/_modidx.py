@@ -970,7 +970,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ltnb.training.Batches.__len__': ('training.html#batches.__len__', 'ltnb/training.py'),
                                'ltnb.training.Batches.decoded': ('training.html#batches.decoded', 'ltnb/training.py'),
                                'ltnb.training.Batches.follow': ('training.html#batches.follow', 'ltnb/training.py'),
-                               'ltnb.training.Batches.tell': ('training.html#batches.tell', 'ltnb/training.py'),
+                               'ltnb.training.Batches.go_on_alone': ('training.html#batches.go_on_alone', 'ltnb/training.py'),
                                'ltnb.training.Clock': ('training.html#clock', 'ltnb/training.py'),
                                'ltnb.training.Clock.__init__': ('training.html#clock.__init__', 'ltnb/training.py'),
                                'ltnb.training.Clock.older_than': ('training.html#clock.older_than', 'ltnb/training.py'),

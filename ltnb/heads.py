@@ -7,7 +7,7 @@ __all__ = ['MAX_DRAWS', 'MAX_TABLE', 'Head', 'by_rows', 'weighted_scale', 'fit_h
            'balanced_draws', 'crt', 'lws', 'tau_norm', 'choose_tau', 'DirectionHead', 'nearest_mean']
 
 # %% ../nbs/07_heads.ipynb #4627149c
-import hashlib, math, sys
+import hashlib, math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 
-from .core import DataError, Progress, UsageError, atomic_write, generator
+from .core import DataError, Progress, UsageError, atomic_write, generator, tell
 from .data import LongTail, archive_labels, read_npz
 from .labels import unique_names
 from .losses import log_prior
@@ -230,8 +230,8 @@ def balanced_draws(counts, # (K,) items per class
     "Draws of a class-balanced fit; it is said when the budget ends it early"
     want = math.ceil(n_epochs * len(counts) * int(max(counts)))
     if want > max_draws and not Progress.quiet:
-        print(f"note: {n_epochs:g} class-balanced epochs of {len(counts):,} classes would be {want:,} draws; the fit "
-              f"ends after max_draws = {max_draws:,}, which is {max_draws / want * n_epochs:.2g} epochs.", file=sys.stderr)
+        tell(f"note: {n_epochs:g} class-balanced epochs of {len(counts):,} classes would be {want:,} draws; the fit "
+             f"ends after max_draws = {max_draws:,}, which is {max_draws / want * n_epochs:.2g} epochs.")
     return min(want, max_draws)
 
 

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import beta_draw, cutmix as cutmix_batch, mixup as mixup_batch
-from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, stable_seed
+from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, stable_seed, tell
 from .data import ImageFiles
 from .losses import Loss, build_loss
 from .metrics import score
@@ -162,20 +162,20 @@ class Batches:
                     yield x
                     done += 1
             except LtnbError: raise # a file that cannot be decoded
-            except Exception as e: self.tell(e)
+            except Exception as e: self.go_on_alone(e)
         for i in order[done:]: yield self.images[i]
 
 # %% ../nbs/05_training.ipynb #c9c02f1a
 @patch
-def tell(self:Batches, e:Exception # what ended the workers
-        ):
+def go_on_alone(self:Batches, e:Exception # what ended the workers
+               ):
     "Say why this process goes on alone"
     Batches.failed = True
     what = ("was killed (for want of memory, as a rule)" if isinstance(e, BrokenProcessPool)
             else f"gave nothing for {self.wait:g} seconds" if isinstance(e, TimeoutError)
             else f"cannot be used ({type(e).__name__}: {e}; is /dev/shm full?)")
-    print(f"note: a worker process that decodes photographs {what}: this process decodes them itself from here on, "
-          "with the same result. --workers 0 does so from the start.", file=sys.stderr)
+    tell(f"note: a worker process that decodes photographs {what}: this process decodes them itself from here on, "
+         "with the same result. --workers 0 does so from the start.")
 
 # %% ../nbs/05_training.ipynb #6cb05621
 def epoch_order(labels:torch.Tensor, # (N,) int64 on the device
