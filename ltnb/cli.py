@@ -248,6 +248,7 @@ def notebook_settings(config, # checked settings
                      )->dict: # name -> value
     "What papermill injects: paths made absolute"
     values = {**config.to_dict(), "out": str(folder.resolve())}
+    check_text(values)
     return {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
 
 # %% ../nbs/90_cli.ipynb #16a90086
@@ -657,10 +658,9 @@ def quiet_libraries(debug:bool # show everything
                    ):
     "Keep warnings of libraries, with their file names and lines of code, away from the terminal"
     if debug or sys.warnoptions: yield; return
-    for name in ("TORCH_CPP_LOG_LEVEL", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "ERROR" if name.startswith("TORCH") else "error")
+    levels = {"TORCH_CPP_LOG_LEVEL": "ERROR", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     last, logging.lastResort = logging.lastResort, logging.NullHandler()
-    with warnings.catch_warnings():
+    with variables(**{k: os.environ.get(k, v) for k, v in levels.items()}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.showwarning = lambda *what: None # some libraries set filters of their own; ours speak through `tell`
         try: yield
@@ -724,7 +724,7 @@ def main(args:list[str]|None=None # what was typed; sys.argv when left out
     "The `ltnb` command"
     args = sys.argv[1:] if args is None else list(args)
     open_streams()
-    os.environ.setdefault("PYTHONSAFEPATH", "1") # for Pythons that this one starts: the working folder has no modules
-    with quiet_libraries("--debug" in args), stopped_by_signals():
+    safe = os.environ.get("PYTHONSAFEPATH", "1") # for Pythons that this one starts: the working folder has no modules
+    with variables(PYTHONSAFEPATH=safe), quiet_libraries("--debug" in args), stopped_by_signals():
         code = call(args)
     return code if flush_streams() else code or 1

@@ -146,12 +146,12 @@ def npz(cls:Features, path:str|Path # the archive
     for k in ("train_features", "test_features", "fc_weight", "fc_bias"):
         if k in z and (z[k].dtype.kind not in "fiu" or z[k].ndim != (1 if k == "fc_bias" else 2) or not z[k].size):
             raise DataError(f"{path}: {k} must be numbers of shape {'(K,)' if k == 'fc_bias' else '(N, d)'}, got {z[k].dtype} of shape {z[k].shape}.")
-    labels, names = archive_labels(z, path, ("train", "test"))
     if "fc_weight" in z and "class_names" not in z:
         if z["train_labels"].dtype.kind in "US":
             raise DataError(f"{path}: with labels that are texts, fc_weight needs class_names, which say whose weights "
                             f"a row holds.")
-        names = tuple(map(str, range(len(z["fc_weight"]))))
+        z["class_names"] = np.arange(len(z["fc_weight"])).astype(str)
+    labels, names = archive_labels(z, path, ("train", "test"))
     k = len(names)
     f32 = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
     head = Head(f32(z["fc_weight"]), f32(z["fc_bias"]), torch.from_numpy(np.bincount(labels["train"], minlength=k)[:k]).double()) if "fc_weight" in z else None

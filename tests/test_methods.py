@@ -346,7 +346,7 @@ def test_defaults_depend_on_who_trained_the_encoder(tmp_path):
 
 
 def test_odd_heads_and_one_class(tmp_path):
-    "A class whose weights are zero, and a set of one class: rows that make no sense are left out, the rest is there"
+    "A class whose weights are zero: rows that make no sense are left out, the rest is there; a set of one class is refused"
     path = tiny_file(tmp_path)
     with np.load(path) as z: parts = dict(z)
     parts["fc_weight"][3] = 0
@@ -356,7 +356,7 @@ def test_odd_heads_and_one_class(tmp_path):
     assert [r["method"] for r in rows] == [m for m in METHODS if m != "tau-norm"]
     one = {k: v[parts[f"{k.split('_')[0]}_labels"] == 0] for k, v in parts.items() if k.split("_")[0] in ("train", "test")}
     np.savez(tmp_path / "one.npz", **one)
-    assert all(r["all"] == 1 for r in run(LDMLRConfig(features=str(tmp_path / "one.npz"), **small, out=str(tmp_path / "b"))).scores())
+    with pytest.raises(DataError, match="one class only"): run(LDMLRConfig(features=str(tmp_path / "one.npz"), **small, out=str(tmp_path / "b")))
 
 
 def test_other_settings_keep_their_noise():

@@ -428,7 +428,7 @@ def test_scores_of_changed_items_are_dropped(tmp_path):
 
 # --- real kills, and the size of ImageNet-LT
 
-WORK = "import sys, time; from test_synthetic import image; from ltnb.synthetic import *\ndef make(part): time.sleep(.01); return image(part)\n"
+WORK = "import sys, time; from test_synthetic import image; from ltnb.synthetic import *\ndef make(part): time.sleep(.1); return image(part)\n"
 
 
 def start(folder, rank=0, world=1):
@@ -441,11 +441,11 @@ def test_sigkill(tmp_path):
     one, two = start(tmp_path / "a"), start(tmp_path / "a", 1, 2)
     shards = lambda: len(list((tmp_path / "a").glob("shard-*.safetensors")))
     end = time.monotonic() + 600
-    while shards() < 8 and time.monotonic() < end: time.sleep(.002)
+    while shards() < 8 and one.poll() is None and time.monotonic() < end: time.sleep(.002)
     one.send_signal(signal.SIGKILL)
     one.wait()
     before = shards()
-    while shards() < before + 6 and time.monotonic() < end: time.sleep(.002)
+    while shards() < before + 6 and two.poll() is None and time.monotonic() < end: time.sleep(.002)
     two.send_signal(signal.SIGKILL)
     assert two.wait() == -signal.SIGKILL and 0 < shards() < 50 and not (tmp_path / "a" / "manifest.jsonl").exists()
     made, log = shards(), []
