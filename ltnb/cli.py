@@ -204,7 +204,7 @@ def out_of_memory(kind:str, text:str # class and message of an error
     if "DataLoader worker" in text or kind == "BrokenProcessPool":
         what = f"a worker that reads images was killed ({first})"
         return f"{what}, most likely because memory or /dev/shm ran out: {_LOWER}"
-    known = "out of memory", "allocate memory", "not enough memory", "Unable to allocate"
+    known = "out of memory", "failed to map segment", "allocate memory", "not enough memory", "Unable to allocate"
     if kind in ("MemoryError", "OutOfMemoryError") or any(k in text for k in known):
         return f"memory ran out ({first or kind}): {_LOWER}"
     return None
@@ -249,7 +249,7 @@ def notebook_settings(config, # checked settings
     "What papermill injects: paths made absolute"
     values = {**config.to_dict(), "out": str(folder.resolve())}
     check_text(values)
-    return {k: os.path.abspath(v) if v is not None and k in config.paths else v for k, v in values.items()}
+    return {k: os.path.abspath(v) if v is not None and k in config.path_names() else v for k, v in values.items()}
 
 # %% ../nbs/90_cli.ipynb #16a90086
 def here()->str: # the working folder
@@ -295,7 +295,8 @@ def run_notebook(notebook:Path, # the entry notebook
     values, target, kernel = notebook_settings(config, folder), folder/notebook.name, {}
     paths = [str(p).replace("{", "{{").replace("}", "}}") for p in (notebook, target)] # papermill formats them
     with kernel_folder(quiet) as (own, pipe), open(os.path.join(own, "log"), "w") as log, variables(
-            LTNB_PROGRESS=pipe, JUPYTER_RUNTIME_DIR=own, IPYTHONDIR=own, PYTHONSAFEPATH="1"):
+            LTNB_PROGRESS=pipe, JUPYTER_RUNTIME_DIR=own, IPYTHONDIR=own, PYTHONSAFEPATH="1",
+            LTNB_CHECKED_OUT=os.path.realpath(folder)):
         socket = os.path.join(own, "kernel")
         transport = {"transport": "ipc", "ip": socket} if len(os.fsencode(socket)) < 90 else {"transport": "tcp"}
         try:
@@ -520,7 +521,7 @@ def predict_command(args:list[str] # after `ltnb predict`
     if made.marks: said.append(f"note: {len(made.marks):,} truncated, marked in the column note: {some_of(list(made.marks))}.")
     for text in said if not Progress.quiet else (): tell(text)
     more = f", {made.n_left:,} other {'file' if made.n_left == 1 else 'files'} not taken" if made.n_left else ""
-    print(f"{len(made.paths):,} photographs, {len(made.left_out)} left out{more}: {config.out}")
+    print(f"{len(made.paths):,} photograph{'' if len(made.paths) == 1 else 's'}, {len(made.left_out)} left out{more}: {config.out}")
 
 # %% ../nbs/90_cli.ipynb #1c9b0771
 def encode_command(args:list[str] # after `ltnb encode`

@@ -47,8 +47,8 @@ def nearest(name:str, # what was given
 
 # %% ../nbs/00_core.ipynb #7486e0d2
 _OS_HINTS = {"ENOSPC": "the disk is full: free some space", "EDQUOT": "the disk quota is used up: free some space",
-             "EACCES": "permission denied: choose a folder you can write to",
-             "EPERM": "permission denied: choose a folder you can write to",
+             "EACCES": "permission denied: change the permissions, or choose another path",
+             "EPERM": "permission denied: change the permissions, or choose another path",
              "EROFS": "the file system is read-only: choose another folder",
              "ENOTDIR": "a part of that path is a file, not a folder: choose another path",
              "EISDIR": "that is a folder, not a file: choose another path",
@@ -330,6 +330,7 @@ class Config:
     limits: ClassVar[dict] = {} # name -> (lowest, highest), either None
     not_identity: ClassVar[tuple] = ("out",) # where a run is kept does not change what it is
     paths: ClassVar[tuple] = () # settings that are paths
+    words: ClassVar[dict] = {} # settings that are one of these words, or a path
     later: ClassVar[tuple] = () # settings that older runs lack: at their default they leave the digest alone
 
     def __post_init__(self):
@@ -407,17 +408,22 @@ def to_dict(self:Config)->dict: # name -> value
     return {f.name: getattr(self, f.name) for f in fields(self)}
 
 @patch
+def path_names(self:Config)->tuple: # names of settings
+    "The settings that are paths"
+    return *self.paths, *(n for n, known in self.words.items() if getattr(self, n) not in (None, *known))
+
+@patch
 def inputs(self:Config)->list[tuple]: # (flag, path, are all files below it taken?), for `check_output`
     "What a command with these settings reads"
     taken = ("data_root",) if getattr(self, "dataset", None) in ("folder", "imagenette") else ()
-    given = {n: v for n in self.paths if (v := getattr(self, n)) is not None}
+    given = {n: v for n in self.path_names() if (v := getattr(self, n)) is not None}
     return [("--" + n.replace("_", "-"), v, n in taken) for n, v in given.items()]
 
 @patch
 def identity(self:Config)->dict: # the settings that make a run what it is; paths made absolute
     "What two runs must share to be the same run"
     d = {k: v for k, v in self.to_dict().items() if k not in self.not_identity}
-    return {k: os.path.abspath(v) if v is not None and k in self.paths else v for k, v in d.items()}
+    return {k: os.path.abspath(v) if v is not None and k in self.path_names() else v for k, v in d.items()}
 
 @patch
 def digest(self:Config)->str: # six hexadecimal digits
@@ -450,7 +456,7 @@ def _make_bar(name, total, start): # of tqdm; as wide as the terminal is at that
         @property
         def format_dict(self):
             width = terminal_width(self.fp) - 1
-            short = {"bar_format": "{percentage:3.0f}% {desc}"} if width < 50 else {}
+            short = {"bar_format": "{percentage:3.0f}%|{bar}| {desc}"} if width < 50 else {}
             return {**super().format_dict, "ncols": width, **short}
     return Bar(total=total, initial=start, desc=name, file=sys.stderr, leave=False, mininterval=0.2)
 
@@ -651,7 +657,8 @@ def finished(self:Run)->bool: # scores.json is written last
 @patch
 def check_out(self:Run):
     "Refuse a directory that cannot be written, or is or holds an input; a finished run is only read"
-    given = self.config.out is not None
+    by_command = os.environ.get("LTNB_CHECKED_OUT") == os.path.realpath(self.path) # `ltnb run` has tested this directory
+    given = self.config.out is not None and not by_command
     inputs = [(flag, path, taken and given) for flag, path, taken in self.config.inputs()]
     name = "--out" if given else "the run directory"
     if os.path.exists(self.path/"scores.json"): return
@@ -670,8 +677,10 @@ def check_same(self:Run):
     there = read_json(self.path/"config.json")
     if not isinstance(there, dict) or there.get("format", 1) != 1: raise LtnbError(f"{self.path}/config.json was written by another program or a newer ltnb: upgrade ltnb, or choose another --out.")
     given, before = {"recipe": self.config.recipe, **plain(self.config.identity())}, dict(there.get("given") or {})
-    for k in (*self.config.paths, *self.config.unknown_to(before)): # the data may have moved: `check_data` compares it
+    for k in (*self.config.path_names(), *self.config.unknown_to(before)): # the data may have moved: `check_data` compares it
         given.pop(k, None), before.pop(k, None)
+    if there.get("recipe", given["recipe"]) != given["recipe"]:
+        raise UsageError(f"{self.path} holds a run of {there['recipe']}, not of {given['recipe']}: choose another --out.")
     same = {k: v for k, v in given.items() if before.get(k) == v or (v is not None and there.get(k) == v)}
     differ = show_differences({k: v for k, v in before.items() if k not in same},
                               {k: v for k, v in given.items() if k not in same})
@@ -712,7 +721,7 @@ def moved(self:Run)->dict: # path setting -> (where the data lay when the run be
     "Which paths differ from those that the run began with"
     if not (self.path/"config.json").exists(): return {}
     before, now = read_json(self.path/"config.json").get("given") or {}, plain(self.config.identity())
-    return {k: (before.get(k), now[k]) for k in self.config.paths if before.get(k) != now.get(k)}
+    return {k: (before.get(k), now[k]) for k in self.config.path_names() if before.get(k) != now.get(k)}
 
 
 @patch
@@ -741,7 +750,7 @@ def start(self:Run, resolved:Config, # the settings with nothing left open
     if (self.path/"config.json").exists():
         self.check_data(**data)
         there = read_json(self.path/"config.json")
-        apart = {"given", "ltnb", "format", "data", *resolved.paths, *self.config.unknown_to(there)}
+        apart = {"given", "ltnb", "format", "data", *resolved.path_names(), *self.config.unknown_to(there)}
         there, here = ({k: v for k, v in plain(c).items() if k not in apart} for c in (there, config))
         if differ := show_differences(there, here):
             raise LtnbError(f"{self.path} was begun with other settings or on another kind of machine "

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'BANDS', 'THIRDS', 'BAND_COLORS', 'NO_PHOTOGRAPHS', 'CAMERA_SUFFIXES', 'CIFAR_LT', 'HELPER_FOLDERS',
-           'HELPER_FILES', 'BAD_IMAGES', 'IWILDCAM_SPLITS', 'DATASETS', 'BALANCED', 'longtail_counts',
-           'longtail_indices', 'bands', 'thirds', 'gini', 'image_suffixes', 'white_value', 'read_image', 'decode_image',
-           'valid_text', 'one_line', 'some_of', 'ImageFiles', 'free_memory', 'room_for', 'ImageSet', 'duplicates',
-           'LongTail', 'figure_names', 'new_axes', 'plot_counts', 'show_images', 'show_bands', 'read_npz',
-           'class_labels', 'numbered', 'names_of_classes', 'archive_labels', 'check_pixels', 'is_helper', 'output_mark',
-           'is_ltnb_output', 'Photographs', 'split_role', 'find_split', 'ordered', 'usual_size', 'damaged',
-           'unreadable', 'from_paths', 'class_folders', 'what_is_there', 'with_suffix', 'DataConfig', 'check_source',
-           'load_data']
+           'HELPER_FILES', 'THUMBNAIL_FOLDERS', 'BAD_IMAGES', 'IWILDCAM_SPLITS', 'DATASETS', 'BALANCED',
+           'longtail_counts', 'longtail_indices', 'bands', 'thirds', 'gini', 'image_suffixes', 'white_value',
+           'read_image', 'decode_image', 'valid_text', 'one_line', 'some_of', 'ImageFiles', 'free_memory', 'room_for',
+           'ImageSet', 'duplicates', 'LongTail', 'figure_names', 'new_axes', 'plot_counts', 'show_images', 'show_bands',
+           'read_npz', 'class_labels', 'numbered', 'names_of_classes', 'archive_labels', 'check_pixels', 'is_helper',
+           'output_mark', 'is_ltnb_output', 'Photographs', 'split_role', 'find_split', 'ordered', 'usual_size',
+           'damaged', 'unreadable', 'from_paths', 'class_folders', 'what_is_there', 'with_suffix', 'DataConfig',
+           'check_source', 'load_data']
 
 # %% ../nbs/01_data.ipynb #d51fcc8c
 import csv, hashlib, io, json, math, os, re, threading, warnings
@@ -1027,6 +1027,7 @@ HELPER_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-
                   "@tmp", "__macosx", "__pycache__", "lost+found", "network trash folder", "node_modules", "recycled",
                   "recycler", "system volume information", "temporary items")
 HELPER_FILES = ("desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "picasa.ini", "thumbs.db")
+THUMBNAIL_FOLDERS = ("_thumbnails", "_thumbs", "thumb", "thumbnail", "thumbnails", "thumbs") # beside photographs
 _HELPER_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")
 _OWN_FOLDERS = ("checkpoints", "figures", "generator", "judge", "made", "model", "phi") # of a run, beside its files
 
@@ -1144,7 +1145,7 @@ def _folder(self:Photographs, path, real, above): # one folder; gives the folder
     for e in entries:
         below = f"{path}/{e.name}" if path else e.name
         if not _is_folder(e): self._file(e, below)
-        elif is_helper(e.name, True): self._leave("helper", below)
+        elif is_helper(e.name, True) or (own and e.name.lower() in THUMBNAIL_FOLDERS): self._leave("helper", below)
         elif e.is_symlink(): self._links.append(below)
         else: inner.append((below, os.path.join(real, e.name), mark))
     return inner
@@ -1277,6 +1278,14 @@ def _of_ltnb(folder): # an output, or a folder such as runs that holds nothing e
     return all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
 
 
+def _look_alike(root, names): # notes; parts of a split under names that nobody can know, or classes by camera
+    inner = [frozenset(_subfolders(os.path.join(root, n))) for n in names] if 1 < len(names) <= 10 else []
+    if not inner or len(set(inner)) > 1 or len(inner[0]) < 2: return []
+    if any(_photographs_in(_scan(os.path.join(root, n))) for n in names): return []
+    return [f"{_named(names)} hold the same folders ({_named(sorted(inner[0]))}) and are taken as the classes: if they are "
+            "parts of a split, name them 'train' and 'test'."]
+
+
 def find_split(root:str|Path, # a folder
                deeper:bool=True # look into the only folder that it holds, too
               )->tuple[str, dict, list]: # the folder of the parts, {"train": name, …} or {} for no split, notes
@@ -1297,7 +1306,7 @@ def find_split(root:str|Path, # a folder
         if parts: return inner, parts, [f"the parts of the split lie in {_named(only)}.", *notes]
     _wrong_split(root, names, kinds)
     if kinds: return root, {}, [f"{_named(kinds)} is taken as a class, for it holds photographs and no class folders."]
-    return root, {}, []
+    return root, {}, _look_alike(root, names)
 
 # %% ../nbs/01_data.ipynb #f24b084b
 def _natural(name): # c2 before c10
@@ -1707,6 +1716,7 @@ class DataConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     not_identity: ClassVar[tuple] = ("out", "download") # how the data came there does not matter
     paths: ClassVar[tuple] = ("data_root", "train_list", "val_list", "test_list", "class_names")
+    words: ClassVar[dict] = {"class_order": ("name", "natural")}
     later: ClassVar[tuple] = ("path_column", "label_column", "split_column", "group_column", "test_prior", "grey_bits",
                               "class_order")
     limits: ClassVar[dict] = {"imb_ratio": (1, None), "n_max": (1, None), "val_per_class": (0, None), "image_size": (1, 4096), "grey_bits": (8, 32), "test_fraction": (0.01, 0.9), "seed": (0, 2**31 - 1), "seeds": (1, 1000)}

@@ -161,10 +161,14 @@ def _by_order(lines, readings, folders,
         raise _Refused("it has numbers, but no names")
     if n_classes and n != n_classes: raise _Refused(f"it has {n} names for {n_classes} classes")
     for where, pattern, key in (("in front", _FRONT, 1), ("behind", _BEHIND, 3)):
-        found = [m for m in map(pattern.fullmatch, lines) if m and (k := _number(m[key])) is not None and k <= n]
-        if len(found) < n and (any(m[2].strip() or "\t" in m[2] for m in found) or 2 * len(found) >= n > 1):
+        lead = [m for m in map(pattern.fullmatch, lines) if m and _number(m[key]) is not None]
+        found = [m for m in lead if _number(m[key]) < n]
+        if found and len(lead) < n:
             raise _Refused(f"{len(found)} of its {n} lines have a class number {where}, such as {found[0][0]!r}, and "
                            f"the others none")
+    worded = [re.match(r"(?:class|label|id)[ _-]?(\d+)\b", line, re.I) for line in lines]
+    if all(worded) and [int(m[1]) for m in worded] != list(range(n)):
+        raise _Refused(f"its lines begin with class numbers in another order, such as {worded[0][0]!r}")
     for i, line in enumerate(lines):
         if folders.get(line, i) != i:
             raise _Refused(f"its line {i + 1} is the folder {line!r} of class {folders[line]}, and not all folders are "
@@ -564,6 +568,9 @@ def split_listing(listing:Listing, # all images
     if listing.groups is not None:
         shared, both = leak(np.array(listing.groups)[~test], np.array(listing.groups)[test])
         random_images, test = test.sum(), group_split(labels, listing.groups, fraction, seed)
+        if len(set(listing.groups)) < 2:
+            raise DataError(f"{listing.source}: the group column has one value only, {listing.groups[0]!r}: name another "
+                            "--group-column, or leave it out.")
         if not test.any():
             raise DataError(f"{listing.source}: no group can go to the test as a whole without leaving some class "
                             f"without a training image: give a larger --test-fraction, or a --test-list.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'ARCHS', 'BasicBlock', 'ResNet', 'Halve', 'ConvNet', 'LinearNet', 'Backbone', 'cosines', 'CosineHead',
            'WCDASHead', 'group_norm', 'build_model', 'Classifier', 'pixel_stats', 'luma', 'check_images', 'encode',
-           'load_classifier', 'new_encoder', 'Predictions', 'predict_files', 'write_predictions']
+           'load_classifier', 'new_encoder', 'Predictions', 'left_out_because', 'predict_files', 'write_predictions']
 
 # %% ../nbs/03_models.ipynb #e07530d8
 import csv, math, os
@@ -443,6 +443,15 @@ def _found(source, kind): # a folder or a file, how it is called -> (root, paths
     return source, found.paths, found
 
 # %% ../nbs/03_models.ipynb #52af04c8
+def left_out_because(e:DataError, # of `read_image`
+                     bad_images:str # what is done with such files
+                    )->str: # what is wrong, and what would help
+    "Why a photograph could not be classified"
+    text = str(e).split(": mend or remove it")[0]
+    if bad_images == "tolerate" or "truncated" not in text: return text
+    return f"{text}; --bad-images tolerate decodes what is there"
+
+
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
                   folder:str|Path, # all images below it; or one file
                   bs:int=64, # images at a time
@@ -462,7 +471,7 @@ def predict_files(clf:Classifier, # for square images of 1 or 3 channels
         try: return read_image(os.path.join(root, path), clf.input_size[1], grey_bits, bad_images == "tolerate")
         except DataError as e:
             if bad_images == "stop": raise
-            return None, str(e).replace(root + os.sep, "")
+            return None, left_out_because(e, bad_images).replace(root + os.sep, "")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for i in range(0, len(found), bs):
             got = dict(zip(found[i:i + bs], pool.map(decode, found[i:i + bs])))
@@ -489,7 +498,7 @@ def write_predictions(path:str|Path, # the .csv file to write
     if probs.shape != (len(paths), len(names)): raise DataError(f"{len(paths)} paths and {len(names)} classes need probabilities of shape {(len(paths), len(names))}, got {probs.shape}.")
     names = unique_names(map(valid_text, names))
     own = ("path", "class", "probability", *(["note"] if marks else []))
-    columns = [f"{n} ({k})" if n in own else n for k, n in enumerate(names)] # each column is found by its name
+    columns = [f"{n} ({k})" if n in (*own, "note") else n for k, n in enumerate(names)] # each column is found by its name
     with atomic_write(path) as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow([*own, *columns])

@@ -184,3 +184,12 @@ def test_precision_of_the_environment(monkeypatch, main):
     monkeypatch.setenv("LTNB_PRECISION", "bf32")
     code, out, err = main("run", "baseline", "--plain", "--n-epochs", "1")
     assert (code, out) == (2, "") and "LTNB_PRECISION='bf32' is not a precision" in err
+
+
+def test_another_recipes_run_is_named(main, tmp_path):
+    "In one sentence, not by every setting that the two do not share"
+    from ltnb.core import write_json
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "config.json", {"format": 1, "recipe": "diffult", "given": {"recipe": "diffult", "lr": 1}, "data": {}})
+    code, _, err = main("run", "baseline", "--plain", "--out", tmp_path / "run")
+    assert code == 2 and "holds a run of diffult, not of baseline" in err and len(err) < 300

@@ -87,6 +87,8 @@ def test_names_are_mapped_by_what_the_file_says(tmp_path, kind, text):
     ("txt", "n03 0 cat\nn01 1 dog\nn02 2 owl", "'n03' the number 0"),
     ("txt", "0 apollo 1\n1 apollo 2\n2 apollo 0", "two numbers"),
     ("txt", "2\n0\n1", "numbers, but no names"),
+    ("txt", "0 cat\ndog\nowl", "1 of its 3 lines have a class number in front"),
+    ("txt", "class2 owl\nclass0 cat\nclass1 dog", "class numbers in another order"),
     ("txt", "", "it is empty"),
     ("txt", "Boeing 707\nBoeing 717\nAirbus 320", "every line has a number behind"),
     ("csv", "wnid,name\nn01,cat\nn02,dog\nn09,owl", "no column"),

@@ -309,6 +309,40 @@ def test_the_same_command_twice_in_the_data_folder(main, tmp_path, monkeypatch):
     assert LongTail.folder(root).class_names == ("cat", "dog") and LongTail.folder(root).fingerprint() == first
 
 
+def test_the_run_of_the_command_in_the_data_folder(main, tmp_path, monkeypatch):
+    "Through the notebook: the default run directory lies in the data, and the same command finds it finished"
+    root = photos(tmp_path / "p")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("LTNB_RUNS", "runs")
+    args = ["run", "baseline", "--dataset", "folder", "--data-root", ".", "--n-epochs", "1", "--bs", "8", "--heads", "false"]
+    for _ in range(2):
+        code, out, err = main(*args, "--device", "cpu")
+        assert code == 0 and "cross-entropy" in out, err
+    assert len(list((root / "runs").iterdir())) == 1 and LongTail.folder(root).class_names == ("cat", "dog")
+    code, _, err = main(*args, "--device", "cpu", "--out", "cat/run")
+    assert code == 2 and "--out" in err, "a directory that was typed is still tested"
+
+
+def test_the_file_of_a_class_order_can_lie_elsewhere(main, tmp_path, monkeypatch):
+    root = photos(tmp_path / "p")
+    (tmp_path / "order.txt").write_text("dog\ncat\n")
+    (tmp_path / "other.txt").write_text("cat\ndog\n")
+    monkeypatch.chdir(tmp_path)
+    args = ["run", "baseline", "--plain", "--dataset", "folder", "--data-root", root, "--n-epochs", "1", "--bs", "8"]
+    args += ["--heads", "false", "--device", "cpu", "--out", "run", "--class-order"]
+    assert main(*args, "order.txt")[0] == 0 and main(*args, tmp_path / "order.txt")[0] == 0
+    code, _, err = main(*args, "other.txt")
+    assert code == 2 and "other data" in err
+
+
+def test_folders_of_thumbnails_are_not_read_beside_photographs(tmp_path):
+    root = photos(tmp_path / "p")
+    before = LongTail.folder(root).counts.tolist()
+    for name in ("thumbs", "Thumbnails", "_thumbnails"):
+        photo(f"{root}/cat/{name}/1.png")
+    assert LongTail.folder(root).counts.tolist() == before
+
+
 # splits
 
 
@@ -651,3 +685,13 @@ def test_predict_one_file_and_bad_ones(tmp_path, main, model):
     code, _, err = ask(album / "none.jpg")
     assert code == 2 and "none.jpg" in err
     Progress.quiet = False
+
+
+@pytest.mark.parametrize("names", [("test_a", "test_b"), ("entrenamiento", "prueba")])
+def test_folders_that_may_be_parts_of_a_split_are_named(tmp_path, names):
+    for n in names:
+        photos(tmp_path / n)
+    data = LongTail.folder(tmp_path)
+    assert data.class_names == tuple(sorted(names)) and "parts of a split" in said(data) and names[0] in said(data)
+    photo(f"{tmp_path}/{names[0]}/owl/1.png")
+    assert "parts of a split" not in said(LongTail.folder(tmp_path))
