@@ -43,11 +43,11 @@ def notebook(path, *cells):
     return path
 
 
-def traps(folder):
+def traps(folder, without=()):
     "Files of a working folder that have the names of modules"
     (folder / "datasets").mkdir(parents=True)
     trap = "raise RuntimeError('a file of the working folder was imported')\n"
-    for name in TRAPS: (folder / f"{name}.py").write_text(trap)
+    for name in set(TRAPS) - set(without): (folder / f"{name}.py").write_text(trap)
     return folder
 
 
@@ -235,7 +235,8 @@ def test_streams_that_are_closed(tmp_path, command, code):
 
 
 def test_python_m_takes_nothing_from_the_working_folder(tmp_path):
-    done = sh("ltnb data --imb-ratio 20", traps(tmp_path / "here"))
+    "But for `types`, which `python -m` itself may import before any code of ours: the command `ltnb` does not"
+    done = sh("ltnb data --imb-ratio 20", traps(tmp_path / "here", without=("types",)))
     assert done.returncode == 0 and "digits-lt20" in done.stdout, done.stderr
 
 
