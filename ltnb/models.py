@@ -442,7 +442,7 @@ def _found(source, kind): # a folder or a file, how it is called -> (root, paths
         raise UsageError(" ".join([f"{one_line(kind)} holds no image: {looked_for}", *found.notes()]))
     return source, found.paths, found
 
-# %% ../nbs/03_models.ipynb #52af04c8
+# %% ../nbs/03_models.ipynb #3ad54bf6
 def left_out_because(e:DataError, # of `read_image`
                      bad_images:str # what is done with such files
                     )->str: # what is wrong, and what would help
@@ -451,7 +451,7 @@ def left_out_because(e:DataError, # of `read_image`
     if bad_images == "tolerate" or "truncated" not in text: return text
     return f"{text}; --bad-images tolerate decodes what is there"
 
-
+# %% ../nbs/03_models.ipynb #52af04c8
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
                   folder:str|Path, # all images below it; or one file
                   bs:int=64, # images at a time

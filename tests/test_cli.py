@@ -133,7 +133,7 @@ def test_other_settings_are_refused_with_the_difference(demo, main):
     code, _, err = main("demo", "--seeds", "3", "--out", out)
     assert code == 2 and "seeds: 5 there, 3 here" in err
     code, _, err = main("run", "ldmlr", "--out", out)
-    assert code == 2 and "recipe: 'demo' there, 'ldmlr' here" in err
+    assert code == 2 and "holds a run of demo, not of ldmlr" in err
     assert tree(out) == before
 
 

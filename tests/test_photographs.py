@@ -673,7 +673,7 @@ def test_predict_one_file_and_bad_ones(tmp_path, main, model):
         (album / name).write_bytes(raw)
     code, out, err = ask(album)
     assert (
-        code == 0 and "1 photographs, 2 left out" in out and "left out none.jpg" in err and "left out torn.jpg" in err
+        code == 0 and "1 photograph, 2 left out" in out and "left out none.jpg" in err and "left out torn.jpg" in err
     )
     code, out, err = ask(album, "--bad-images", "tolerate")
     assert code == 0 and "2 photographs, 1 left out" in out and "1 truncated" in err, err
