@@ -3,7 +3,6 @@ import ast
 import json
 import re
 import sys
-import time
 import traceback
 
 import pytest
@@ -51,11 +50,11 @@ def explain(cell, number, shell):
 
 
 def run_lesson(path, skip=("slow", "cuda")):
-    "Run a notebook's cells; gives the seconds of computing it took, or fails with the cell and its values"
+    "Run a notebook's cells, or fail with the cell and its values"
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
-    shell, start = CaptureShell(path), time.process_time()
+    shell = CaptureShell(path)
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
         for cell in nb_test_cells(path, skip_flags=list(skip)):
@@ -64,7 +63,6 @@ def run_lesson(path, skip=("slow", "cuda")):
             print(shell.prettytb(fname=path))
             pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
     shell.close()
-    return time.process_time() - start
 
 
 def test_runs(path, tmp_path, monkeypatch):
@@ -72,8 +70,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setattr(Progress, "quiet", False) # and what the notebook does to it is undone
-    seconds = run_lesson(path)
-    assert seconds < 45 * 4, f"{seconds:.0f} s of computing: a notebook takes at most 45 s; mark long cells #| slow" # four times that on a slow machine
+    run_lesson(path)
 
 
 def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
