@@ -24,6 +24,9 @@ from ltnb.data import (
 )
 from PIL import Image
 
+TRAIN = ["run", "baseline", "--plain", "--n-epochs", "1", "--bs", "4", "--heads", "false", "--device", "cpu"]
+TRAIN += ["--dataset", "folder", "--data-root"]
+
 
 def photo(path, k=0, size=16):
     "An image of its own at a path; the suffix says the kind, PNG where it says none"
@@ -163,25 +166,7 @@ def test_loose_and_closed_files_are_counted(tmp_path, main):
         and "loose, beside the class folders: 2 .jpg files" in out
         and "hidden: 1 .png file" in out
     ), out
-    code, _, err = main(
-        "run",
-        "baseline",
-        "--plain",
-        "--dataset",
-        "folder",
-        "--data-root",
-        root,
-        "--n-epochs",
-        "1",
-        "--bs",
-        "4",
-        "--heads",
-        "false",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "run",
-    )
+    code, _, err = main(*TRAIN, root, "--out", tmp_path / "run")
     assert code == 0 and "note: left out, cannot be opened here" in err and "note: left out, loose" in err, err
     assert any(".heic" in n for n in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["notes"])
 
@@ -276,23 +261,7 @@ def test_the_same_command_twice_in_the_data_folder(main, tmp_path, monkeypatch):
     root = photos(tmp_path / "p")
     monkeypatch.chdir(root)
     monkeypatch.setenv("LTNB_RUNS", "runs")
-    args = [
-        "run",
-        "baseline",
-        "--plain",
-        "--dataset",
-        "folder",
-        "--data-root",
-        ".",
-        "--n-epochs",
-        "1",
-        "--bs",
-        "4",
-        "--heads",
-        "false",
-        "--device",
-        "cpu",
-    ]
+    args = [*TRAIN, "."]
     code, _, err = main(*args)
     assert code == 0, err
     (run,) = (root / "runs").iterdir()
@@ -533,25 +502,7 @@ def test_odd_names_work_everywhere(tmp_path, main):
     assert code == 0, err
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        code, out, err = main(
-            "run",
-            "baseline",
-            "--plain",
-            "--dataset",
-            "folder",
-            "--data-root",
-            root,
-            "--n-epochs",
-            "1",
-            "--bs",
-            "4",
-            "--heads",
-            "false",
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / "run",
-        )
+        code, out, err = main(*TRAIN, root, "--out", tmp_path / "run")
     assert code == 0, err
     code, out, err = main("predict", "--model", tmp_path / "run", "--images", root, "--out", tmp_path / "p.csv")
     assert code == 0 and "43 photographs" in out, err
