@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUMNS', 'DiffuLTConfig', 'classifier_config',
-           'ablations', 'resolve', 'Eye', 'step_extract', 'step_generator', 'step_calibrate', 'step_generate',
-           'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images', 'describe_generator',
-           'generator_rows', 'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps',
-           'less_head', 'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'seconds_a_run', 'fit_budget',
-           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
-           'finish_run', 'check_inputs', 'run', 'summary']
+           'ablations', 'images_wanted', 'resolve', 'Eye', 'step_extract', 'step_generator', 'step_calibrate',
+           'step_balance', 'step_generate', 'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images',
+           'weighed', 'describe_real', 'recognised_shares', 'real_mix', 'describe_generator', 'generator_rows',
+           'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps', 'less_head',
+           'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'seconds_a_run', 'fit_budget', 'published',
+           'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows', 'finish_run',
+           'check_inputs', 'run', 'summary']
 
 # %% ../nbs/22_diffult.ipynb #b00c5b94
-import contextlib, time
+import contextlib, math, time
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,18 +21,20 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from .aid import AID_BANDS, FORMS, AIDLoss, Calibration, Extractor, Filtered, calibrate, check_extractor, class_geometry, draw_filtered
+from .aid import (ALPHA, AID_BANDS, FORMS, AIDLoss, Balance, Calibration, Extractor, Filtered, balanced_alpha, band_shares, calibrate, check_extractor,
+                  class_geometry, draw_filtered, gradient_balance)
 from .augment import Augment
 from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory, score_answers, train as train_baseline
 from .core import Run, UsageError, choose_device, choose_precision, nearest, read_json, read_jsonl, write_json
 from .data import ImageSet, LongTail, load_data, plot_counts
-from .diffusion import DiffusionModel, frechet_distance, sample_images
-from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_model
+from .diffusion import DiffusionModel, diversity, frechet_distance, sample_images
+from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_judge, train_model
 from .labels import class_prior
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
-from .models import Classifier
+from .models import Classifier, encode
 from .report import difference, html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, show_difference, table, values, write_report
 from .synthetic import Synthetic, copies, copy_threshold, flag_copies, mix
 from .training import Team, fit, join_team
@@ -44,8 +47,9 @@ class DiffuLTConfig(GeneratorConfig):
     cb_tau: float = 1. # weight of the class-balancing loss of CBDM, 0 for none
     guidance_scale: float = 2. # 1 for none; above 1: more typical items
     target_per_class: int|None = None # fill each class up to so many (default: the size of the largest class)
-    aid_form: Literal["calibrated", "literal", "hinge", "feature-match"] = "calibrated" # form of the AID-biased loss
-    aid_alpha: float = 0.1 # its weight
+    fill: Literal["all", "tail"] = "all" # fill up every class, or only the tail
+    aid_form: Literal["x0-band", "per-time", "calibrated", "literal", "hinge", "feature-match"] = "x0-band" # form of the AID-biased loss
+    aid_alpha: float|None = None # its weight (default: 1 for x0-band, else 0.1; of x0-band and per-time lowered until its gradient is at most half as long as the denoising loss's)
     aid_after: float = 0.1 # share of the training after which it counts
     aid_kappa: float|None = None # scale of its distances (default: calibrated on the model without it)
     shrink: float = 0. # how many images the median diameter counts for in a class's own; 0 takes them literally
@@ -60,11 +64,12 @@ class DiffuLTConfig(GeneratorConfig):
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     pipelines: bool = True # also train with balanced softmax, AutoAugment + Cutout and LDAM-DRW on the same images
     test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
+    judge_epochs: int|None = None # epochs of the classifier that judges the images, 0 for none (default: 15 for digits, else 30)
     ablate: str|None = None # also measure what a part is worth: names joined by commas, or all
     budget_minutes: float|None = None # scale steps and epochs so that the whole run takes about so long; measured once
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
     limits: ClassVar[dict] = {**GeneratorConfig.limits, "target_per_class": (1, 10**6 - 1), "aid_alpha": (0, None), "aid_after": (0, 1), "aid_kappa": (1e-9, None), "shrink": (0, None), "cap": (1, 1000), "syn_weight": (0, 1),
-                              "n_epochs": (1, None), "bs": (1, None), "lr": (0, None), "wd": (0, None), "budget_minutes": (0.1, None)}
+                              "n_epochs": (1, None), "bs": (1, None), "lr": (0, None), "wd": (0, None), "judge_epochs": (0, None), "budget_minutes": (0.1, None)}
 
 
 ABLATIONS = ("ddpm", "aid-forms", "head-share")
@@ -85,6 +90,15 @@ def ablations(cfg:DiffuLTConfig)->list[str]: # names
         if n not in ABLATIONS: raise UsageError(f"there is no ablation {n!r}. {nearest(n, (*ABLATIONS, 'all'))}")
     return names
 
+# %% ../nbs/22_diffult.ipynb #4819de8e
+def images_wanted(cfg:DiffuLTConfig, data:LongTail, # resolved; images
+                  only=None # class numbers, None for those that cfg fills up
+                 )->np.ndarray: # (K,)
+    "How many images of each class are to be made"
+    only = tail_classes(data) if only is None and cfg.fill == "tail" else only
+    wanted = np.maximum(cfg.target_per_class - data.counts, 0)
+    return wanted if only is None else np.where(np.isin(np.arange(data.n_classes), only), wanted, 0)
+
 
 def resolve(cfg:DiffuLTConfig, data:LongTail # as given; images
            )->DiffuLTConfig: # with nothing left open but aid_kappa
@@ -92,7 +106,8 @@ def resolve(cfg:DiffuLTConfig, data:LongTail # as given; images
     ablations(cfg)
     cfg = resolve_generator(cfg, data)
     if cfg.target_per_class is None: cfg = replace(cfg, target_per_class=int(data.counts.max()))
-    if not (data.counts < cfg.target_per_class).any():
+    if cfg.judge_epochs is None: cfg = replace(cfg, judge_epochs=15 if cfg.dataset == "digits" else 30)
+    if not images_wanted(cfg, data).any():
         raise UsageError(f"target_per_class={cfg.target_per_class} is no more than any class has (the smallest: {data.counts.min()}), so there is nothing to generate: give a larger one, such as {2 * data.counts.max()}.")
     if cfg.syn_weight == 0: raise UsageError("syn_weight=0 ignores every generated image: give a weight up to 1, or run ltnb run baseline.")
     base = resolve_baseline(classifier_config(cfg), data)
@@ -119,21 +134,34 @@ def step_extract(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images 
 
 # %% ../nbs/22_diffult.ipynb #a9ada682
 def step_generator(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images in memory; which seed
-                   eye:Eye|None=None, calibration:Calibration|None=None, form:str|None=None, # for the AID-biased loss, which is left out without them; instead of cfg's form
+                   loss:AIDLoss|None=None, # the AID-biased loss, of `step_balance`; None leaves it out
                    name:str="cbdm", device:str="cpu", precision:str="fp32", run:Run|None=None, team:Team=Team(), # the stage's name; where, kept how, with whom
                    **more # instead of what cfg says, such as cb_tau=0 for DDPM
                   )->DiffusionModel:
     "Step 2: train a diffusion model on the long-tailed set"
-    losses = [AIDLoss(eye.phi, eye.geometry, form or cfg.aid_form, calibration.kappa, cfg.aid_alpha)] if calibration else []
-    return train_model(cfg, data, seed, device, precision, run, team, name, extra_losses=losses, extra_after=cfg.aid_after, **more)
+    return train_model(cfg, data, seed, device, precision, run, team, name, extra_losses=[loss] if loss else [], extra_after=cfg.aid_after, **more)
 
-
+# %% ../nbs/22_diffult.ipynb #e9ec91b1
 def step_calibrate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, # resolved; images; which seed; trained without the AID-biased loss; of step 1
                    device:str="cpu", precision:str="fp32" # where
                   )->Calibration:
-    "The scale of the AID-biased loss"
-    if cfg.aid_kappa: return Calibration(cfg.aid_kappa, float("nan"), float("nan"))
-    return calibrate(model, eye.phi, eye.geometry, data.train, power=cfg.diff_power, seed=seed, device=device, precision=precision, sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale)
+    "The scale of the AID-biased loss, on the classes that are going to be filled up"
+    found = calibrate(model, eye.phi, eye.geometry, data.train, wanted=images_wanted(cfg, data), seed=seed, device=device, precision=precision,
+                      sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale, spacing=cfg.spacing)
+    return replace(found, kappa=cfg.aid_kappa) if cfg.aid_kappa else found
+
+# %% ../nbs/22_diffult.ipynb #0d1a8097
+def step_balance(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, # as in `step_calibrate`
+                 calibration:Calibration, form:str|None=None, # of `step_calibrate`; instead of cfg's form
+                 device:str="cpu", precision:str="fp32" # where
+                )->tuple[AIDLoss, Balance]: # the loss; its gradient beside the denoising loss's, before its weight was lowered
+    "The AID-biased loss with its weight"
+    form = form or cfg.aid_form
+    alpha = ALPHA.get(form, .1) if cfg.aid_alpha is None else cfg.aid_alpha
+    loss = AIDLoss(eye.phi, eye.geometry, form, alpha=alpha, calibration=calibration)
+    found = gradient_balance(model, loss, data.train, power=cfg.diff_power, seed=seed, device=device, precision=precision)
+    if cfg.aid_alpha is None and form in ("per-time", "x0-band"): loss.alpha = balanced_alpha(found)
+    return loss, found
 
 # %% ../nbs/22_diffult.ipynb #fdad8fbc
 def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, folder:str|Path, # resolved; images; which seed; of step 2; of step 1; gets shards and manifest
@@ -141,10 +169,8 @@ def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMod
                   only=None, **more # class numbers, None for all; settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
-    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision)
-    wanted = np.maximum(cfg.target_per_class - data.counts, 0)
-    if only is not None: wanted[~np.isin(np.arange(data.n_classes), only)] = 0
-    return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
+    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing)
+    return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
 
 
 def unfiltered(f:Filtered # of `step_generate`
@@ -195,20 +221,58 @@ def noise_images(data:LongTail, wanted:np.ndarray, seed:int # (K,) how many of e
     return Synthetic(torch.from_numpy(x), [{"class": int(c)} for c in labels])
 
 # %% ../nbs/22_diffult.ipynb #426c90f0
-def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, device:str="cpu" # of `step_generate`; images; of step 1; of the images; where
+def weighed(shares, weights)->float: # both (K,), NaN where nothing was seen
+    "The mean over what was seen, by what is wanted, so that a class that is drawn again and again does not count more"
+    shares, weights = np.asarray(shares, dtype=float), np.asarray(weights, dtype=float)
+    seen = np.isfinite(shares) & (weights > 0)
+    return float(np.average(shares[seen], weights=weights[seen])) if seen.any() else float("nan")
+
+# %% ../nbs/22_diffult.ipynb #bc100b49
+def describe_real(data:LongTail, eye:Eye, wanted:np.ndarray, # images; of step 1; (K,) how many of each class are made
+                  judge:Classifier|None=None, device:str="cpu" # who has seen everything; where
+                 )->dict: # shares and numbers
+    "What is said of a generator, of real images that it has not seen: in the mix of classes that is made"
+    z, y, k = eye.phi.encode(data.test.images, device=device), data.test.labels, data.n_classes
+    zones = {b: weighed(v, wanted) for b, v in band_shares(eye.geometry.ratios(z, y), y, k).items()}
+    return zones | recognised_shares(judge, data.test.images, y, wanted, data, device) | {"diversity": 1.}
+
+# %% ../nbs/22_diffult.ipynb #079da5bb
+def recognised_shares(judge:Classifier|None, images, labels:np.ndarray, wanted:np.ndarray, data:LongTail, device:str # who has seen everything; (N, C, H, W) uint8; (N,); (K,) weights; where
+                     )->dict: # "recognised" and "recognised_few"
+    "In how many images a judge sees the class that was asked for"
+    if judge is None or not len(labels): return {}
+    right = judge.predict(np.asarray(images), device=device).argmax(1) == labels
+    n = np.bincount(labels, minlength=data.n_classes)
+    share = np.divide(np.bincount(labels[right], minlength=data.n_classes), n, out=np.full(len(n), np.nan), where=n > 0)
+    few = np.where(np.isin(np.arange(len(n)), data.bands["few"]), wanted, 0)
+    return {"recognised": weighed(share, wanted), "recognised_few": weighed(share, few)}
+
+# %% ../nbs/22_diffult.ipynb #9faee98c
+def real_mix(data:LongTail, made:np.ndarray # images; (K,) items made
+            )->np.ndarray: # positions of test images
+    "Test images in the same mix of classes"
+    own = {c: np.flatnonzero(data.test.labels == c) for c in range(data.n_classes)}
+    at = [np.resize(own[c], n) for c, n in enumerate(made) if n and len(own[c])]
+    return np.concatenate(at) if at else np.zeros(0, np.int64)
+
+# %% ../nbs/22_diffult.ipynb #2db69e8a
+def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, device:str="cpu", # of `step_generate`; images; of step 1; of the images; where
+                       judge:Classifier|None=None # who has seen everything
                       )->dict: # shares and numbers
-    "Bands, draws, copies and distance of a generator"
+    "Zones, draws, copies, distance and diversity of a generator"
     made, total = unfiltered(f), lambda key: sum(d[key] for d in f.classes)
-    seen = [d for d in f.classes if d["id"] is not None]
-    share = lambda b: float(np.average([d[b] for d in seen], weights=[d["wanted"] for d in seen])) if seen else float("nan") # of what is wanted, so that a class that is drawn again and again does not count more
+    wanted = np.bincount([d["class"] for d in f.classes], weights=[d["wanted"] for d in f.classes], minlength=data.n_classes)
+    def share(b): return weighed([math.nan if d[b] is None else d[b] for d in f.classes], [d["wanted"] for d in f.classes])
     limit, want = copy_threshold(data.train.images, data.test.images, device=device), {r["id"] for r in made.manifest}
     flagged = flag_copies(folder, data.train, device=device).where(lambda r: r["id"] in want)
     near, few = copies(flagged, limit), np.isin(flagged.labels, data.bands["few"])
-    real = eye.phi.encode(data.test.images, device=device)
-    own = {c: np.flatnonzero(data.test.labels == c) for c in range(data.n_classes)}
-    at = [np.resize(own[c], n) for c, n in enumerate(made.counts(data.n_classes)) if n and len(own[c])] # test images in the same class mix
-    distance = frechet_distance(eye.phi.encode(made.items, device=device), real[np.concatenate(at)]) if len(made) > 1 and at else float("nan")
-    return {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept"), "copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None, "distance": distance}
+    real, z, at = eye.phi.encode(data.test.images, device=device), eye.phi.encode(made.items, device=device), real_mix(data, made.counts(data.n_classes))
+    facts = {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept")}
+    facts |= {"copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None}
+    some = len(made) > 1 and len(at) > 1
+    facts |= {"distance": frechet_distance(z, real[at]) if some else float("nan"), "diversity": diversity(z, made.labels, real, data.test.labels)}
+    if judge is not None and some: facts["judge_distance"] = frechet_distance(encode(judge, made.items[:], device=device), encode(judge, data.test.images, device=device)[at])
+    return facts | recognised_shares(judge, made.items[:], made.labels, wanted, data, device)
 
 # %% ../nbs/22_diffult.ipynb #eaecb2d7
 def generator_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, f:Filtered, kind:str, train # resolved; images; which seed; of `step_generate`; "generation" or "aid loss"; as `step_classify`, with the rest filled in
@@ -227,7 +291,7 @@ def generator_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, f:Filtered, kind:
 def control_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, train # resolved; images; which seed; as in `generator_rows`
                 )->dict: # method -> (logits, counts)
     "The rows that generate nothing"
-    wanted = np.maximum(cfg.target_per_class - data.counts, 0)
+    wanted = images_wanted(cfg, data)
     longer = (len(data.train) + wanted.sum()) / len(data.train)
     return {"equal iterations": train(None, name="equal-iterations", epochs=longer), "balanced softmax": train(None, name="balanced-softmax", loss="balanced_softmax", epochs=longer),
             "real repeated": train(real_repeated(data, wanted), name="real-repeated"), "noise images": train(noise_images(data, wanted, seed), name="noise")}
@@ -257,21 +321,50 @@ class Stages:
         if self.team.writes: self.run.save(key, {"logits": z, "counts": counts})
         return z, counts
 
-    def calibrate(self, model, eye): # kappa, measured once
-        key = f"calibration-seed-{self.seed}"
-        if self.team.writes and self.run.load(key)[0] is None:
-            c = step_calibrate(self.cfg, self.data, self.seed, model, eye, self.device, self.precision)
-            self.run.save(key, {"numbers": torch.tensor([c.kappa, c.made, c.shift], dtype=torch.float64)})
-        self.team.wait()
-        return Calibration(*self.run.load(key)[0]["numbers"].tolist())
+# %% ../nbs/22_diffult.ipynb #0614c530
+@patch
+def measured(self:Stages, name, measure): # a list of numbers, measured by one process, once
+    key = f"{name}-seed-{self.seed}"
+    if self.team.writes and self.run.load(key)[0] is None:
+        self.run.save(key, {"numbers": torch.tensor(measure(), dtype=torch.float64)})
+    self.team.wait()
+    return self.run.load(key)[0]["numbers"].tolist()
 
-    def generator(self, name, eye, calibration=None, form=None, only=None, cap=None, **more): # a model, its images, and what describes them
-        cfg, folder = replace(self.cfg, cap=cap or self.cfg.cap), self.run.path/"made"/f"{name}-seed-{self.seed}"
-        with self.timed(name): model = step_generator(cfg, self.data, self.seed, eye, calibration, form, name, **self.where, **more)
-        with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team, only)
-        facts = {**describe_generator(f, self.data, eye, folder, self.device), **tail_shares(f, self.data)} if self.team.writes else {}
-        self.team.wait()
-        return model, f, facts
+
+@patch
+def calibrate(self:Stages, model, eye):
+    def measure():
+        c = step_calibrate(self.cfg, self.data, self.seed, model, eye, self.device, self.precision)
+        return [c.kappa, c.made, c.shift, *c.usual]
+    kappa, made, shift, *usual = self.measured("calibration", measure)
+    return Calibration(kappa, made, shift, tuple(usual))
+
+
+@patch
+def loss(self:Stages, name, model, eye, calibration, form=None): # the AID-biased loss with its weight, and what is to be said of it
+    def measure():
+        loss, b = step_balance(self.cfg, self.data, self.seed, model, eye, calibration, form, self.device, self.precision)
+        return [loss.alpha, b.alpha, b.ratio, b.cosine, *b.ratios, *b.cosines]
+    alpha, before, ratio, cosine, *tenths = self.measured(f"gradients-{name}", measure)
+    loss = AIDLoss(eye.phi, eye.geometry, form or self.cfg.aid_form, alpha=alpha, calibration=calibration)
+    gradients = {"ratio": ratio * alpha / max(before, 1e-30), "cosine": cosine, "ratios": [r * alpha / max(before, 1e-30) for r in tenths[:10]], "cosines": tenths[10:]}
+    return loss, {"form": loss.form, "kappa": calibration.kappa, "alpha": alpha, "gradients": gradients}
+
+# %% ../nbs/22_diffult.ipynb #47858874
+@patch
+def judge(self:Stages): # who has seen every real image; one process has it
+    if not self.cfg.judge_epochs or not self.team.writes: return None
+    with self.timed("judge"): return train_judge(self.cfg, self.data, self.seed, self.device, self.precision, self.run)
+
+
+@patch
+def generator(self:Stages, name, eye, judge, loss=None, only=None, cap=None, **more): # a model, its images, and what describes them
+    cfg, folder = replace(self.cfg, cap=cap or self.cfg.cap), self.run.path/"made"/f"{name}-seed-{self.seed}"
+    with self.timed(name): model = step_generator(cfg, self.data, self.seed, loss, name, **self.where, **more)
+    with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team, only)
+    facts = {**describe_generator(f, self.data, eye, folder, self.device, judge), **tail_shares(f, self.data)} if self.team.writes else {}
+    self.team.wait()
+    return model, f, facts
 
 # %% ../nbs/22_diffult.ipynb #d170c7f5
 def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:str, run:Run, team:Team=Team() # resolved; of this seed, in memory; where; open; with whom
@@ -279,27 +372,30 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     "DiffuLT and its controls with one seed"
     s = Stages(cfg, data, seed, device, precision, run, team)
     with s.timed("phi"): eye = step_extract(cfg, data, seed, **s.where)
+    judge = s.judge()
     z = eye.clf.logits(data.test.images, device=device, precision=precision).float()
     said = {"cross-entropy": (z, data.counts), "label shift": (label_shift(z, data.counts), data.counts), **control_rows(cfg, data, seed, s.classify)}
-    model, f, facts = s.generator("cbdm", eye)
+    model, f, facts = s.generator("cbdm", eye, judge)
     said |= generator_rows(cfg, data, seed, f, "generation", s.classify)
     calibration = s.calibrate(model, eye)
-    aided, g, more = s.generator("aid", eye, calibration)
+    loss, pull = s.loss("aid", model, eye, calibration)
+    aided, g, more = s.generator("aid", eye, judge, loss)
     said |= generator_rows(cfg, data, seed, g, "aid loss", s.classify)
     z, prior = said["diffult"]
     said = insert_after(said, "diffult", "diffult + label shift", (label_shift(z, prior), prior))
     if (aim := class_prior(cfg.test_prior, data.class_names, data.counts)) is not None:
         for m, (z, n) in (("label shift", said["cross-entropy"]), ("diffult + label shift", said["diffult"])):
             said = insert_after(said, m, f"{m}, test prior", (label_shift(z, n, test_prior=aim), n))
-    extra = sweeps(s, eye, calibration, f)
+    extra = sweeps(s, eye, judge, model, calibration, f)
     if not team.writes: return None
     logits = {m: v[0] for m, v in (said | extra).items()}
     rows = score_answers(logits, data.test.labels, data.counts, seed, aim)
     errors = standard_errors(logits, data.test.labels)
     for r in rows:
         r |= {"se": errors[r["method"]], "tail": float(np.mean([r["per_class"][c] for c in tail_classes(data)]))}
+        if r["method"] == "cross-entropy": r |= describe_real(data, eye, images_wanted(cfg, data), judge, device)
         if r["method"].startswith("generation"): r |= facts
-        if r["method"].startswith(("aid loss", "diffult")): r |= {**more, "kappa": calibration.kappa}
+        if r["method"].startswith(("aid loss", "diffult")): r |= {**more, **pull}
         if r["method"] in extra: r |= extra[r["method"]][2]
     write_json(run.path/f"classes-seed-{seed}.json", class_table(data, f, g, rows))
     if seed == cfg.seed: keep_first(run, cfg, data, eye, aided, g, calibration, device, precision)
@@ -322,24 +418,28 @@ def insert_after(d:dict, key, new, value)->dict: # a new dict
     return {k: v for name, old in d.items() for k, v in ([(name, old), (new, value)] if name == key else [(name, old)])}
 
 # %% ../nbs/22_diffult.ipynb #7f7c47c7
-def sweeps(s:Stages, eye:Eye, calibration:Calibration, f:Filtered # of one seed; of step 1; of step 2; what CBDM made
+def sweeps(s:Stages, eye:Eye, judge:Classifier|None, model:DiffusionModel, calibration:Calibration, f:Filtered # of one seed; of step 1; who has seen everything; trained without the loss; of it; what it made
           )->dict: # method -> (logits, counts, more of the row)
-    "The ablations that retrain the generator; every classifier gets all images with weight 1"
+    "The ablations that retrain the generator; classifiers get all images with weight 1, of the loss's forms also what the filter keeps with weight omega"
     out, names, tail = {}, ablations(s.cfg), tail_classes(s.data)
-    def add(method, name, **how): # these train on all images, so no more are drawn than are wanted
-        _, g, facts = s.generator(name, eye, cap=1., **how)
-        out[method] = (*s.classify(unfiltered(g), name=f"{name}-all"), {"ablation": name.split("-")[0], **facts})
+    def add(method, name, cap=1., pull=None, **how): # who trains on all images needs no more than are wanted
+        _, g, facts = s.generator(name, eye, judge, cap=cap, **how)
+        row = {"ablation": name.split("-")[0], **facts, **(pull or {})}
+        out[method] = (*s.classify(unfiltered(g), name=f"{name}-all"), row)
+        if pull: out[f"{method} + filter + weight"] = (*s.classify(g.kept, s.cfg.syn_weight, name=f"{name}-weight"), row)
     if "ddpm" in names: add("ddpm", "ddpm", cb_tau=0.)
     if "aid-forms" in names:
         for form in FORMS:
-            if form != s.cfg.aid_form: add(f"form: {form}", f"form-{form}", calibration=calibration, form=form)
+            if form == s.cfg.aid_form: continue
+            loss, pull = s.loss(f"form-{form}", model, eye, calibration, form)
+            add(f"form: {form}", f"form-{form}", s.cfg.cap, pull, loss=loss)
     if "head-share" in names:
         for percent in (0, 40, 80): add(f"tail only, {percent} % of the head", f"head-{percent}", only=tail, train=less_head(s.data, percent / 100, s.seed))
         made = unfiltered(f).where(lambda r: r["class"] in set(tail.tolist()))
         out["tail only, 100 % of the head"] = (*s.classify(made, name="head-100-all"), {"ablation": "head", **tail_shares(f, s.data)})
     return out
 
-
+# %% ../nbs/22_diffult.ipynb #2e0166b8
 def less_head(data:LongTail, share:float, seed:int # images; of the head classes' images that stay; of the choice
              )->ImageSet: # tail classes are whole
     "The generator's training set in the paper's Table 4"
@@ -406,7 +506,7 @@ def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # 
             return time.perf_counter() - start
         once(n)
         return max(once(5 * n) - once(n), 1e-6) / (4 * n)
-    wanted, base = int(np.maximum(cfg.target_per_class - data.counts, 0).sum()), resolve_baseline(classifier_config(cfg), data)
+    wanted, base = int(images_wanted(cfg, data).sum()), resolve_baseline(classifier_config(cfg), data)
     one_step = clock(lambda n: train_model(replace(cfg, n_steps=n), data, 0, device, precision), 3)
     model = train_model(replace(cfg, n_steps=1), data, 0, device, precision)
     one_image = clock(lambda n: sample_images(model, np.stack([np.zeros(n, np.int64), np.arange(n)], 1), cfg.sampler, cfg.sample_steps, cfg.guidance_scale, bs=64, device=device, precision=precision), 16)
@@ -439,7 +539,8 @@ def published(cfg:DiffuLTConfig)->dict: # method -> per cent, empty for data tha
     return {} if cfg.n_max or cfg.val_per_class else PUBLISHED.get((cfg.dataset, cfg.imb_ratio), {})
 
 # %% ../nbs/22_diffult.ipynb #b0fa0702
-GENERATOR_COLUMNS = {"id": "ID", "aid": "AID", "ood": "OOD", "drawn": "drawn", "kept": "kept", "copies": "copies", "copies_few": "copies, few", "distance": "distance"}
+GENERATOR_COLUMNS = {"id": "ID", "aid": "AID", "ood": "OOD", "drawn": "drawn", "kept": "kept", "recognised": "recognised", "recognised_few": "recognised, few",
+                     "copies": "copies", "copies_few": "copies, few", "diversity": "diversity", "distance": "distance", "judge_distance": "judge's"}
 
 
 def generator_table(rows:list[dict] # of scores.json
@@ -447,12 +548,12 @@ def generator_table(rows:list[dict] # of scores.json
     "What each generator made"
     columns = GENERATOR_COLUMNS | ({"tail_aid": "AID, tail", "tail": "tail accuracy"} if any(r["method"].startswith("tail only") for r in rows) else {})
     lines = [["generator", *columns.values()]]
-    names = {"cross-entropy": "none"} if "tail" in columns else {}
-    names |= {"generation": "CBDM", "aid loss": "CBDM + AID loss"} | {m: m for m in methods(rows) if any("ablation" in r for r in rows if r["method"] == m)}
+    names = {"cross-entropy": "none: unseen real images"}
+    names |= {"generation": "CBDM", "aid loss": "CBDM + AID loss"} | {m: m for m in methods(rows) if not m.endswith("+ filter + weight") and any("ablation" in r for r in rows if r["method"] == m)}
     for m, name in names.items():
         if m not in methods(rows): continue
         v = {k: float(np.nanmean(values(rows, m, k))) if np.isfinite(values(rows, m, k)).any() else float("nan") for k in columns}
-        lines.append([name, *("–" if np.isnan(x) else f"{x:.2f}" if k == "distance" else f"{x:,.0f}" if k in ("drawn", "kept") else f"{x:.1%}" for k, x in v.items())])
+        lines.append([name, *("–" if np.isnan(x) else f"{x:.2f}" if k in ("distance", "judge_distance", "diversity") else f"{x:,.0f}" if k in ("drawn", "kept") else f"{x:.1%}" for k, x in v.items())])
     return lines
 
 

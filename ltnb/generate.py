@@ -21,7 +21,7 @@ import torch
 from .baseline import default_arch, run_directory
 from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
 from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, figure_names, load_data, plot_counts, show_images
-from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
+from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, sampler_spacing, train_diffusion
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, percent, render, save_figure, values, write_report
@@ -47,10 +47,12 @@ class GeneratorConfig(DataConfig):
     cb_gamma: float = 0.25 # weight of its second term
     cb_share: float = 1. # share of the batch that it sees; less is cheaper
     cb_label: Literal["frequency", "uniform", "null"] = "frequency" # from where it draws the other class
+    cb_space: Literal["prediction", "noise"] = "prediction" # what it compares; the noise weakens it under v and edm
     diff_ema: float = 0.9996 # decay of the averaged weights, after a ramp
     sampler: Literal["ddim", "dpm++", "heun", "ddpm"] = "dpm++" # how images are made
     sample_steps: int = 20 # steps of the sampler
     guidance_scale: float = 1.5 # 1 for none; above 1: more typical items
+    spacing: Literal["karras", "trailing"]|None = None # which noise levels the sampler visits (default: karras for dpm++ and heun, else trailing)
     compiled: bool|None = None # use torch.compile (default: on a GPU)
     not_identity: ClassVar[tuple] = (*DataConfig.not_identity, "compiled")
     limits: ClassVar[dict] = {**DataConfig.limits, "n_steps": (1, None), "diff_bs": (1, None), "diff_lr": (0, None), "min_snr": (0, None), "diff_power": (-2, 2), "diff_nudge": (0, 1), "label_drop": (0, 1), "cb_tau": (0, None),
@@ -73,7 +75,7 @@ def resolve_generator(cfg:GeneratorConfig, data:LongTail # as given; images
     "Fill in what depends on the data, and refuse what cannot be trained on it"
     small, side = cfg.dataset == "digits", min(data.train.images.shape[2:])
     defaults = dict(unet="tiny" if side < 16 else "cifar", n_steps=400 if small else 20_000, diff_bs=64 if small else 512, diff_lr=2e-3 if small else 5e-4,
-                    noise_schedule=OBJECTIVES[cfg.objective].default_schedule, diff_flip=not small, diff_nudge=0. if small else .12)
+                    noise_schedule=OBJECTIVES[cfg.objective].default_schedule, spacing=sampler_spacing(cfg.sampler), diff_flip=not small, diff_nudge=0. if small else .12)
     if cfg.dataset in BALANCED: defaults["imb_ratio"] = 100.
     cfg = replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
     build_objective(cfg.objective, cfg.noise_schedule, cfg.min_snr)
@@ -98,27 +100,32 @@ def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images
                )->DiffusionModel: # on the CPU
     "A diffusion model with the settings of a config"
     own = dict(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power, flip=cfg.diff_flip,
-               nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, ema=cfg.diff_ema)
+               nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, cb_space=cfg.cb_space, ema=cfg.diff_ema)
     own |= dict(seed=seed, device=device, precision=precision, compiled=device == "cuda" if cfg.compiled is None else cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
     train = data.train if train is None else train
     return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
 
 # %% ../nbs/20_generate.ipynb #00d814bb
 def image_maker(model:DiffusionModel, sampler:str, sample_steps:int, guidance_scale:float, seed:int, # as in `sample_images`
-                device:str="cpu", precision:str="fp32" # where, in which number format
+                device:str="cpu", precision:str="fp32", # where, in which number format
+                spacing:str|None=None # as in `sample_images`
                )->tuple: # (rows of a plan, attempt) -> images and dicts, and the settings that make them what they are
     "What `make_synthetic` asks of a diffusion model"
-    def make(rows, attempt=0): return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt, device=device, precision=precision)
-    return make, dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale), precision=precision)
+    def make(rows, attempt=0):
+        return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt,
+                             device=device, precision=precision, spacing=spacing)
+    how = dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale), spacing=sampler_spacing(sampler, spacing))
+    return make, how | dict(precision=precision)
 
 
 def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # trained; (N, 2) rows (class, k); gets shards and manifest
                 sampler:str="dpm++", sample_steps:int=20, guidance_scale:float=1., seed:int=0, # as in `sample_images`
                 device:str="cpu", precision:str="fp32", name:str="sample", # where, in which number format; for the progress
+                spacing:str|None=None, # as in `sample_images`
                 **job # other settings of `make_synthetic`
                )->Synthetic|None: # as `make_synthetic` gives it
     "Generate what is missing of a plan"
-    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision)
+    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision, spacing)
     bar = Progress(name, len(plan))
     made = make_synthetic(folder, plan, make, model.fingerprint, seed, settings, **{**dict(attempts=3, progress=bar.step), **job})
     bar.close()
@@ -193,7 +200,8 @@ def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str
     shown = [c for c in np.argsort(-model.counts, kind="stable") if model.counts[c]]
     shown = [shown[i] for i in np.unique(np.linspace(0, len(shown) - 1, min(k, len(shown))).round().astype(int))]
     plan = np.array([(c, i) for c in sorted(shown) for i in range(n)])
-    images = dict(zip(map(tuple, plan.tolist()), sample_images(model, plan, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, device=device, precision=precision)[0].numpy()))
+    made, _ = sample_images(model, plan, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, device=device, precision=precision, spacing=cfg.spacing)
+    images = dict(zip(map(tuple, plan.tolist()), made.numpy()))
     fig, ax = new_figure(n * .5 + 1.5, len(shown) * .5)
     show_images(np.stack([images[c, i] for c in shown for i in range(n)]), n_cols=n, ax=ax)
     side = model.image_shape[1] + 1
@@ -215,7 +223,7 @@ def run_seed(cfg:DiffusionConfig, data:LongTail, seed:int, device:str, precision
         model.save(run.path/"model", seed=seed)
         figure(model, path=run.path/"figures"/"samples.png")
     with run.timed(seed=seed, stage="sample"):
-        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample")
+        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample", cfg.spacing)
     with run.timed(seed=seed, stage="judge"):
         clf = train_judge(cfg, data, seed, device, precision, run) if cfg.judge_epochs else None
         if clf and seed == cfg.seed: clf.save(run.path/"judge")

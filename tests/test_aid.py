@@ -1,4 +1,5 @@
 "Bands, the AID-biased loss and the filter: the formulas again in plain words, gradients, and a job that is killed."
+import copy
 import math
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ltnb import aid, diffusion
-from ltnb.aid import (AID_BANDS, FORMS, AIDLoss, Extractor, aid_penalty, aid_ratios, band_of, band_shares, calibrate, check_extractor, class_geometry, diameter, draw_filtered,
-                      feature_shift, huber, mean_strength, needed, noise_strength, score_bands, shrunken)
-from ltnb.core import LtnbError, Progress, UsageError
+from ltnb.aid import (AID_BANDS, FORMS, AIDLoss, Balance, Calibration, Extractor, aid_penalty, aid_ratios, at_share, balanced_alpha,
+                      band_of, band_shares, calibrate, check_extractor, class_draw, class_geometry, diameter, draw_filtered, feature_shift,
+                      gradient_balance, huber, mean_strength, needed, noise_strength, score_bands, shrunken, usual_shift)
+from ltnb.core import LtnbError, Progress, UsageError, generator
 from ltnb.data import ImageSet, LongTail
 from ltnb.diffusion import OBJECTIVES, NoiseModel, NoisyBatch, build_objective, diffusion_loss, noisy_batch, sample_images, train_diffusion
 from ltnb.models import Classifier, build_model, encode, pixel_stats
@@ -179,6 +181,9 @@ def test_shares_by_class():
 
 
 # the loss
+USUAL = Calibration(2., .8, .4, tuple(np.linspace(.2, .6, 65))) # as if the shift rose with time
+
+
 def by_hand(form, m, b, p, phi, geo, kappa=1., alpha=.1, floor=.05, delta=1.):
     "Equations 5 and 6, image by image"
     o, total = m.objective, 0.
@@ -190,7 +195,11 @@ def by_hand(form, m, b, p, phi, geo, kappa=1., alpha=.1, floor=.05, delta=1.):
         shift = (phi(b.x0[i:i + 1]) - phi(b.x0[i:i + 1] + b.noise[i:i + 1] - eps)).norm().item()
         s, d_f, n = ratio / (1 + ratio**2) ** .5, geo.diameters[b.labels[i]].item(), mean_strength(o)
         square = lambda u: u * u if abs(u) <= delta else delta * (2 * abs(u) - delta)
-        if form == "literal": each = (n / s * 1000 * shift - 1.5 * d_f) ** 2
+        if form == "x0-band":
+            far = (phi(x0_hat.clamp(-1, 1))[0] - geo.centres[b.labels[i]]).norm().item() / d_f
+            each = max(far - 2, 0) ** 2
+        elif form == "per-time": each = square(.8 * shift / d_f / (.2 + .4 * o.share(b.t[i:i + 1]).item()) - 1.5)
+        elif form == "literal": each = (n / s * 1000 * shift - 1.5 * d_f) ** 2
         else:
             r = kappa * n / max(s, floor) * shift / d_f
             each = {"calibrated": square(r - 1.5), "hinge": square(max(1 - r, 0)) + square(max(r - 2, 0)), "feature-match": square(r)}[form]
@@ -202,7 +211,7 @@ def by_hand(form, m, b, p, phi, geo, kappa=1., alpha=.1, floor=.05, delta=1.):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_forms_against_the_formula(name, form, data, phi, geo):
     m, b, p = near(build_objective(name), data, drop=.2)
-    loss = AIDLoss(phi, geo, form, kappa=2., alpha=.2)
+    loss = AIDLoss(phi, geo, form, alpha=.2, calibration=USUAL)
     found = loss(m, b, b.noise, p, b.t)
     assert found.item() == pytest.approx(by_hand(form, m, b, p, phi, geo, 2., .2), rel=5e-3)
     assert (b.seen == 10).any() and found.shape == ()
@@ -234,10 +243,12 @@ def test_penalties():
     r = torch.tensor([0., .5, 1., 1.5, 2., 2.25, 5.])
     assert aid_penalty(r, "literal").tolist() == pytest.approx([2.25, 1, .25, 0, .25, .5625, 12.25])
     assert aid_penalty(r, "calibrated").tolist() == pytest.approx([2, 1, .25, 0, .25, .5625, 6])
+    assert torch.equal(aid_penalty(r, "per-time"), aid_penalty(r, "calibrated"))
+    assert aid_penalty(r, "x0-band").tolist() == pytest.approx([0, 0, 0, 0, 0, .0625, 9])
     assert aid_penalty(r, "hinge").tolist() == pytest.approx([1, .25, 0, 0, 0, .0625, 5])
     assert aid_penalty(r, "feature-match").tolist() == pytest.approx([0, .25, 1, 2, 3, 3.5, 9])
     far = torch.tensor([1e6], requires_grad=True)
-    for form in FORMS[:1] + FORMS[2:]:
+    for form in ("calibrated", "per-time", "hinge", "feature-match"):
         slope, = torch.autograd.grad(aid_penalty(far, form).sum(), far)
         assert slope.item() == pytest.approx(2), "far away the slope stays, and it is not clamped to 0"
     assert huber(torch.tensor(3.), math.inf) == 9
@@ -249,7 +260,8 @@ def test_gradient_reaches_the_denoiser_alone(name, data, phi, geo):
     o = build_objective(name)
     m, b, p = near(o, data, drop=0.)
     for form in FORMS:
-        loss = AIDLoss(phi, geo, form)
+        loss = AIDLoss(phi, geo, form, calibration=replace(USUAL, kappa=1.))
+        if form == "x0-band": m.net.size.data.fill_(4.) # far enough out that it counts
         slope, = torch.autograd.grad(loss(m, b, b.noise, m(b.x, b.t, b.seen), b.t), m.net.size)
         values = []
         for step in (-1e-3, 1e-3):
@@ -305,19 +317,61 @@ def test_wrong_settings_of_the_loss(phi, geo, change, text):
 
 
 def test_calibration_equates_the_medians(data, phi, geo, model):
-    c = calibrate(model, phi, geo, data.train, n=200, sample_steps=3, bs=64)
-    assert c == calibrate(model, phi, geo, data.train, n=200, sample_steps=3, bs=64) != calibrate(model, phi, geo, data.train, n=200, sample_steps=3, bs=64, seed=1)
+    how = dict(n=200, sample_steps=3, bs=64)
+    c = calibrate(model, phi, geo, data.train, **how)
+    assert c == calibrate(model, phi, geo, data.train, **how) != calibrate(model, phi, geo, data.train, **how, seed=1)
     assert c.kappa * c.shift == pytest.approx(c.made)
-    from ltnb.core import generator
-    from ltnb.training import power_indices
     draw = generator(0, "calibrate")
-    i = power_indices(torch.from_numpy(data.train.labels), 200, 1., draw).numpy()
-    b = noisy_batch(model.objective, torch.from_numpy(data.train.images[i]), torch.from_numpy(data.train.labels[i]), 10, draw, 0.)
+    i = class_draw(data.train, 800, draw)
+    b = noisy_batch(model.objective, torch.from_numpy(data.train.images[i.numpy()]), torch.from_numpy(data.train.labels)[i], 10, draw, 0.)
     on = NoiseModel(model.unet, model.objective, 10)
-    with torch.no_grad(): r = AIDLoss(phi, geo, kappa=c.kappa).ratio(on, b, on(b.x, b.t, b.seen))
-    plan = make_plan(np.bincount(data.train.labels[i], minlength=10))
-    made = geo.ratios(phi.encode(sample_images(model, plan, sample_steps=3)[0]), plan[:, 0])
-    assert r.median().item() == pytest.approx(np.median(made), rel=2e-2)
+    with torch.no_grad(): r, usual = (AIDLoss(phi, geo, form, calibration=c).ratio(on, b, on(b.x, b.t, b.seen)) for form in ("calibrated", "per-time"))
+    plan = make_plan(np.bincount(data.train.labels[i[:200].numpy()], minlength=10))
+    made = np.median(geo.ratios(phi.encode(sample_images(model, plan, sample_steps=3)[0]), plan[:, 0]))
+    assert r.median().item() == pytest.approx(made, rel=2e-2)
+    for part in b.t.argsort().chunk(8): assert usual[part].median().item() == pytest.approx(made, rel=.15), "at every time, not only over all of them"
+    assert not all(abs(r[part].median().item() - made) < .15 * made for part in b.t.argsort().chunk(8))
+
+
+def test_calibration_draws_what_is_going_to_be_made(data):
+    wanted = np.array([0, 0, 10, 0, 0, 30, 0, 0, 0, 60])
+    drawn = np.bincount(data.train.labels[class_draw(data.train, 20_000, g(), wanted=wanted).numpy()], minlength=10) / 20_000
+    assert np.abs(drawn - wanted / 100).max() < .015
+    natural = np.bincount(data.train.labels[class_draw(data.train, 20_000, g()).numpy()], minlength=10) / 20_000
+    assert np.abs(natural - data.counts / data.counts.sum()).max() < .015
+    with pytest.raises(UsageError, match="no class"): class_draw(data.train, 5, g(), wanted=np.zeros(10))
+
+
+def test_usual_shift_is_a_running_median():
+    share = torch.rand(6400, generator=g()).numpy()
+    table = usual_shift(share, 1 + share)
+    assert len(table) == 65 and np.abs(np.array(table) - np.linspace(1, 2, 65)).max() < .03
+    assert torch.allclose(at_share(torch.tensor(table), torch.tensor([0., .505, 1.])), torch.tensor([1., 1.505, 2.]), atol=.03)
+
+
+def test_gradients_are_those_of_the_losses(data, phi, geo, model):
+    loss = AIDLoss(phi, geo, "calibrated", alpha=.3)
+    found = gradient_balance(model, loss, data.train, n=96, bs=32)
+    assert found == gradient_balance(model, loss, data.train, n=96, bs=32) and found.alpha == .3
+    draw = generator(0, "gradients")
+    i = class_draw(data.train, 96, draw)
+    b = noisy_batch(model.objective, torch.from_numpy(data.train.images[i.numpy()]), torch.from_numpy(data.train.labels)[i], 10, draw, .1)
+    net = copy.deepcopy(model.unet).requires_grad_(True)
+    values = diffusion_loss(NoiseModel(net, model.objective, 10), b, [loss])
+    own = [torch.cat([v.flatten() for v in torch.autograd.grad(v, list(net.parameters()), retain_graph=True, materialize_grads=True)]) for v in values]
+    assert found.ratio == pytest.approx((own[1].norm() / own[0].norm()).item(), rel=1e-3)
+    assert found.cosine == pytest.approx(torch.cosine_similarity(*own, dim=0).item(), abs=1e-3)
+    assert len(found.ratios) == len(found.cosines) == 10 and all(abs(c) <= 1 + 1e-6 for c in found.cosines)
+    assert not any(p.grad is not None for p in model.unet.parameters())
+
+
+def test_weight_is_lowered_where_the_gradient_is_too_long():
+    b = Balance(.1, 6.5, -.3, (), ())
+    assert balanced_alpha(b) == pytest.approx(.1 * .5 / 6.5) and balanced_alpha(replace(b, ratio=.2)) == .1
+
+
+def test_per_time_needs_a_calibration(phi, geo):
+    with pytest.raises(UsageError, match="calibrate"): AIDLoss(phi, geo, "per-time")
 
 
 def test_calibration_refuses(data, phi, geo, model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ltnb import diffult
+from ltnb.aid import FORMS
 from ltnb.core import Progress, UsageError, read_json, read_jsonl
 from ltnb.data import LongTail
 from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablations, classifier_config, control_rows, fit_budget, less_head, main_table, noise_images, published, real_repeated, resolve, run, step_classify, step_extract,
@@ -56,7 +57,8 @@ def test_what_a_run_leaves(done):
     assert {"model/model.json", "generator/ltnb.json", "phi/model.json", "classes-seed-0.json", "report.html", "figures/classes.png", "figures/samples.png", "made/cbdm-seed-0/manifest.jsonl", "made/aid-seed-0/manifest.jsonl"} <= names
     assert not [n for n in names if n.startswith("checkpoints")]
     assert set(next(r for r in rows if r["method"] == "diffult")["se"]) == set(COMPARED)
-    assert {"id", "aid", "ood", "drawn", "kept", "copies", "distance"} <= set(rows[-1]) and "drawn" not in rows[0]
+    assert {"id", "aid", "ood", "drawn", "kept", "copies", "distance", "recognised", "diversity", "alpha", "gradients"} <= set(rows[-1]) and "drawn" not in rows[0]
+    assert rows[0]["id"] + rows[0]["aid"] + rows[0]["ood"] == pytest.approx(1) and rows[0]["diversity"] == 1, "unseen real images, beside the generators"
     said = summary(done)
     assert all(m in said for m in CORE) and "CBDM + AID loss" in said and "diffult against label shift" in said
     assert json.loads((done.path / "classes-seed-0.json").read_text())[9]["images"] == 1
@@ -101,7 +103,11 @@ def test_the_sweeps(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "step_extract", lambda *a, **k: eye) # so that the classifiers may be trained for two epochs
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
-    assert set(rows) - set(CORE) == {"ddpm", "form: literal", "form: hinge", "form: feature-match", "tail only, 0 % of the head", "tail only, 40 % of the head", "tail only, 80 % of the head", "tail only, 100 % of the head"}
+    forms = [f"form: {form}" for form in FORMS if form != "x0-band"]
+    shares = [f"tail only, {percent} % of the head" for percent in (0, 40, 80, 100)]
+    assert set(rows) - set(CORE) == {"ddpm", *forms, *(f"{form} + filter + weight" for form in forms), *shares}
+    assert all(rows[form]["form"] == form[6:] and len(rows[form]["gradients"]["cosines"]) == 10 for form in forms)
+    assert rows["form: per-time"]["alpha"] <= .1 == rows["form: calibrated"]["alpha"], "the paper's weight is lowered where its gradient is too long"
     assert rows["ddpm"]["ablation"] == "ddpm" and rows["tail only, 0 % of the head"]["tail_aid"] is not None and rows["tail only, 100 % of the head"]["tail"] >= 0
     assert "What was swept" in (r.path / "report.html").read_text()
 
@@ -210,7 +216,7 @@ def test_a_class_without_images(data, tmp_path, main):
 
 def test_the_defaults_are_the_papers():
     c = DiffuLTConfig()
-    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (1., .25, .1, .3, 5., "id+aid", "calibrated", 0.)
+    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (1., .25, None, .3, 5., "id+aid", "x0-band", 0.)
     assert ablations(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not classifier_config(c).heads
 
 

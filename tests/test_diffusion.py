@@ -10,8 +10,8 @@ import torch
 from ltnb import diffusion
 from ltnb.core import DataError, LtnbError, Progress, Run, UsageError, read_jsonl
 from ltnb.data import LongTail
-from ltnb.diffusion import (DiffusionModel, NoiseModel, OBJECTIVES, SAMPLERS, SCHEDULES, betas, build_objective, build_unet, cbdm_loss, cbdm_prior, diffusion_loss, frechet_distance,
-                            noise_ratios, noisy_batch, nudge, sample_images, train_diffusion)
+from ltnb.diffusion import (CB_SPACES, DiffusionModel, NoiseModel, OBJECTIVES, SAMPLERS, SCHEDULES, betas, build_objective, build_unet, cbdm_loss, cbdm_prior, diffusion_loss, frechet_distance,
+                            noise_ratios, noisy_batch, nudge, sample_batch, sampler_spacing, sample_images, train_diffusion)
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.synthetic import make_plan
 from ltnb.training import Team
@@ -170,19 +170,45 @@ def test_loss_against_the_formula(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("cb_label", ["frequency", "uniform", "null"])
-def test_cbdm_against_the_formula(name, cb_label, data):
+@pytest.mark.parametrize("space", CB_SPACES)
+def test_cbdm_against_the_formula(name, cb_label, space, data):
     o = build_objective(name)
     m, b, tau, gamma = NoiseModel(Table(.001), o, 10), batch_of(o, drop=.1), 1.5, .25
     p = m(b.x, b.t, b.seen)
-    loss = cbdm_loss(m, b, b.noise, p, b.t, cbdm_prior(cb_label, data.counts), tau, gamma)
+    loss = cbdm_loss(m, b, b.noise, p, b.t, cbdm_prior(cb_label, data.counts), tau, gamma, space=space)
     other = m.net.calls[-1][2]
-    eps = lambda y: o.noise((m.net.number[y] * (1 + .001 * b.t))[:, None, None, None].expand_as(b.x), b.x, b.t)
+    def eps(y):
+        said = (m.net.number[y] * (1 + .001 * b.t))[:, None, None, None].expand_as(b.x)
+        return o.noise(said, b.x, b.t) if space == "noise" else said
     w = tau * (b.t / 1000 if name != "edm" else torch.special.ndtr((4 * b.t + 1.2) / 1.2)) * (b.seen < 10)
     one, two = (w * (eps(b.seen) - eps(other).detach()).square().mean((1, 2, 3))).mean(), (w * (eps(b.seen).detach() - eps(other)).square().mean((1, 2, 3))).mean()
     assert torch.allclose(loss, one + gamma * two, rtol=1e-4, atol=1e-7)
     grads = [torch.autograd.grad(v, m.net.number, retain_graph=True)[0] for v in (loss, one, two)]
     assert torch.allclose(grads[0], grads[1] + gamma * grads[2], rtol=1e-3, atol=1e-6)
     if cb_label == "null": assert (other == 10).all() and abs(grads[1][10]) < 1e-6 < abs(grads[2][10])
+
+
+def pull_by_fifths(o, space):
+    "How hard CBDM pulls two predictions together, against how hard the main loss pulls each to its target, by fifths of t / T"
+    b, both = batch_of(o, 5000), torch.zeros(5000, 1, 2, 2).requires_grad_()
+    m = NoiseModel(Table(), o, 10)
+    def answer(x, t, y): return torch.ones_like(x) # what is said of the other class
+    m.__class__ = type("Other", (NoiseModel,), {"__call__": lambda self, x, t, y: answer(x, t, y)})
+    pull = torch.autograd.grad(cbdm_loss(m, b, b.noise, both, b.t, cbdm_prior("uniform", np.ones(10)), space=space), both)[0]
+    main = (o.weight(b.t)[:, None, None, None] * (both - 1).square().mean((1, 2, 3), keepdim=True)).mean()
+    relative = (pull / torch.autograd.grad(main, both)[0]).mean((1, 2, 3))
+    fifth = (o.share(b.t) * 5).long().clamp(max=4)
+    return [round(relative[fifth == k].mean().item(), 2) for k in range(5)]
+
+
+@pytest.mark.parametrize("o", [build_objective("eps"), build_objective("v"), build_objective("edm"), build_objective("v", min_snr=5.)], ids=repr)
+def test_cbdm_pulls_as_published_under_every_objective(o):
+    assert pull_by_fifths(o, "prediction") == pytest.approx([.1, .3, .5, .7, .9], abs=.011)
+
+
+@pytest.mark.parametrize("name,want", [("eps", [.1, .3, .5, .7, .9]), ("v", [.09, .23, .24, .14, .03]), ("edm", [.1, .27, .36, .3, .1])])
+def test_cbdm_between_noises_is_weaker_where_something_else_is_predicted(name, want):
+    assert pull_by_fifths(build_objective(name), "noise") == pytest.approx(want, abs=.02)
 
 
 def test_cbdm_draws_from_its_prior():
@@ -449,7 +475,7 @@ def test_every_sampler_lands_on_the_point(name, sampler):
     for steps in (1, 7, 20):
         images, rows = sample_images(m, plan, sampler, steps)
         want = ((points[plan[:, 0]] + 1) * 127.5).round()
-        assert (images.float() - want).abs().max() <= 1 and rows[0] == dict(sampler=sampler, sample_steps=steps, guidance_scale=1.)
+        assert (images.float() - want).abs().max() <= 1 and rows[0] == dict(sampler=sampler, sample_steps=steps, guidance_scale=1., spacing=sampler_spacing(sampler))
 
 
 class KnowsGauss(nn.Module):
@@ -474,6 +500,46 @@ def test_samplers_find_a_whole_distribution(name, sampler):
     x, start = sample_images(m, plan, sampler, 100)[0].float() / 127.5 - 1, item_noise(("diffusion", m.fingerprint, 0, 0), plan, (1, 4, 4))
     assert abs(x.std() - .25) < (.015 if sampler != "ddpm" else .03) # the smaller of the two usual variances falls a little short
     if sampler != "ddpm": assert (x - .25 * start).abs().mean() < .015
+
+
+class KnowsTwo(nn.Module):
+    "The exact network for pixels that lie around -0.5 or 0.5, with a spread of 0.1"
+    def __init__(self, objective): super().__init__(); self.objective = objective
+
+    def forward(self, x, t, class_labels, return_dict=False):
+        o = self.objective
+        alpha, sigma = o.scales(t)
+        if o.name == "edm": x = x / o.constants(t)[2]
+        total = alpha**2 * .01 + sigma**2
+        own = torch.stack([mode + alpha * .01 / total * (x - alpha * mode) for mode in (-.5, .5)])
+        near = torch.stack([-(x - alpha * mode)**2 / (2 * total) for mode in (-.5, .5)]).softmax(0)
+        x0 = (near * own).sum(0)
+        return (o.target(x0, (x - alpha * x0) / sigma, t),)
+
+
+def spread_within(o, sampler, steps, spacing): # within a mode; the truth is 0.1
+    noise = torch.randn(2000, 1, 1, 1, generator=g())
+    own = [g(i) for i in range(len(noise))] if sampler == "ddpm" else None
+    x = sample_batch(NoiseModel(KnowsTwo(o), o, 1), noise, torch.zeros(len(noise), dtype=torch.long), sampler, steps, 1., own, spacing).flatten()
+    assert abs((x > 0).float().mean() - .5) < .06
+    return (x - .5 * x.sign()).std().item()
+
+
+@pytest.mark.parametrize("sampler,most", [("dpm++", .01), ("heun", .01), ("ddim", .02), ("ddpm", .03)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_few_steps_keep_the_spread_within_a_mode(name, sampler, most):
+    found = spread_within(build_objective(name), sampler, 20, None)
+    assert found == pytest.approx(.1, abs=most)
+
+
+def test_equal_steps_in_time_jump_to_the_mean_at_the_end():
+    assert spread_within(build_objective("v"), "dpm++", 20, "trailing") == pytest.approx(.071, abs=.005)
+
+
+@pytest.mark.parametrize("name", ["eps", "v"])
+def test_no_time_reaches_the_end_of_the_schedule(name):
+    o = build_objective(name)
+    assert o.draw(torch.tensor([0., .5, 1.])).tolist() == [0, 500, 999], "a uniform number below 1 can be rounded to it"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
