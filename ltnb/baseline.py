@@ -25,7 +25,7 @@ from .losses import LOSSES, build_loss, label_shift, log_prior
 from .metrics import expected_accuracy, paired_over_images, plot_flow, score
 from .models import ARCHS, Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, table, write_report
-from .training import Team, fit, fit_seeds, join_team
+from .training import Team, fit, fit_seeds, join_team, ready_together
 
 # %% ../nbs/09_baseline.ipynb #b412a6dc
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def run(config:BaselineConfig # the settings
     "Train a baseline; the same call continues a run that was stopped, and changes nothing in a finished one"
     check_settings(config)
     team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed))
-    ready = lru_cache(maxsize=1)(LongTail.ready) # photographs are decoded once, where they fit
+    ready = lru_cache(maxsize=1)(lambda data: ready_together(data, team[0])) # decoded once, where they fit
     def join(device): team.append(join_team(device)); return team[0]
     def load(seed): return read(config.data_seed(seed))
     def close(cfg, data): return ready(data) and resolve(cfg, data) # a photograph that cannot be read stops the run before it begins

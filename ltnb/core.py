@@ -262,12 +262,15 @@ def generator(*key, # what the randomness is for
 
 
 @contextmanager
-def seeded(*key # what the randomness is for
+def seeded(*key, # what the randomness is for
+           device:str="cpu" # where there is more to draw: on a GPU its generator is seeded too
           ):
-    "Seed torch's global state on the CPU inside the block (for layers that draw their own weights) and put the old state back after it"
+    "Seed torch's global state inside the block (for layers that draw by themselves), and put the old one back after it"
     import torch
-    with torch.random.fork_rng(devices=[]):
+    on_gpu = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
         torch.default_generator.manual_seed(stable_seed(*key))
+        if on_gpu: torch.cuda.manual_seed(stable_seed(*key))
         yield
 
 # %% ../nbs/00_core.ipynb #86d47e46
@@ -847,14 +850,45 @@ def _notes(self:Run, data): # what was done to the data on the way: said once, a
     return {"notes": notes} if notes else {}
 
 
+class _Alone: # the team of a recipe that one process runs; the others come from `join`
+    writes = True
+    def told(self, what, value=None): return value
+    def agree(self, what, value): return value
+    def wait(self, what): pass
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+
+
 @patch
-def _rows(self:Run, seed, team, make): # of one seed, made once
+def _rows(self:Run, seed, team, make): # seed -> rows; made once, and none where another process writes
     done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
-    if not done.exists():
-        rows = make()
-        if team is None or team.writes: write_json(done, rows)
-    if team: team.wait()
-    return read_json(done)
+    if not team.told(f"seed {seed}", done.exists()):
+        rows = make(seed)
+        if team.writes: write_json(done, rows)
+    team.wait(f"the end of seed {seed}")
+    return read_json(done) if team.writes else []
+
+# %% ../nbs/00_core.ipynb #bfe40f80
+@patch
+def _left(self:Run, load, team): # a finished run
+    if team.writes and (self.path/"checkpoints").exists():
+        with self.open(): self.sweep() # killed between the last two steps
+    if self.moved: self.check_data(train=load(self.config.seed).fingerprint())
+    return self
+
+
+@patch
+def _begin(self:Run, cfg, data, device, precision, team): # the settings of all processes, in config.json
+    from dataclasses import replace
+    cfg, train = team.told("the settings", cfg), data.fingerprint()
+    if team.writes:
+        own = replace(cfg, device=device, precision=precision)
+        self.start(own, device, precision, train=train, **self._notes(data))
+    team.agree("training set", train)
+    there, end = self.path/"config.json", time.monotonic() + 60 # a network mount can take its time
+    while not there.exists() and time.monotonic() < end: time.sleep(.5)
+    team.agree("answer to whether config.json is there", there.exists())
+    return cfg
 
 # %% ../nbs/00_core.ipynb #5b56d3d8
 @patch
@@ -865,23 +899,20 @@ def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
               join=None # device -> Team, of recipes that several processes can run
              )->"Run": # finished
     "Run a recipe, or what is left of it; a finished run is left as it is"
-    from dataclasses import replace
     self.check_same()
     device = choose_device(self.config.device)
-    team = join(device) if join else None
-    writes = team is None or team.writes
-    if self.finished:
-        if writes and (self.path/"checkpoints").exists():
-            with self.open(): self.sweep() # killed between the last two steps
-        if self.moved: self.check_data(train=load(self.config.seed).fingerprint())
-        return self
-    precision, data = choose_precision(self.config.precision, device), load(self.config.seed)
-    with self if writes else contextlib.nullcontext(), work_is_kept():
-        if self.finished: return self
-        cfg = resolve(self.config, data)
-        if writes: self.start(replace(cfg, device=device, precision=precision), device, precision, train=data.fingerprint(), **self._notes(data))
-        if team: team.wait()
-        rows = [r for seed in range(cfg.seed, cfg.seed + cfg.seeds) for r in self._rows(seed, team, lambda: one_seed(cfg, data if seed == cfg.seed else load(seed), seed, device, precision, self))]
-        if writes: finish(self, cfg, rows, data); self.finish(rows)
-        if team: team.wait()
+    with join(device) if join else _Alone() as team:
+        if team.told("the look for scores", self.finished): return self._left(load, team)
+        precision = team.told("the number format", choose_precision(self.config.precision, device))
+        data = load(self.config.seed)
+        with self if team.writes else contextlib.nullcontext(), work_is_kept():
+            if team.told("the lock", self.finished): return self
+            cfg = self._begin(resolve(self.config, data), data, device, precision, team)
+            def make(seed):
+                own = data if seed == cfg.seed else load(seed)
+                return one_seed(cfg, own, seed, device, precision, self)
+            seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+            rows = [r for seed in seeds for r in self._rows(seed, team, make)]
+            if team.writes: finish(self, cfg, rows, data); self.finish(rows)
+            team.wait("the end")
     return self

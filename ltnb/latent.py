@@ -20,7 +20,7 @@ from torch import nn
 from .core import LtnbError, Progress, UsageError, autocast, generator, nearest, seeded
 from .heads import Head
 from .synthetic import draw_items, item_noise
-from .training import Clock, keep, restore
+from .training import Averages, Clock, keep, ramped, restore
 
 # %% ../nbs/10_latent.ipynb #bd15f7b5
 def alpha_sigma(t:torch.Tensor # (B,) times in (0, 1)
@@ -124,7 +124,7 @@ def class_means(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
     return z.new_zeros(n_classes, z.shape[1]).index_add_(0, y, z) / counts
 
 # %% ../nbs/10_latent.ipynb #66f26a93
-def latent_step(net:Denoiser, averages:list, optimizer:torch.optim.Optimizer, # the model, its EMA weights, AdamW
+def latent_step(net:Denoiser, averages:Averages, optimizer:torch.optim.Optimizer, # the model, its EMA, AdamW
                 z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
                 scale:tuple, # mean and standard deviation, (d,) each
                 step:int, n_steps:int, # from 0, and how many
@@ -139,7 +139,7 @@ def latent_step(net:Denoiser, averages:list, optimizer:torch.optim.Optimizer, # 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    with torch.no_grad(): torch._foreach_lerp_(averages, list(net.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
+    averages.update(ramped(.999, step))
     return loss.detach()
 
 # %% ../nbs/10_latent.ipynb #5a5b720d
@@ -160,10 +160,9 @@ def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
     net.class_means[:n_classes] = (class_means(z, y, n_classes) - mean).to(device) / sd.to(device)
     z, y, scale = z.to(device), y.to(device), (mean.to(device), sd.to(device)) # a batch is standardised when it is drawn: no second copy of the features
     optimizer = torch.optim.AdamW(net.parameters(), lr=diff_lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    stage, key, ema = f"{name}-seed-{seed}", dict(stage=name, seed=seed), {}
-    first = restore(run, stage, net, optimizer, ema) if run else 0
-    names, weights = zip(*net.named_parameters())
-    averages = [ema[f"ema.{k}"].to(device) if ema else p.detach().clone() for k, p in zip(names, weights)]
+    stage, key, more, averages = f"{name}-seed-{seed}", dict(stage=name, seed=seed), {}, Averages(net)
+    first = restore(run, stage, net, optimizer, more) if run else 0
+    averages.take(more)
     if run and first < n_steps: run.cut_back(first, **key)
     bar, saved, losses = Progress(f"seed {seed}: {name}", n_steps, first), Clock(), []
     for step in range(first, n_steps):
@@ -174,9 +173,10 @@ def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
         if not math.isfinite(value): raise LtnbError(f"the diffusion loss is {value} at step {step + 1}: lower --diff-lr (now {diff_lr}) or use --precision fp32, with another --out.")
         if run:
             run.log(**key, step=step + 1, loss=value)
-            if step + 1 == n_steps or saved.older_than(save_every): keep(run, stage, step + 1, net, optimizer, **{f"ema.{k}": v for k, v in zip(names, averages)})
+            if step + 1 == n_steps or saved.older_than(save_every):
+                keep(run, stage, step + 1, net, optimizer, **averages.tensors())
     bar.close()
-    net.load_state_dict({**net.state_dict(), **dict(zip(names, averages))})
+    averages.load()
     return LatentModel(net.cpu().eval(), mean, sd, floor, np.bincount(y.cpu().numpy(), minlength=n_classes))
 
 # %% ../nbs/10_latent.ipynb #d95105c1

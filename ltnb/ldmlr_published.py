@@ -52,7 +52,7 @@ def encode_as_coded(clf:Classifier, # stays as it is
     least = least_batch(clf, data.train.images.shape[1:], min(bs, len(data.train))) if batch_stats else 1
     order = split_order(torch.randperm(len(data.train), generator=generator(seed, "as coded")), bs, least)
     out = torch.zeros(len(data.train), net.n_features)
-    with seeded(seed, "as coded"): # of dropout layers
+    with seeded(seed, "as coded", device=device): # of dropout layers
         for step, (i, x) in enumerate(zip(order, Batches(data.train.images, device).follow(order))):
             if augment is not None: x = augment(x, generator(seed, "as coded", step, device=device))
             with autocast(device, precision): out[i] = features(net, clf.prepare(x)).float().cpu()

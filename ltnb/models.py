@@ -264,13 +264,15 @@ class Classifier(nn.Module):
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.log_prior = None if log_prior is None else [float(c) for c in log_prior]
         self.head, self.norm = head or getattr(net, "head", "linear"), norm or getattr(net, "norm", "batch")
+        for name, v in (("_mean", self.mean), ("_std", self.std)): # on the device with the network, in no saved file
+            self.register_buffer(name, torch.tensor(v, dtype=torch.float32)[:, None, None], persistent=False)
 
     def prepare(self, x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # normalised floats
         "Pixels to what the network was trained on"
         if x.dtype != torch.uint8: return x
-        shape = (1, -1, 1, 1)
-        return ((x.float() / 255 - x.new_tensor(self.mean, dtype=torch.float32).view(shape)) / x.new_tensor(self.std, dtype=torch.float32).view(shape)).contiguous(memory_format=torch.channels_last)
+        mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
+        return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # (B, K) logits, prior-corrected

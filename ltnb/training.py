@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TOO_LARGE', 'multistep', 'lr_factor', 'power_indices', 'balanced_indices', 'sqrt_indices', 'held_out',
            'decode_ahead', 'Batches', 'epoch_order', 'view', 'smallest_map', 'least_batch', 'split_order', 'Team',
-           'join_team', 'train_step', 'Clock', 'keep', 'restore', 'Averages', 'check_fit', 'held_out_score', 'fit',
-           'Stack', 'fit_seeds', 'stack_step']
+           'join_team', 'train_step', 'dropout_seeded', 'TeamError', 'in_memory_together', 'ready_together', 'Clock',
+           'keep', 'restore', 'ramped', 'Averages', 'check_fit', 'held_out_score', 'fit', 'Stack', 'fit_seeds',
+           'stack_step']
 
 # %% ../nbs/05_training.ipynb #702b9a63
-import contextlib, copy, itertools, math, multiprocessing, os, signal, sys, threading, time
+import contextlib, copy, itertools, math, multiprocessing, os, pickle, signal, sys, threading, time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -21,8 +23,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import beta_draw, cutmix as cutmix_batch, mixup as mixup_batch
-from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, stable_seed, tell
-from .data import ImageFiles
+from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, seeded, stable_seed, tell
+from .data import ImageFiles, LongTail, free_memory
 from .losses import Loss, build_loss
 from .metrics import score
 from .models import Classifier
@@ -137,9 +139,11 @@ class Batches:
     def __init__(self, images:np.ndarray|ImageFiles, # (N, C, H, W) uint8
                  device:str="cpu", # where the batches are wanted
                  workers:int=2, # processes that decode files; 0 decodes in this one
-                 wait:float=60. # seconds to wait for a batch of theirs
+                 wait:float=60., # seconds to wait for a batch of theirs
+                 team=None # a `Team` that shares every batch: each process decodes its part, all get the whole
                 ):
         self.device, self.workers, self.wait, self.on_disk = device, workers, wait, isinstance(images, ImageFiles)
+        self.team = team
         if self.on_disk: self.images = images.take(range(len(images)), cache_mb=0)
         else: self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
@@ -149,8 +153,10 @@ class Batches:
               ): # yields (B, C, H, W) uint8 tensors on the device
         "The batches of an order, one after the other"
         if not self.on_disk: yield from (self.images[i] for i in order); return
-        for x in map(torch.from_numpy, self.decoded([i.cpu().numpy() for i in order])):
-            yield (x.pin_memory() if self.device == "cuda" else x).to(self.device, non_blocking=True)
+        parts = order if self.team is None else [self.team.mine(i) for i in order]
+        for i, x in zip(order, map(torch.from_numpy, self.decoded([p.cpu().numpy() for p in parts]))):
+            x = (x.pin_memory() if self.device == "cuda" else x).to(self.device, non_blocking=True)
+            yield x if self.team is None else self.team.whole(x, len(i))
 
     def decoded(self, order:list # of (B,) positions
                ): # yields (B, C, H, W) uint8 arrays
@@ -252,9 +258,11 @@ class Team:
     "The processes that train together; one, unless torchrun or accelerate started more"
 
     def __init__(self, rank:int=0, # this process
-                 size:int=1 # how many there are
+                 size:int=1, # how many there are
+                 store=None, # a torch.distributed.Store that all of them reach: what they tell each other
+                 patience:float=7200. # seconds to wait for the others
                 ):
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.store, self.patience, self.met = rank, size, store, patience, 0
 
     @property
     def writes(self)->bool: return self.rank == 0 # one writer
@@ -269,7 +277,7 @@ class Team:
         "Sum over processes"
         if self.size == 1: return x
         x = x.clone()
-        torch.distributed.all_reduce(x)
+        with self.exchanging("adding up"): torch.distributed.all_reduce(x)
         return x
 
     def sum_gradients(self, parameters): # in place
@@ -279,21 +287,65 @@ class Team:
         flat = self.sum(torch.cat([g.flatten() for g in grads]))
         for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
 
-    def wait(self):
-        "Until all are here"
-        if self.size > 1: torch.distributed.barrier()
+# %% ../nbs/05_training.ipynb #0eb75353
+def _messenger(): return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu" # where a message must lie
+
+
+@patch
+@torch.no_grad()
+def share(self:Team, tensors # of a network's state; the same names and shapes in every process, filled in place
+         ):
+    "Give every process the first one's numbers, in one message"
+    tensors = sorted((v.detach() for v in tensors), key=lambda v: -v.element_size()) # each begins where its type may
+    if self.size == 1 or not tensors: return
+    flat = torch.cat([v.contiguous().flatten().view(torch.uint8) for v in tensors]).to(_messenger())
+    with self.exchanging("sharing the first process's state"): torch.distributed.broadcast(flat, 0)
+    for v, part in zip(tensors, flat.split([v.nbytes for v in tensors])): v.copy_(part.view(v.dtype).view(v.shape))
+
+
+@patch
+def whole(self:Team, part:torch.Tensor, # (about n / size, …) what `mine` gives of a batch
+          n:int # items of the batch
+         )->torch.Tensor: # (n, …)
+    "The batch again, out of the parts of all processes"
+    if self.size == 1: return part
+    mine = part.new_zeros(-(-n // self.size), *part.shape[1:], device=_messenger())
+    mine[:len(part)] = part
+    parts = [torch.empty_like(mine) for _ in range(self.size)]
+    with self.exchanging("gathering a batch"): torch.distributed.all_gather(parts, mine)
+    return torch.stack(parts, 1).flatten(0, 1)[:n].to(part.device)
 
 # %% ../nbs/05_training.ipynb #a1f8f292
+_joined = itertools.count() # how often this process has joined a team
+
+
+def _patience(): # seconds, as the environment has it
+    given = os.environ.get("LTNB_TEAM_TIMEOUT", "7200") # the others wait while the first one judges and writes
+    try: seconds = float(given)
+    except ValueError: seconds = 0.
+    if not 0 < seconds < 10**8: raise UsageError(f"LTNB_TEAM_TIMEOUT={given!r} is no number of seconds above 0.")
+    return seconds
+
+
 def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
              )->Team: # of one process where no launcher set RANK and WORLD_SIZE
     "The team that torchrun or accelerate launch has started"
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, patience = int(os.environ.get("WORLD_SIZE", 1)), _patience()
     if size == 1: return Team()
-    if device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2)) # the others wait while the first one judges and writes
-    return Team(torch.distributed.get_rank(), size)
+    on_gpu = device.startswith("cuda")
+    if on_gpu: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience))
+    except (RuntimeError, ValueError) as e:
+        me, why = f"rank {os.environ.get('RANK', '?')} of {size} processes", (str(e) or type(e).__name__).splitlines()[0]
+        raise TeamError(f"{me} did not meet the others within {patience:g} seconds ({why[:200]}): start all of them "
+                        "with torchrun or accelerate launch, and see what the others said.") from e
+    store = torch.distributed.distributed_c10d._get_default_store()
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Team(rank, size, torch.distributed.PrefixStore(f"ltnb-{next(_joined)}", store), patience)
 
-
+# %% ../nbs/05_training.ipynb #e7ceb914
 def train_step(net:nn.Module, optimizer:torch.optim.Optimizer, # in place
                loss:Loss, # from (B, K) logits and labels
                x:torch.Tensor, y:torch.Tensor, # (B, C, H, W) floats of `view`, (B,) labels
@@ -316,6 +368,179 @@ def train_step(net:nn.Module, optimizer:torch.optim.Optimizer, # in place
     if clip: nn.utils.clip_grad_norm_(net.parameters(), clip)
     optimizer.step()
     return team.sum(value.detach())
+
+# %% ../nbs/05_training.ipynb #ad3784e4
+def dropout_seeded(*key, # seed, stage, position and, of several processes, rank
+                   device:str # where the network computes
+                  ): # a context manager
+    "A block in which dropout, and every other layer that draws for itself, draws from this key alone"
+    return seeded(*key, "dropout", device=device)
+
+# %% ../nbs/05_training.ipynb #ccd8fdaa
+class TeamError(LtnbError):
+    "Another process is missing, or has said why it stopped"
+
+
+@patch
+def told(self:Team, what:str, # where the process is, for the others' sentences; the same in all of them
+         value=None # the first process's counts
+        ): # that value, in every process
+    "The first process decides, the others are told; nobody goes on before all are here"
+    if self.size == 1: return value
+    self.met += 1
+    here, go = [f"{self.met}.{r}" for r in range(self.size)], f"{self.met}.go"
+    with self.exchanging(what):
+        self.store.set(here[self.rank], what)
+        self.until(here if self.rank == 0 else [go], what)
+        if self.rank == 0: self.store.set(go, pickle.dumps((self.apart(here), value)))
+        apart, value = pickle.loads(self.store.get(go))
+    if apart: raise TeamError(apart)
+    return value
+
+
+@patch
+def wait(self:Team, what:str="the next stage" # as in `told`
+        ):
+    "Until all are here"
+    self.told(what)
+
+
+@patch
+def agree(self:Team, what:str, value # as in `told`; each process has its own
+         ): # the value
+    "A value that must be the first process's in all of them"
+    first = self.told(what, value)
+    if first == value: return value
+    raise LtnbError(f"rank {self.rank} has another {what} than rank 0 ({value!r}, not {first!r}): give all processes "
+                    "the same data, and one run directory that all can read.")
+
+# %% ../nbs/05_training.ipynb #5fed22df
+@patch
+def until(self:Team, keys:list, what:str): # of the store; as in `told`
+    "Look until all keys are there, an error of another process is, or the patience is at its end"
+    start, pause = time.monotonic(), .001
+    while not self.store.check(keys):
+        self.failure()
+        if time.monotonic() - start > self.patience: raise TeamError(self.late(what))
+        time.sleep(pause)
+        pause = min(2 * pause, .2)
+
+
+@patch
+def late(self:Team, what:str)->str: # as in `told`
+    "Who is missing, in a sentence"
+    lost = [r for r in range(self.size) if not self.store.check([f"{self.met}.{r}"])] or [0]
+    return (f"rank {self.rank} of {self.size} processes has waited {self.patience:g} seconds for rank "
+            f"{', '.join(map(str, lost))} at: {what}. See whether they live and what they said, then start all of them "
+            "again; what was computed before is kept. LTNB_TEAM_TIMEOUT sets how many seconds they wait.")
+
+
+@patch
+def apart(self:Team, keys:list)->str: # in the store: where each process is
+    "Where two processes are at different places, in a sentence"
+    at = [self.store.get(k).decode() for k in keys]
+    r = next((r for r, a in enumerate(at) if a != at[0]), 0)
+    if not r: return ""
+    return (f"the processes went apart: rank 0 is at {at[0]!r}, rank {r} at {at[r]!r}. Start all of them again, or one "
+            "alone; what was computed before is kept.")
+
+# %% ../nbs/05_training.ipynb #f8c242d8
+@patch
+def failure(self:Team, seconds:float=0. # to wait for one
+           ):
+    "Raise what another process said when it stopped"
+    end = time.monotonic() + seconds
+    while True:
+        if self.store.check(["failed"]): raise TeamError(self.store.get("failed").decode())
+        if time.monotonic() >= end: return
+        time.sleep(.05)
+
+
+@patch
+@contextlib.contextmanager
+def exchanging(self:Team, what:str): # a block in which messages go to and fro
+    "What torch says when another process is gone, as a sentence"
+    start = time.monotonic()
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e:
+        waited, why = time.monotonic() - start, (str(e) or type(e).__name__).splitlines()[0][:200]
+        with contextlib.suppress(RuntimeError): self.failure(2.) # the store may be gone with its process
+        me, on = f"rank {self.rank} of {self.size} processes", "what was computed before is kept"
+        on = f"See what the others said, then start all of them again; {on}."
+        if waited < self.patience: raise TeamError(f"{me} has lost the others at: {what} ({why}). {on}") from e
+        raise TeamError(f"{me} has waited {waited:.0f} seconds for the others at: {what}. {on} "
+                        "LTNB_TEAM_TIMEOUT sets how many seconds they wait.") from e
+
+# %% ../nbs/05_training.ipynb #bf620613
+def _last_words(e): # what the others are told of an error
+    if isinstance(e, LtnbError): return str(e)
+    if isinstance(e, Exception): return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
+    return "it was told to" # Ctrl-C, or a signal
+
+
+@patch
+def __enter__(self:Team)->Team: return self
+
+
+@patch
+def __exit__(self:Team, kind, e, trace):
+    "Tell the others of an error; they end too"
+    if self.size == 1: return
+    with contextlib.suppress(RuntimeError): # the store may be gone
+        if e is not None and not isinstance(e, TeamError):
+            self.store.set("failed", f"rank {self.rank} of {self.size} processes has stopped: {_last_words(e)}")
+        self.leave()
+
+
+@patch
+def leave(self:Team, seconds:float=5. # at most
+         ):
+    "The first process goes last: the store may end with it"
+    if self.rank: self.store.set(f"left.{self.rank}", ""); return
+    end, others = time.monotonic() + seconds, [f"left.{r}" for r in range(1, self.size)]
+    while not self.store.check(others) and time.monotonic() < end: time.sleep(.02)
+
+# %% ../nbs/05_training.ipynb #7e3c322b
+class _SharedFiles(ImageFiles): # as an array they are decoded by all processes of a team, each its part
+    def __array__(self, dtype=None, copy=None):
+        team, n, block = self.team, len(self), 2048 * self.team.size
+        mine, out = self.take(range(team.rank, n, team.size), cache_mb=0), np.empty(self.shape, np.uint8)
+        bar = Progress("decode images", n) if n > 5000 else None
+        for i in range(0, n, block):
+            part = torch.from_numpy(mine[i // team.size:(i + block) // team.size])
+            out[i:i + block] = team.whole(part, min(block, n - i)).numpy()
+            if bar: bar.step(min(block, n - i))
+        if bar: bar.close()
+        return out.astype(dtype or np.uint8, copy=False)
+
+
+def _beside(): return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) # processes of the team on this machine
+
+
+def in_memory_together(data:LongTail, # the same in every process
+                       team:Team=Team(), # who decodes
+                       copies:int=1 # how many each process will hold at the same time
+                      )->LongTail: # an error where they do not fit
+    "`in_memory`, where every process of a team decodes its part of the photographs"
+    if team.size == 1: return data.in_memory(copies)
+    def shared(s):
+        files = object.__new__(_SharedFiles)
+        files.__dict__.update(s.images.__dict__, team=team)
+        return replace(s, images=files)
+    on_disk = {p: shared(s) for p, s in data.parts.items() if s.on_disk}
+    return replace(data, **on_disk).in_memory(copies * _beside()) if on_disk else data
+
+
+def ready_together(data:LongTail, # the same in every process
+                   team:Team=Team(), # who decodes
+                   share:float=0.5 # of the free memory that the images of all processes may take
+                  )->LongTail: # in memory in all processes, or in none
+    "`ready`, where the first process of a team decides and every one decodes its part of the photographs"
+    if team.size == 1: return data.ready(share)
+    need, free = sum(int(np.prod(s.images.shape)) for s in data.parts.values() if s.on_disk), free_memory()
+    fits = _beside() * need < (1e9 if free is None else free) * share
+    return in_memory_together(data, team) if team.told("whether the photographs fit into memory", fits) else data
 
 # %% ../nbs/05_training.ipynb #c7e9e150
 class Clock:
@@ -374,29 +599,65 @@ def restore(run, # the Run
     return known["step"]
 
 # %% ../nbs/05_training.ipynb #7f3bb8b1
-class Averages:
-    "Exponential moving average of a network's floating-point state"
+def ramped(decay:float, # d after the ramp
+           step:int # from 0
+          )->float: # decay of this step
+    "A decay that lets a short training forget its first weights: (1 + t) / (10 + t), and d from where that is more"
+    return min(decay, (1 + step) / (10 + step))
 
-    def __init__(self, net:nn.Module, decay:float # d; 0 keeps no average
+
+class Averages:
+    "Exponential moving averages of a network's floating-point state: weights, and buffers such as BatchNorm's"
+
+    def __init__(self, net:nn.Module, # on its device
+                 decay:float=1. # d; 0 keeps no average
                 ):
         self.net, self.decay = net, decay
-        self.state = {k: v.detach().clone() for k, v in net.state_dict().items() if v.is_floating_point()} if decay else {}
+        self.state = {k: v.detach().clone() for k, v in net.state_dict().items() if decay and v.is_floating_point()}
+        places = [k.rpartition(".") for k in self.state]
+        self._places = [(net.get_submodule(module), name) for module, _, name in places]
 
     @torch.no_grad()
-    def update(self):
+    def update(self, decay:float|None=None # of this step instead of d, such as `ramped`
+              ):
         "After a step"
-        if self.decay:
-            for k, v in self.net.state_dict().items():
-                if k in self.state: self.state[k].lerp_(v, 1 - self.decay)
+        if not self.state: return
+        now = [getattr(module, name) for module, name in self._places]
+        torch._foreach_lerp_(list(self.state.values()), now, 1 - (self.decay if decay is None else decay))
 
-    @contextlib.contextmanager
-    def used(self):
-        "The network has the averaged weights inside the block"
-        if not self.decay: yield; return
-        own = copy.deepcopy(self.net.state_dict())
-        self.net.load_state_dict({**own, **self.state})
-        try: yield
-        finally: self.net.load_state_dict(own)
+# %% ../nbs/05_training.ipynb #92092278
+@patch
+@contextlib.contextmanager
+def used(self:Averages):
+    "The network has the averages inside the block"
+    if not self.decay: yield; return
+    own = copy.deepcopy(self.net.state_dict())
+    self.load()
+    try: yield
+    finally: self.net.load_state_dict(own)
+
+
+@patch
+def load(self:Averages, net:nn.Module|None=None # another one of the same kind, filled in place
+        )->nn.Module: # it
+    "Put the averages into the network"
+    net = self.net if net is None else net
+    net.load_state_dict({**net.state_dict(), **self.state})
+    return net
+
+
+@patch
+def tensors(self:Averages)->dict: # name -> tensor
+    "What `keep` is to save beside the network"
+    return {f"ema.{k}": v for k, v in self.state.items()}
+
+
+@patch
+def take(self:Averages, more:dict # what `restore` found beside the network
+        ):
+    "Go on from a checkpoint; what it lacks stays the network's own"
+    own = self.net.state_dict() if self.state else {}
+    for k, v in self.state.items(): v.copy_(more.get(f"ema.{k}", own[k]))
 
 # %% ../nbs/05_training.ipynb #00a751ea
 def check_fit(n:int, bs:int, schedule:str, power:float, patience:int, held_out, augment, mixup:float, cutmix:float):
@@ -439,7 +700,7 @@ def fit(clf:Classifier, # in place
     check_fit(len(labels), bs, schedule, power, patience, held_out, augment, mixup, cutmix)
     t = _Training(clf, images, labels, weights, loss, power, device, team, workers, compiled, lr, wd, ema, bs)
     stage, key, n_steps = f"{name}-seed-{seed}", dict(stage=name, seed=seed), t.n_steps
-    first, writer, saved = t.restore(run, stage) if run else 0, run if team.writes else None, Clock()
+    first, writer, saved = t.restore(run, stage), run if team.writes else None, Clock()
     if writer and first < n_epochs * n_steps: run.cut_back(first // n_steps, **key)
     bar = Progress(f"seed {seed}: {name}", n_epochs, first // n_steps)
     for epoch in range(first // n_steps, 0 if t.stopped else n_epochs):
@@ -447,7 +708,8 @@ def fit(clf:Classifier, # in place
         done = t.begin(epoch, n_epochs, n_steps, first)
         for i, x in enumerate(t.batches.follow(order[done:]), done):
             rate = t.set_rate(lr * lr_factor(schedule, epoch + i / n_steps, n_epochs, warmup))
-            t.step(i, order[i], *view(clf, x, (seed, name, epoch, i), augment, mixup, cutmix), precision, clip)
+            of = seed, name, epoch, i
+            t.step(of, order[i], *view(clf, x, of, augment, mixup, cutmix), precision, clip)
             if writer and i + 1 < n_steps and saved.older_than(save_every): t.keep(run, stage, epoch * n_steps + i + 1)
         row = dict(step=epoch + 1, lr=rate, loss=t.finish_epoch(epoch, lr))
         if held_out and ((epoch + 1) % eval_every == 0 or epoch + 1 == n_epochs): row |= t.look(held_out, epoch, patience, precision)
@@ -461,9 +723,6 @@ def fit(clf:Classifier, # in place
     return t.result(patience)
 
 # %% ../nbs/05_training.ipynb #58680889
-TOO_LARGE = 1e8 # no trained network has such a weight; one that is on its way to no numbers has
-
-
 class _Training:
     "The changing state of one `fit`"
 
@@ -477,7 +736,8 @@ class _Training:
         if team.size > 1 and device == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
         self.least = least_batch(clf, images.shape[1:], bs, team.size)
         self.n_steps, self.usual = len(split_order(y, bs, self.least)), math.ceil(len(y) / bs)
-        self.batches, self.y, self.w = Batches(images, device, workers), y.to(device), None if w is None else w.to(device)
+        self.batches, self.y = Batches(images, device, workers, team=team), y.to(device)
+        self.w = None if w is None else w.to(device)
         self.net = torch.compile(clf.net) if compiled else clf.net
         self.optimizer = torch.optim.SGD(clf.net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=wd)
         self.averages, self.best, self.meta, self.stopped, self.values = Averages(clf.net, ema), {}, {}, False, None
@@ -494,12 +754,19 @@ class _Training:
         for group in self.optimizer.param_groups: group["lr"] = rate
         return rate
 
-    def step(self, i, index, x, parts, precision, clip):
-        try: self.values[i] = train_step(self.net, self.optimizer, self.loss, x, self.y[index], parts, None if self.w is None else self.w[index], precision, clip, self.team)
+    def step(self, key, index, x, parts, precision, clip): # the step's key; its positions; of `view`
+        y, w = self.y[index], None if self.w is None else self.w[index]
+        try:
+            with dropout_seeded(*key, self.team.rank, device=self.device):
+                self.values[key[-1]] = train_step(self.net, self.optimizer, self.loss, x, y, parts, w, precision, clip,
+                                                  self.team)
         except torch.OutOfMemoryError as e: raise LtnbError(f"the GPU is out of memory with {len(index)} images a step: lower --bs, or use --precision bf16 or a smaller --arch. The last checkpoint is kept.") from e
         self.averages.update()
 
 # %% ../nbs/05_training.ipynb #df92fe4d
+TOO_LARGE = 1e8 # no trained network has such a weight; one that is on its way to no numbers has
+
+
 def _finite(t:_Training, epoch, lr):
     bad = (~torch.isfinite(t.values)).nonzero()
     if not len(bad) and not t.whole(): raise LtnbError(f"the weights are no numbers, or beyond {TOO_LARGE:g}, after the last step of epoch {epoch + 1}: lower --lr (now {lr}), or use --norm group or larger images, with another --out. The last good checkpoint is kept.")
@@ -514,7 +781,9 @@ def finish_epoch(self:_Training, epoch, lr): # mean loss
 
 @patch
 def look(self:_Training, held_out, epoch, patience, precision): # what to log, and whether to go on
-    with self.averages.used(): found = held_out_score(self.clf.eval(), self.loss, *held_out, self.device, precision, self.team)
+    with self.averages.used():
+        self.team.share(self.clf.net.buffers()) # BatchNorm's statistics differ: all score what the first one has
+        found = held_out_score(self.clf.eval(), self.loss, *held_out, self.device, precision, self.team)
     if not patience: return found
     if found["held_out_macro"] > self.meta.get("best", -1):
         with self.averages.used(): self.best = {k: v.detach().clone() for k, v in self.clf.net.state_dict().items()}
@@ -531,7 +800,7 @@ def whole(self:_Training): return all((p.abs() < TOO_LARGE).all() for p in self.
 @patch
 def keep(self:_Training, run, stage, step):
     if not (torch.isfinite(self.values).all() and self.whole()): return # `finish_epoch` says which step it was
-    more = {"values": self.values, **{f"ema.{k}": v for k, v in self.averages.state.items()}, **{f"best.{k}": v for k, v in self.best.items()}}
+    more = {"values": self.values, **self.averages.tensors(), **{f"best.{k}": v for k, v in self.best.items()}}
     joined = {} if self.n_steps == self.usual else {"n_steps": self.n_steps}
     keep(run, stage, step, self.clf.net, self.optimizer, meta=self.meta | joined, **more)
 
@@ -539,22 +808,25 @@ def keep(self:_Training, run, stage, step):
 @patch
 def restore(self:_Training, run, stage): # steps that are done
     more = {}
-    first = restore(run, stage, self.clf.net, self.optimizer, more, self.meta)
-    for k, v in more.items():
-        if k == "values": self.values = v.to(self.device)
-        else: (self.averages.state if k.startswith("ema.") else self.best)[k.split(".", 1)[1]] = v.to(self.device)
+    first = restore(run, stage, self.clf.net, self.optimizer, more, self.meta) if run else 0
+    self.averages.take(more)
+    if "values" in more: self.values = more["values"].to(self.device)
+    self.best = {k[5:]: v.to(self.device) for k, v in more.items() if k.startswith("best.")}
     there = self.meta.pop("n_steps", self.usual)
     if first and there != self.n_steps:
         raise LtnbError(f"{run.path} was begun with {there} steps an epoch, and these processes make {self.n_steps}: "
                         "go on with as many processes as it was begun with.")
     self.stopped = self.meta.get("stopped", False)
+    self.team.agree(f"position in {stage}", first)
+    self.team.share([*self.clf.net.state_dict().values(), *self.averages.state.values(), *self.best.values()])
     return first
 
 
 @patch
 def result(self:_Training, patience): # the classifier
     if patience and self.best: self.clf.net.load_state_dict(self.best)
-    elif self.averages.decay: self.clf.net.load_state_dict({**self.clf.net.state_dict(), **self.averages.state})
+    else: self.averages.load()
+    self.team.share(self.clf.net.state_dict().values()) # BatchNorm's statistics, and what rounding did elsewhere
     return self.clf.eval()
 
 # %% ../nbs/05_training.ipynb #8a7654b7
@@ -597,36 +869,38 @@ def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
     optimizer, averages = torch.optim.SGD(stack.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=wd), Averages(stack, ema)
     stage, key, more = f"{name}-seeds-{seeds[0]}-{seeds[-1]}", dict(stage=name, seed=seeds[0]), {}
     first = restore(run, stage, stack, optimizer, more) if run else 0
-    averages.state |= {k[4:]: v.to(device) for k, v in more.items()}
+    averages.take(more)
     if run and first < n_epochs: run.cut_back(first, **key)
     bar, saved = Progress(f"seeds {seeds[0]} to {seeds[-1]}: {name}", n_epochs, first), Clock()
     for epoch in range(first, n_epochs):
         for loss in losses: loss.set_epoch(epoch, n_epochs)
         orders = [split_order(epoch_order(y, power, generator(s, name, epoch, device=device)), bs, least) for y, s in zip(ys, seeds)]
-        total = torch.zeros(len(clfs), device=device)
+        total, last = torch.zeros(len(clfs), device=device), epoch + 1 == n_epochs
         for i in range(n_steps):
             for group in optimizer.param_groups: group["lr"] = lr * lr_factor(schedule, epoch + i / n_steps, n_epochs, warmup)
             views = [view(c, x[id(im)].images[o[i]], (s, name, epoch, i), augment, mixup, cutmix) for c, im, o, s in zip(clfs, images, orders, seeds)]
-            total += stack_step(stack, optimizer, losses, views, [y[o[i]] for y, o in zip(ys, orders)], precision)
+            answers, of = [y[o[i]] for y, o in zip(ys, orders)], (*seeds, name, epoch, i)
+            total += stack_step(stack, optimizer, losses, views, answers, precision, of)
             averages.update()
         if not torch.isfinite(total).all(): raise LtnbError(f"the loss of seed {seeds[int((~torch.isfinite(total)).nonzero()[0])]} is not a number in epoch {epoch + 1}: lower --lr (now {lr}), with another --out.")
         if run:
             for s, v in zip(seeds, total.tolist()): run.log(stage=name, seed=seeds[0], of=s, step=epoch + 1, lr=group["lr"], loss=v / n_steps)
-            if epoch + 1 == n_epochs or saved.older_than(save_every): keep(run, stage, epoch + 1, stack, optimizer, **{f"ema.{k}": v for k, v in averages.state.items()})
+            if last or saved.older_than(save_every): keep(run, stage, epoch + 1, stack, optimizer, **averages.tensors())
         bar.step()
     bar.close()
-    if ema: stack.load_state_dict({**stack.state_dict(), **averages.state})
-    stack.unstack([c.net for c in clfs])
+    averages.load().unstack([c.net for c in clfs])
     return [c.eval() for c in clfs]
 
 # %% ../nbs/05_training.ipynb #4d0dd401
 def stack_step(stack:Stack, optimizer:torch.optim.Optimizer, # in place
                losses:list, views:list, ys:list, # of each seed: its loss, what `view` gave, (B,) labels
-               precision:str # of the forward pass
+               precision:str, # of the forward pass
+               key:tuple|None=None # of the step's dropout; None leaves it to torch
               )->torch.Tensor: # (S,) losses
     "One step of all seeds; the sum of their losses gives each its own gradient"
     x = torch.stack([v for v, _ in views])
-    with autocast(x.device.type, precision): logits = stack(x)
+    drops = contextlib.nullcontext() if key is None else dropout_seeded(*key, device=x.device.type)
+    with drops, autocast(x.device.type, precision): logits = stack(x)
     values = torch.stack([sum(share * (t := loss.total(z, y[at]))[0] / t[1].clamp_min(1e-30) for share, at in parts) for loss, z, y, (_, parts) in zip(losses, logits.float(), ys, views)])
     optimizer.zero_grad(set_to_none=True)
     values.sum().backward()
