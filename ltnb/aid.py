@@ -565,14 +565,14 @@ def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
     _check_scored(folder, rows := made_rows(folder, model, seed, settings), geometry.fingerprint)
     most, size = [math.ceil(cap * w - 1e-9) for w in wanted.tolist()], [0] * k
     passed = _passed(rows, size, geometry.fingerprint, keep)
-    while (size := [needed(w, p, m) for w, p, m in zip(wanted.tolist(), passed, most)]) and sum(size):
-        team.wait() # all have read the manifest before anyone writes it
+    def enough(): return [needed(w, p, m) for w, p, m in zip(wanted.tolist(), passed, most)]
+    while sum(size := team.told("how many to draw", enough())): # all have read the manifest before anyone writes it
         make_synthetic(folder, make_plan(size), make, model, seed, settings, worker=(team.rank, team.size), keep=False, **more)
-        team.wait()
+        team.wait("the images")
         if team.writes: score_bands(folder, extractor, geometry, bs=bs, device=device, precision=precision)
-        team.wait()
+        team.wait("the bands")
         made = Synthetic.open(folder)
         passed = _passed(made.manifest, size, geometry.fingerprint, keep)
-        if all(needed(w, p, m) <= n for w, p, m, n in zip(wanted.tolist(), passed, most, size)):
-            return Filtered(made, *_summary(made, size, wanted, passed))
+        if team.told("whether they are enough", all(m <= n for m, n in zip(enough(), size))):
+            return Filtered(made, *team.told("what is kept", _summary(made, size, wanted, passed)))
     return Filtered(Synthetic(torch.empty(0, *extractor.image_shape, dtype=torch.uint8), []), np.zeros(0, np.int64), [])

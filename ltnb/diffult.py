@@ -37,7 +37,7 @@ from .metrics import paired_over_images
 from .models import Classifier, encode
 from .report import difference, html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure, show_difference, table, values, write_report
 from .synthetic import Synthetic, copies, copy_threshold, flag_copies, mix
-from .training import Team, fit, join_team
+from .training import Team, fit, in_memory_together, join_team
 
 # %% ../nbs/22_diffult.ipynb #09e62ee4
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class Stages:
     def classify(self, made=None, syn_weight=1., name="mixed", **more): # as `step_classify`, once
         key = f"answers-{name}-seed-{self.seed}"
         kept, _ = self.run.load(key)
-        if kept: return kept["logits"], kept["counts"]
+        if self.team.agree(f"answer to whether {key} is there", kept is not None): return kept["logits"], kept["counts"]
         with self.timed(name): z, counts = step_classify(self.cfg, self.data, self.seed, made, syn_weight, name, **more, **self.where)
         if self.team.writes: self.run.save(key, {"logits": z, "counts": counts})
         return z, counts
@@ -324,11 +324,12 @@ class Stages:
 # %% ../nbs/22_diffult.ipynb #0614c530
 @patch
 def measured(self:Stages, name, measure): # a list of numbers, measured by one process, once
-    key = f"{name}-seed-{self.seed}"
-    if self.team.writes and self.run.load(key)[0] is None:
-        self.run.save(key, {"numbers": torch.tensor(measure(), dtype=torch.float64)})
-    self.team.wait()
-    return self.run.load(key)[0]["numbers"].tolist()
+    key, numbers = f"{name}-seed-{self.seed}", None
+    if self.team.writes:
+        kept, _ = self.run.load(key)
+        numbers = measure() if kept is None else kept["numbers"].tolist()
+        if kept is None: self.run.save(key, {"numbers": torch.tensor(numbers, dtype=torch.float64)})
+    return self.team.told(key, numbers)
 
 
 @patch
@@ -363,7 +364,7 @@ def generator(self:Stages, name, eye, judge, loss=None, only=None, cap=None, **m
     with self.timed(name): model = step_generator(cfg, self.data, self.seed, loss, name, **self.where, **more)
     with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team, only)
     facts = {**describe_generator(f, self.data, eye, folder, self.device, judge), **tail_shares(f, self.data)} if self.team.writes else {}
-    self.team.wait()
+    self.team.wait(f"what is to be said of {name}")
     return model, f, facts
 
 # %% ../nbs/22_diffult.ipynb #d170c7f5
@@ -639,12 +640,14 @@ def check_inputs(config:DiffuLTConfig # as given
 def run(config:DiffuLTConfig # the settings
        )->Run: # finished
     "Run DiffuLT with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
-    team, read, r = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(2)), run_directory(config)
+    team, r = [], run_directory(config)
+    read = lru_cache(maxsize=1)(lambda seed: in_memory_together(load_data(config, seed), team[0], 2))
     def join(device): team.append(join_team(device)); return team[0]
     def close(cfg, data):
         cfg, known = resolve(cfg, data), r.path/"config.json"
         if cfg.budget_minutes is None: return cfg
-        if known.exists(): return replace(cfg, **{k: read_json(known)[k] for k in ("n_steps", "n_epochs")})
+        if team[0].told("the look for config.json", known.exists()):
+            return replace(cfg, **{k: read_json(known)[k] for k in ("n_steps", "n_epochs")})
         if team[0].size > 1: raise UsageError("budget_minutes measures one process: start the run once without torchrun, stop it, and go on with several; or give --n-steps and --n-epochs.")
         device = choose_device(config.device)
         return fit_budget(cfg, data, device, choose_precision(config.precision, device))

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'UNETS', 'SAMPLERS', 'SPACINGS', 'CB_LABELS', 'CB_SPACES', 'noise_ratios', 'betas',
            'Objective', 'Eps', 'Velocity', 'EDM', 'build_objective', 'build_unet', 'NoiseModel', 'NoisyBatch',
-           'noisy_batch', 'diffusion_loss', 'nudge', 'DiffusionModel', 'check_diffusion', 'dropout_seeded',
-           'train_diffusion', 'diffusion_rate', 'log_steps', 'sampler_spacing', 'build_scheduler', 'sample_batch',
-           'sample_images', 'frechet_distance', 'nearest_in_class', 'diversity', 'diffusers_settings', 'cbdm_prior',
-           'cbdm_loss']
+           'noisy_batch', 'diffusion_loss', 'nudge', 'DiffusionModel', 'check_diffusion', 'train_diffusion',
+           'diffusion_rate', 'log_steps', 'sampler_spacing', 'build_scheduler', 'sample_batch', 'sample_images',
+           'frechet_distance', 'nearest_in_class', 'diversity', 'diffusers_settings', 'cbdm_prior', 'cbdm_loss']
 
 # %% ../nbs/20_diffusion.ipynb #b4b86eb1
 import copy, hashlib, math, shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,9 +22,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import flip as flip_half
-from .core import DataError, LtnbError, Progress, UsageError, atomic_write, autocast, generator, nearest, os_error, read_json, seeded, stable_seed, write_json
+from .core import (DataError, LtnbError, Progress, UsageError, atomic_write, autocast, generator, nearest, os_error,
+                   read_json, seeded, write_json)
 from .synthetic import item_noise
-from .training import Clock, Team, keep, power_indices, restore
+from .training import Averages, Clock, Team, dropout_seeded, keep, power_indices, ramped, restore
 
 # %% ../nbs/20_diffusion.ipynb #0d0d2375
 SCHEDULES = ("linear", "cosine", "karras")
@@ -325,16 +324,6 @@ def check_diffusion(images:np.ndarray, labels:np.ndarray, # (N, C, H, W), (N,)
     for name, v in shares.items():
         if not 0 <= v <= 1: raise UsageError(f"{name} is a share, from 0 to 1, got {v:g}.")
 
-# %% ../nbs/20_diffusion.ipynb #8fd5a685
-@contextmanager
-def dropout_seeded(*key, device): # a block in which dropout draws from this key alone
-    if device == "cpu":
-        with seeded(*key, "dropout"): yield
-        return
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        torch.cuda.manual_seed(stable_seed(*key, "dropout"))
-        yield
-
 # %% ../nbs/20_diffusion.ipynb #218afb6d
 class _Training:
     "The changing state of one `train_diffusion`"
@@ -346,8 +335,7 @@ class _Training:
         self.model = NoiseModel(torch.compile(net) if compiled else net, objective, n_classes, precision)
         self.images, self.labels = torch.from_numpy(np.ascontiguousarray(images)).to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .99), weight_decay=0., fused=device == "cuda")
-        self.names, self.weights = zip(*net.named_parameters())
-        self.averages = [p.detach().clone() for p in self.weights]
+        self.weights, self.averages = list(net.parameters()), Averages(net)
         self.key, self.device, self.team, self.drawn = key, device, team, (None, None)
 
     def indices(self, step, bs, power): # (bs,) positions of this step's images
@@ -375,31 +363,36 @@ def step(self:_Training, step, batch, rate, ema, clip, extra_losses): # (1 + ext
     self.team.sum_gradients(self.weights)
     if clip: nn.utils.clip_grad_norm_(self.weights, clip)
     self.optimizer.step()
-    with torch.no_grad(): torch._foreach_lerp_(self.averages, list(self.weights), 1 - min(ema, (1 + step) / (10 + step)))
+    self.averages.update(ramped(ema, step))
     return self.team.sum(values.detach())
 
 
 @patch
-def finite(self:_Training): return bool(torch.stack([p.isfinite().all() for p in self.averages]).all())
+def finite(self:_Training): return bool(torch.stack([p.isfinite().all() for p in self.averages.state.values()]).all())
 
 
 @patch
 def averaged(self:_Training): # the network with its averaged weights, a copy
-    net = copy.deepcopy(self.net).eval()
-    net.load_state_dict({**net.state_dict(), **dict(zip(self.names, self.averages))})
-    return net
+    return self.averages.load(copy.deepcopy(self.net).eval())
 
-
+# %% ../nbs/20_diffusion.ipynb #cc92ebe5
 @patch
 def restore(self:_Training, run, stage): # steps that are done
     more = {}
-    first = restore(run, stage, self.net, self.optimizer, more)
-    if more: self.averages = [torch.empty_like(p).copy_(more[f"ema.{k}"]) for k, p in zip(self.names, self.weights)]
+    first = restore(run, stage, self.net, self.optimizer, more) if run else 0
+    self.averages.take(more)
+    self.team.agree(f"position in {stage}", first)
+    self.share()
     return first
 
 
 @patch
-def keep(self:_Training, run, stage, step): keep(run, stage, step, self.net, self.optimizer, **{f"ema.{k}": v for k, v in zip(self.names, self.averages)})
+def share(self:_Training): # every process has the first one's state
+    self.team.share([*self.net.state_dict().values(), *self.averages.state.values()])
+
+
+@patch
+def keep(self:_Training, run, stage, step): keep(run, stage, step, self.net, self.optimizer, **self.averages.tensors())
 
 # %% ../nbs/20_diffusion.ipynb #a9f43573
 def _nothing(model, batch, noise, prediction, t): return prediction.new_zeros(()) # an extra loss that does not count yet
@@ -431,7 +424,7 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
     t = _Training(net, o, images, labels, n_classes, (seed, "diffusion"), device, precision, compiled, channels_last, diff_lr, team)
     result = lambda: DiffusionModel(t.averaged().cpu(), o, tuple(map(str, range(n_classes) if class_names is None else class_names)), images.shape[1:], counts)
     stage, key, writer = f"{name}-seed-{seed}", dict(stage=name, seed=seed), run if team.writes else None
-    first = t.restore(run, stage) if run else 0
+    first = t.restore(run, stage)
     if writer and first < n_steps: writer.cut_back(first, **key)
     bar, saved, values = Progress(f"seed {seed}: {name}", n_steps, first), Clock(), []
     for step in range(first, n_steps):
@@ -441,10 +434,10 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
         bar.step()
         if (step + 1) % 50 == 0 or step + 1 == n_steps:
             log_steps(t, values, step + 1, diff_lr, writer, key)
-            values = []
             if writer and (step + 1 == n_steps or saved.older_than(save_every)): t.keep(writer, stage, step + 1)
         if on_sample and sample_every and (step + 1) % sample_every == 0 and team.writes: on_sample(step + 1, result())
     bar.close()
+    t.share()
     return result()
 
 # %% ../nbs/20_diffusion.ipynb #81d5087a
@@ -454,9 +447,10 @@ def diffusion_rate(step:int, n_steps:int # from 0, and how many
     return min(1, (step + 1) / min(500, max(n_steps // 10, 1))) * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def log_steps(t:_Training, values:list, step:int, diff_lr:float, writer, key:dict): # losses of the last steps
+def log_steps(t:_Training, values:list, step:int, diff_lr:float, writer, key:dict): # losses since then, taken out
     "Check and log what was trained since the last look"
     mean = torch.stack(values).mean(0).tolist()
+    values.clear()
     if not all(map(math.isfinite, mean)) or not t.finite():
         raise LtnbError(f"the diffusion loss is {sum(mean)} at step {step}, or its weights are no numbers: lower --diff-lr (now {diff_lr}) or use --precision fp32, with another --out. The last good checkpoint is kept.")
     if writer: writer.log(**key, step=step, loss=mean[0], **({"extra": mean[1:]} if mean[1:] else {}))

@@ -26,7 +26,7 @@ from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, percent, render, save_figure, values, write_report
 from .synthetic import Synthetic, copies, copy_threshold, flag_copies, job_summary, job_worker, make_plan, make_synthetic, near_copies, write_png
-from .training import Team, fit, join_team
+from .training import Team, fit, in_memory_together, join_team
 
 # %% ../nbs/20_generate.ipynb #5a293bb6
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def run(config:DiffusionConfig # the settings
        )->Run: # finished
     "Train and judge a diffusion model; the same call continues a run that was stopped, and changes nothing in a finished one"
     copies = 2 # the judge trains on a copy of all parts
-    team, read = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(copies))
+    team, read = [], lru_cache(maxsize=1)(lambda seed: in_memory_together(load_data(config, seed), team[0], copies))
     def join(device): team.append(join_team(device)); return team[0]
     def one_seed(*args): return run_seed(*args, team[0])
     return run_directory(config).carry_out(lambda seed: read(config.data_seed(seed)), resolve, one_seed, finish_run, join)
