@@ -610,6 +610,7 @@ def list_command(args:list[str] # after `ltnb list`
         for f in fields(config_class):
             kind, choices, _ = hints[f.name]
             kind = "|".join(choices) if choices else {int: "int", float: "float", str: "text", bool: "true|false"}[kind]
+            if f.name == "threads": kind = "auto|N"
             print(f"  --{f.name.replace('_', '-'):<15} {kind:<26} {'-' if f.default is None else str(f.default):<8} {helps.get(f.name) or ''}")
 
 # %% ../nbs/90_cli.ipynb #bff0241e

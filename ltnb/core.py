@@ -480,8 +480,9 @@ def computing_threads(asked:str="auto", # or a number
     machine = Machine(**handed["machine"]) if fresh else look_at_machine(look)
     number, why = choose_threads(asked, machine, user, work, begun, _processes())
     if asked not in ("auto", str(number)): tell(f"note: OMP_NUM_THREADS={number} decides, not --threads {asked}.")
+    own = {"OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"} & set(os.environ) # of numpy and scipy
     before = torch.get_num_threads()
-    with threadpool_limits(number):
+    with threadpool_limits({"openmp": number} if own else {"openmp": number, "blas": number}):
         torch.set_num_threads(number)
         try: yield {"number": number, "asked": asked, "why": why, "waiting": _waiting(handed), "user": user, **vars(machine)}
         finally: torch.set_num_threads(before)
