@@ -144,6 +144,15 @@ def test_a_stop_on_the_way_to_more(tmp_path):
     assert read_json(tmp_path / "config.json")["seeds"] == 5
 
 
+def test_a_kill_at_the_very_end(tmp_path):
+    "Between the table and the removal of the checkpoints, and between the last of these and their folder"
+    assert count(tmp_path, 1) == ([0], 1)
+    for names in (["classifier-seed-0.safetensors", "scores-seed-0.json", "denoiser-seed-0.1.safetensors"], []):
+        (tmp_path / "checkpoints").mkdir()
+        for n in names: (tmp_path / "checkpoints" / n).touch()
+        assert count(tmp_path, 1) == ([], 1) and not (tmp_path / "checkpoints").exists()
+
+
 def test_fewer_seeds_than_were_begun(tmp_path):
     with pytest.raises(Stop): count(tmp_path, 5, stop_at=3)
     assert count(tmp_path, 1) == ([], 3), "what is done stays, also where one seed would do"
