@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'LOSS_HEADS', 'BaselineConfig', 'check_settings', 'alone', 'default_arch', 'resolve', 'new_classifier',
-           'new_loss', 'train', 'train_together', 'answers', 'score_answers', 'run_seed', 'keep_first', 'plot_training',
-           'finish_run', 'run_directory', 'check_inputs', 'run', 'summary']
+           'new_loss', 'train', 'begun_together', 'train_together', 'answers', 'score_answers', 'run_seed',
+           'keep_first', 'plot_training', 'finish_run', 'run_directory', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/09_baseline.ipynb #84917420
-import contextlib
+import contextlib, re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -132,16 +132,29 @@ def train(cfg:BaselineConfig, data:LongTail, seed:int, # resolved; its set; whic
                patience=cfg.patience, team=team, workers=cfg.workers, compiled=cfg.compiled)
 
 # %% ../nbs/09_baseline.ipynb #d1ebbdec
+def begun_together(run:Run # open
+                  )->list[range]: # seeds, group by group
+    "Which seeds are being trained at once, as the checkpoints say"
+    names = (re.match(r"classifier-seeds-(\d+)-(\d+)\.", p.name) for p in (run.path/"checkpoints").glob("*"))
+    return sorted({range(int(m[1]), int(m[2]) + 1) for m in names if m}, key=lambda seeds: seeds.start)
+
+
 def train_together(cfg:BaselineConfig, load, # resolved; seed -> its set
                    device:str, precision:str, run:Run # where; keeps the checkpoints
                   ):
-    "All seeds at once; each one's weights are kept as `trained-seed-S`"
-    seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
-    if all(run.load(f"trained-seed-{s}")[0] for s in seeds): return
-    sets = [load(s) for s in seeds]
-    clfs = fit_seeds([new_classifier(cfg, d, s) for d, s in zip(sets, seeds)], [d.train.images for d in sets], [d.train.labels for d in sets], seeds, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment),
-                     device, precision, run, losses=[new_loss(cfg, d.counts) for d in sets], power=cfg.power, schedule=cfg.schedule, warmup=cfg.warmup, cutmix=cfg.cutmix, ema=cfg.ema)
-    for s, c in zip(seeds, clfs): run.save(f"trained-seed-{s}", c.net.state_dict())
+    "All seeds that are not done, at once; each one's weights are kept as `trained-seed-S`"
+    done, begun = run.rows_by_seed(), begun_together(run)
+    left = [s for s in range(cfg.seed, cfg.seed + cfg.seeds) if s not in done and not run.load(f"trained-seed-{s}")[0]]
+    while left: # a group that was begun is finished as it is; what came to it later is another
+        new = [s for s in left if not any(s in g for g in begun)]
+        seeds = list(next((g for g in begun if left[0] in g), new))
+        sets = [load(s) for s in seeds]
+        clfs = fit_seeds([new_classifier(cfg, d, s) for d, s in zip(sets, seeds)], [d.train.images for d in sets],
+                         [d.train.labels for d in sets], seeds, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup,
+                         Augment(cfg.augment), device, precision, run, losses=[new_loss(cfg, d.counts) for d in sets],
+                         power=cfg.power, schedule=cfg.schedule, warmup=cfg.warmup, cutmix=cfg.cutmix, ema=cfg.ema)
+        for s, c in zip(seeds, clfs): run.save(f"trained-seed-{s}", c.net.state_dict())
+        left = [s for s in left if s not in seeds]
 
 # %% ../nbs/09_baseline.ipynb #9f5e943c
 def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, # resolved; trained; its loss; its set; which seed

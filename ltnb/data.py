@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from fastcore.basics import patch
 
-from .core import Config, DataError, LtnbError, Progress, UsageError, nearest
+from .core import Config, DataError, LtnbError, Progress, UsageError, control_groups, nearest
 from .labels import (Columns, UNUSED_CLASS, names_in_order, number_labels, prior_text, read_class_names,
                          read_list, # noqa: F401
                          read_parts, read_text, unique_names)
@@ -374,24 +374,6 @@ def _number(path, key=""): # a whole number of a file, or of the line that begin
     found = next((w[-2] if w[-1] == "kB" else w[-1] for w in words if w and (not key or w[0].rstrip(":") == key)), "")
     return int(found) if found.isdigit() else None
 
-
-def _control_groups(root): # yields (folder, is it of version 1?) of this process's memory group and those around it
-    def lines(name):
-        try: return (root/"proc/self"/name).read_text().split("\n")
-        except (OSError, ValueError): return []
-    mounts = [("cgroup", "/", "/sys/fs/cgroup/memory"), ("cgroup2", "/", "/sys/fs/cgroup"),
-              ("cgroup2", "/", "/sys/fs/cgroup/unified")]
-    for left, _, right in (line.partition(" - ") for line in lines("mountinfo")):
-        kind, _, options = [*right.split(), "", "", ""][:3]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
-            mounts.append((kind, *left.split()[3:5]))
-    for number, names, own in (line.split(":", 2) for line in lines("cgroup") if line.count(":") >= 2):
-        kind = "cgroup" if "memory" in names.split(",") else "cgroup2" if number == "0" else None
-        for _, top, at in (m for m in dict.fromkeys(mounts) if m[0] == kind):
-            inner = own[len(top):] if top != "/" and (own + "/").startswith(top + "/") else own
-            parts = [p for p in inner.split("/") if p not in ("", ".", "..")]
-            for n in range(len(parts), -1, -1): yield root.joinpath(at.lstrip("/"), *parts[:n]), kind == "cgroup"
-
 # %% ../nbs/01_data.ipynb #b93a69cc
 def _group_memory(folder, first): # what a control group leaves; nothing where it has no limit
     used = _number(folder/("memory.usage_in_bytes" if first else "memory.current"))
@@ -406,7 +388,7 @@ def free_memory(root:str|Path="/" # where proc and sys lie
     root = Path(root)
     status, known = root/"proc/self/status", [_number(root/"proc/meminfo", "MemAvailable")]
     known = [k * 1024 for k in known if k is not None]
-    for folder, first in _control_groups(root): known.extend(_group_memory(folder, first))
+    for folder, first in control_groups(root, "memory"): known.extend(_group_memory(folder, first))
     try: import resource
     except ImportError: resource = None # not on Windows
     for name, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")) if resource else ():
@@ -1714,7 +1696,8 @@ class DataConfig(Config):
     seeds: int = 1 # how many seeds
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
-    not_identity: ClassVar[tuple] = ("out", "download") # how the data came there does not matter
+    threads: str = "auto" # how many threads compute: auto or a number
+    not_identity: ClassVar[tuple] = ("out", "download", "seeds", "threads") # how the data came, how many seeds, how it is computed
     paths: ClassVar[tuple] = ("data_root", "train_list", "val_list", "test_list", "class_names")
     words: ClassVar[dict] = {"class_order": ("name", "natural")}
     later: ClassVar[tuple] = ("path_column", "label_column", "split_column", "group_column", "test_prior", "grey_bits",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .baseline import default_arch, run_directory
-from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
+from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, computing_threads, read_json, read_jsonl, write_json
 from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, figure_names, load_data, plot_counts, show_images
 from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, sampler_spacing, train_diffusion
 from .metrics import score
@@ -310,6 +310,8 @@ class GenerateConfig(Config):
     copies: bool = True # look for near copies of the training images, where --model is a run and its images are at hand
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
+    threads: str = "auto" # how many threads compute: auto or a number
+    not_identity: ClassVar[tuple] = ("out", "threads")
     paths: ClassVar[tuple] = ("model",)
     limits: ClassVar[dict] = {"per_class": (1, 10**6 - 1), "target_per_class": (1, 10**6 - 1), "sample_steps": (1, 1000), "guidance_scale": (0, None), "seed": (0, 2**31 - 1), "shard_size": (1, 10**6)}
 
@@ -379,15 +381,13 @@ def is_whole(folder:str|Path # of a job
     return True
 
 
-def generate(config:GenerateConfig # the settings
-            )->dict|None: # what became of it, as in generated.json; None for all but the first of several processes
-    "Make images with a trained model, or what is left of them"
+def _generate(config): # what `generate` gives, with the threads that are set
     model, run = find_model(config.model)
     plan, empty = planned(config, model)
     device = choose_device(config.device)
     precision, (rank, world), out = choose_precision(config.precision, device), job_worker(), images_folder(config)
     if device == "cuda" and world > 1: torch.cuda.set_device(rank % torch.cuda.device_count())
-    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "out", "device")} | {"precision": precision, "model": model.fingerprint}
+    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "out", "device", "threads")} | {"precision": precision, "model": model.fingerprint}
     report, manifest = out/"generated.json", out/"manifest.jsonl"
     digest = lambda: hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
     if report.exists() and (was := read_json(report))["settings"] == asked and was["manifest"] == digest() and is_whole(out): return was if rank == 0 else None
@@ -398,6 +398,12 @@ def generate(config:GenerateConfig # the settings
     facts = {"settings": asked, **job_summary(out), "left_out": empty, "copies": seen, "manifest": digest()}
     write_json(report, facts)
     return facts
+
+# %% ../nbs/20_generate.ipynb #a543872c
+def generate(config:GenerateConfig # the settings
+            )->dict|None: # what became of it, as in generated.json; None for all but the first of several processes
+    "Make images with a trained model, or what is left of them"
+    with computing_threads(config.threads): return _generate(config)
 
 # %% ../nbs/20_generate.ipynb #62af9456
 def describe(facts:dict, class_names, # of `generate`; K names

@@ -95,7 +95,7 @@ class LDMLRConfig(LatentConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.features:
-            images_only = [f for f in fields(LDMLRConfig) if f.name in ("arch", "n_epochs", "bs", "mixup", "augment", "encoding") or (f.name in DataConfig.__dataclass_fields__ and f.name not in ("seed", "seeds", "device", "precision"))]
+            images_only = [f for f in fields(LDMLRConfig) if f.name in ("arch", "n_epochs", "bs", "mixup", "augment", "encoding") or (f.name in DataConfig.__dataclass_fields__ and f.name not in ("seed", "seeds", "device", "precision", "threads"))]
             for name in (f.name for f in images_only if getattr(self, f.name) not in (None, f.default)):
                 raise UsageError(f"{name} cannot be used with features: the file {self.features} takes the place of images and their encoder. Leave out --{name.replace('_', '-')}.")
             if "encoding" in (self.ablate or "").split(","): raise UsageError("the ablation 'encoding' needs images and their encoder, not --features.")

@@ -102,6 +102,7 @@ def _begin(files, parent): # a worker knows its files, leaves Ctrl-C to its pare
     _FILES = files
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1) # the threads that compute are its parent's
     def watch():
         while os.getppid() == parent: time.sleep(2)
         os._exit(0)

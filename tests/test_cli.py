@@ -130,8 +130,8 @@ def test_finished_run_is_printed_and_unchanged(demo):
 def test_other_settings_are_refused_with_the_difference(demo, main):
     out = demo[0]
     before = tree(out)
-    code, _, err = main("demo", "--seeds", "3", "--out", out)
-    assert code == 2 and "seeds: 5 there, 3 here" in err
+    code, _, err = main("demo", "--seed", "3", "--out", out)
+    assert code == 2 and "seed: 0 there, 3 here" in err
     code, _, err = main("run", "ldmlr", "--out", out)
     assert code == 2 and "holds a run of demo, not of ldmlr" in err
     assert tree(out) == before
