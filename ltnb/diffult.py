@@ -25,9 +25,10 @@ from .aid import AID_BANDS, FORMS, AIDLoss, Calibration, Extractor, Filtered, ca
 from .augment import Augment
 from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory, score_answers, train as train_baseline
 from .core import Run, UsageError, choose_device, choose_precision, nearest, read_json, read_jsonl, write_json
-from .data import ImageSet, LongTail, load_data, plot_counts
+from .data import ImageSet, LongTail, plot_counts
 from .diffusion import DiffusionModel, frechet_distance, sample_images
-from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_model
+from .generate import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid, settled,
+                           train_model)
 from .labels import class_prior
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
@@ -532,16 +533,16 @@ def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open
 def check_inputs(config:DiffuLTConfig # as given
                 ):
     "Fail now on settings or data that cannot be used"
-    resolve(config, load_data(config, config.seed))
+    resolve(config, load_small(config, config.seed))
 
 
 def run(config:DiffuLTConfig # the settings
        )->Run: # finished
     "Run DiffuLT with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
-    team, read, r = [], lru_cache(maxsize=1)(lambda seed: load_data(config, seed).in_memory(2)), run_directory(config)
+    team, read, r = [], lru_cache(maxsize=1)(lambda seed: load_small(config, seed).in_memory(2)), run_directory(config)
     def join(device): team.append(join_team(device)); return team[0]
     def close(cfg, data):
-        cfg, known = resolve(cfg, data), r.path/"config.json"
+        cfg, known = settled(resolve, cfg, data, r, team[0]), r.path/"config.json"
         if cfg.budget_minutes is None: return cfg
         if known.exists(): return replace(cfg, **{k: read_json(known)[k] for k in ("n_steps", "n_epochs")})
         if team[0].size > 1: raise UsageError("budget_minutes measures one process: start the run once without torchrun, stop it, and go on with several; or give --n-steps and --n-epochs.")
