@@ -3,7 +3,8 @@
 python benchmarks/references.py FOLDER [OUT.md]
 
 FOLDER holds what is compared with, one repository in each folder, called owner+name: a checkout or a bare clone. Their
-code is read and run, never copied. A repository that is not there, or that lacks a package, is skipped with a sentence.
+code is read and run, never copied. A repository that is not there, or that lacks a package (LDMLR needs einops), is
+skipped with a sentence.
 """
 import contextlib
 import importlib
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from ltnb.data import bands, longtail_counts, longtail_indices
 from ltnb.diffusion import NoiseModel, NoisyBatch, build_objective, cbdm_loss, cbdm_prior, diffusion_loss, noise_ratios
 from ltnb.heads import Head, class_aware, nearest_mean, tau_norm
-from ltnb.ldmlr import planned_counts
 from ltnb.ldmlr_published import (
     PublishedModel,
     PublishedUNet,
@@ -113,7 +113,7 @@ class _Anything(types.ModuleType):
     __path__ = []
 
     def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
+        if name.startswith("__") and name != "__version__": raise AttributeError(name)
         return _Anything(f"{self.__name__}.{name}")
 
     def __call__(self, *a, **k): return a[0] if a and callable(a[0]) else self
@@ -138,7 +138,8 @@ def both(ours, theirs, *inputs): # functions of the same tensors -> differences 
     for f in (ours, theirs):
         x = [v.clone().requires_grad_() if v.is_floating_point() else v for v in inputs]
         value = f(*x)
-        grads = torch.autograd.grad(value.sum(), [v for v in x if v.requires_grad], allow_unused=True)
+        mixed = (value.flatten() * torch.linspace(.5, 1.5, value.numel())).sum() # each output counts in its own way
+        grads = torch.autograd.grad(mixed, [v for v in x if v.requires_grad], allow_unused=True)
         out.append((value, torch.cat([g.flatten() for g in grads if g is not None])))
     (a, ga), (b, gb) = out
     (value, size), (gradient, _) = far(a, b), far(ga, gb)
@@ -217,8 +218,8 @@ def network_rows(peers):
     m = peers.load(LDAM, "models.resnet_cifar")
     theirs, ours, g = m.resnet32(10).eval(), ResNet(10).eval(), torch.Generator().manual_seed(0)
     known = {k.replace("linear.", "fc."): v for k, v in theirs.state_dict().items()}
-    for v in known.values():
-        if v.is_floating_point(): v.add_(.05 * torch.rand(v.shape, generator=g)) # statistics that are not 0 and 1
+    for k, v in known.items():
+        if "running" in k or "bn" in k and v.is_floating_point(): v.add_(.2 * torch.rand(v.shape, generator=g))
     theirs.load_state_dict({k.replace("fc.", "linear."): v for k, v in known.items()})
     ours.load_state_dict(known)
     x = torch.randn(4, 3, 32, 32, generator=g)
@@ -268,7 +269,7 @@ def decoupling_rows(peers):
         def ours(w, tau=tau): return tau_norm(Head(w, b, torch.ones(10)), tau).logits(z)
         def theirs(w, tau=tau): return z @ own["pnorm"](w, tau).T
         yield Row(f"τ-normalised logits, τ = {tau:g}", "heads.tau_norm", DECOUPLING, "tau_norm.py, pnorm",
-                  *both(ours, theirs, w))
+                  (value := far(ours(w), theirs(w)))[0], None, value[1]) # theirs writes into its rows: no gradient
     text, own = at("models/TauNormClassifier.py"), {"nn": nn, "torch": torch, "Parameter": nn.Parameter}
     exec(text[text.index("class DotProduct"):text.index("def create_model")], own)
     clf = own["DotProduct_Classifier"](10, 16)
@@ -461,19 +462,25 @@ def ldmlr_rows(peers):
     plan = np.stack([y.numpy(), np.arange(b)], 1)
     start = torch.randn(b, 64)
     zeros = lambda key, part, shape: start if len(key) == 3 else torch.zeros(len(part), *shape)
-    with patch("ltnb.ldmlr_published.item_noise", zeros):
+    process.num_timesteps, last = 20, [(t, t - 1) for t in range(19, -1, -1)]
+    with patch("ltnb.ldmlr_published.item_noise", zeros), patch("ltnb.ldmlr_published.ancestral_times", lambda n: last):
         mine = sample_published(PublishedModel(ours, np.ones(k), 64), plan)[0]
     with patch("torch.randn", lambda *a, **k: start[:, None]), patch("torch.randn_like", torch.zeros_like), \
             patch.object(m, "tqdm", lambda x, **k: x):
         theirs = process.sample(y)[:, 0]
     value = far(mine, theirs)
-    yield Row("1000 ancestral steps without their noise", "ldmlr_published.sample_published", LDMLR,
-              "model/ddpm_conditional.py, p_sample_loop", value[0], None, value[1])
-    counts = longtail_counts(5000, 10, 100)
-    value = far(planned_counts(counts, ratio=.2), [max(round(int(n) * .2), 5) for n in counts])
-    yield Row("features a class", "ldmlr.planned_counts", LDMLR, "utilis/diffusion_model.py, diffusion_train",
-              value[0], None, value[1], "their formula, written out (it stands inside a training); for "
-              "one band they take ranges of class numbers on CIFAR, ltnb training images")
+    yield Row("the last 20 ancestral steps, without their noise", "ldmlr_published.sample_published", LDMLR,
+              "model/ddpm_conditional.py, p_sample_loop", value[0], None, value[1],
+              "rounding, fed back through 20 steps of a network that is not trained")
+    text, own = (peers.unpacked(LDMLR) / "model/metrics.py").read_text(), {}
+    exec(text[text.index("def get_mmf_idx"):text.index("# Original Code")], own)
+    counts = np.arange(1, 301)
+    mine = np.concatenate([np.full(len(c), i) for i, c in enumerate(bands(counts).values())])[np.argsort(
+        np.concatenate(list(bands(counts).values())))]
+    value = far(mine, [own["get_mmf_idx"](int(n)) for n in counts])
+    yield Row("band of a class of 1 to 300 images", "data.bands", LDMLR, "model/metrics.py, get_mmf_idx", value[0], None,
+              value[1], "a class of exactly 100 images is among the many there, medium here and in OLTR's rule; for which "
+              "classes features are made goes by class number there on CIFAR")
 
 
 def _copy_in_order(theirs, ours): # weights of the released network into the rebuilt one, by order and shape
@@ -511,11 +518,13 @@ def _published_order(t, o): # name in ours -> tensor of theirs
 
 def edm_rows(peers):
     "Karras et al.'s preconditioning, loss and noise levels"
-    networks = peers.load(EDM, "training.networks", ("requests",))
-    loss = peers.load(EDM, "training.loss", ("requests",)).EDMLoss()
+    files = {n: (peers.unpacked(EDM) / f"training/{n}.py").read_text() for n in ("networks", "loss")}
+    own = {"torch": torch, "DhariwalUNet": lambda **k: _Plain(net)}
+    for text, start in ((files["networks"], "class EDMPrecond"), (files["loss"], "class EDMLoss")):
+        exec(text[text.index(start):].split("\n#----")[0], own) # without what pickles their classes
     torch.manual_seed(0)
     net, o, b = Toy(), build_objective("edm"), 16
-    with patch.object(networks, "DhariwalUNet", lambda **k: _Plain(net)): wrapped = networks.EDMPrecond(8, 2)
+    wrapped, loss = own["EDMPrecond"](8, 2), own["EDMLoss"]()
     draws = torch.randn(b, 1, 1, 1)
     sigma = (draws * 1.2 - 1.2).exp()
     t = (sigma.log() / 4).flatten()
@@ -552,7 +561,7 @@ class _Plain(nn.Module): # the toy network as EDM calls it
         super().__init__()
         self.net = net
 
-    def forward(self, x, t, class_labels=None): return self.net(x, t, class_labels=torch.full((len(x),), self.net.k))[0]
+    def forward(self, x, t, **k): return self.net(x, t, class_labels=torch.full((len(x),), self.net.k))[0]
 
 
 def min_snr_rows(peers):
