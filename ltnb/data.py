@@ -339,7 +339,6 @@ class ImageFiles:
                 ):
         self.root, self.paths, self.size, self.cache_mb = None if root is None else str(root), list(paths), size, cache_mb
         self.how, self._cache, self._lock, self._hashes = how or {}, OrderedDict(), threading.Lock(), {}
-
     def __len__(self): return len(self.paths)
     def __getstate__(self): return {**self.__dict__, "_cache": OrderedDict(), "_lock": None}
     def __setstate__(self, d): self.__dict__.update(d, _lock=threading.Lock())
@@ -350,13 +349,14 @@ class ImageFiles:
         "Full path of a file"
         if self.root is None: raise UsageError("these images were listed without their folder: give it with --data-root.")
         return os.path.join(self.root, self.paths[i])
-
     def take(self, index:np.ndarray, # positions
              cache_mb:float|None=None # as above; None keeps this one's
             )->"ImageFiles": # a part of the files
         "Some of the files"
         kept = self.cache_mb if cache_mb is None else cache_mb
-        return ImageFiles(self.root, [self.paths[i] for i in index], self.size, kept, self.how)
+        part = ImageFiles(self.root, [self.paths[i] for i in index], self.size, kept, self.how)
+        if "_lengths" in self.__dict__: part._lengths = [self._lengths[i] for i in index] # as they were seen
+        return part
 
     def _one(self, i):
         with self._lock:
@@ -435,6 +435,7 @@ class ImageSet:
     images: np.ndarray|ImageFiles # (N, C, H, W) uint8
     labels: np.ndarray # (N,) int64, 0 to K-1
     class_names: tuple # K names
+    source: ImageFiles|None = None # the files that the images were decoded from, where there are any
 
     def __post_init__(self):
         x = self.images if isinstance(self.images, ImageFiles) else np.asarray(self.images)
@@ -442,6 +443,8 @@ class ImageSet:
         if x.dtype != np.uint8 or x.ndim != 4: raise DataError(f"images must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}.")
         if y.shape != (len(x),): raise DataError(f"{len(x)} images need {len(x)} labels, got shape {y.shape}.")
         if y.dtype.kind not in "iu": raise DataError(f"labels must be whole numbers, got {y.dtype}.")
+        if self.source is not None and len(self.source) != len(x):
+            raise DataError(f"{len(x)} images cannot come from {len(self.source)} files.")
         if len(y) and (y.min() < 0 or y.max() >= k): raise DataError(f"labels must be 0 to {k - 1} for {k} classes, got {y.min()} to {y.max()}.")
         for name, v in (("images", x), ("labels", y.astype(np.int64)), ("class_names", unique_names(self.class_names))):
             object.__setattr__(self, name, v)
@@ -457,14 +460,14 @@ class ImageSet:
     def class_to_idx(self)->dict[str, int]: return {c: i for i, c in enumerate(self.class_names)}
     @property
     def targets(self)->list[int]: return self.labels.tolist()
-
     @cached_property
     def counts(self)->np.ndarray: return np.bincount(self.labels, minlength=len(self.class_names))
-
+    @property
+    def files(self)->ImageFiles|None: return self.images if self.on_disk else self.source
     @cached_property
-    def ids(self)->list[str]:
-        if self.on_disk: return [valid_text(p) for p in self.images.paths]
-        return [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in self.images]
+    def ids(self)->list[str]: return [valid_text(p) for p in self.files.paths] if self.files is not None else self.hashes
+    @cached_property
+    def hashes(self)->list[str]: return [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in self.images]
 
 # %% ../nbs/01_data.ipynb #36666b4f
 @patch
@@ -472,7 +475,25 @@ def take(self:ImageSet, index:np.ndarray # positions, or a mask
         )->ImageSet: # nothing is decoded
     "A part of the set"
     index, x = np.arange(len(self))[index], self.images
-    return ImageSet(x.take(index) if self.on_disk else x[index], self.labels[index], self.class_names)
+    part, source = (x.take(index), None) if self.on_disk else (x[index], self.source and self.source.take(index))
+    return ImageSet(part, self.labels[index], self.class_names, source)
+
+
+@patch
+def decoded(self:ImageSet)->ImageSet: # the same images as an array
+    "The set in memory; what identifies it stays that of its files"
+    if not self.on_disk: return self
+    self.images.lengths # seen before the decoding, so that a change of the files later on does not count
+    return replace(self, images=np.asarray(self.images), source=self.images.take(range(len(self)), cache_mb=0))
+
+
+@patch
+def identify(self:ImageSet, h # of hashlib, updated in place
+            ):
+    "Tell a hash which images these are: relative paths, lengths and size of files, else the pixels; and the labels"
+    f = self.files
+    h.update(np.ascontiguousarray(self.images) if f is None else json.dumps([f.paths, f.lengths, f.size]).encode())
+    h.update(self.labels)
 
 # %% ../nbs/01_data.ipynb #8fd402e7
 @patch
@@ -498,12 +519,13 @@ def duplicates(a:ImageSet, b:ImageSet|None=None # where to look; None looks for 
               )->list[tuple[int, int]]: # (position in a, position in b) of equal images; within a set the first one comes second
     "Images of a that are also in b, by content"
     other = a if b is None else b
-    if a.on_disk != other.on_disk: raise UsageError("images in memory cannot be compared with files: load both in the same way.")
-    if a.on_disk:
-        n = dict(zip(*np.unique(other.images.lengths, return_counts=True)))
-        worth = lambda s: [i for i, size in enumerate(s.images.lengths) if n.get(size, 0) > (b is None)]
-        key = lambda s, i: s.images.content(i)
-    else: worth, key = (lambda s: range(len(s))), (lambda s, i: s.ids[i])
+    if a.files is not None and other.files is not None:
+        n = dict(zip(*np.unique(other.files.lengths, return_counts=True)))
+        worth = lambda s: [i for i, size in enumerate(s.files.lengths) if n.get(size, 0) > (b is None)]
+        key = lambda s, i: s.files.content(i)
+    elif a.on_disk or other.on_disk:
+        raise UsageError("images in memory cannot be compared with files: load both in the same way.")
+    else: worth, key = (lambda s: range(len(s))), (lambda s, i: s.hashes[i])
     first = {}
     for j in worth(other): first.setdefault(key(other, j), j)
     return [(i, j) for i in worth(a) if (j := first.get(key(a, i))) is not None and not (b is None and i == j)]
@@ -553,12 +575,10 @@ class LongTail:
 @patch
 def in_memory(self:LongTail, copies:int=1 # how many will be held at the same time
              )->LongTail: # files decoded; an error where they do not fit
-    "The same set with its images as arrays; its fingerprint stays that of the files"
+    "The same set with its images as arrays; ids and fingerprint stay those of the files"
     on_disk = {p: s for p, s in self.parts.items() if s.on_disk}
     room_for(*(s.images for s in on_disk.values()), copies=copies)
-    out = replace(self, **{p: replace(s, images=np.asarray(s.images)) for p, s in on_disk.items()})
-    if self.train.on_disk: object.__setattr__(out, "_of_files", self.fingerprint())
-    return out
+    return replace(self, **{p: s.decoded() for p, s in on_disk.items()})
 
 
 @patch
@@ -573,11 +593,8 @@ def ready(self:LongTail, share:float=0.5 # of the free memory that the images ma
 @patch
 def fingerprint(self:LongTail)->str: # 16 hexadecimal digits
     "A hash of all images, labels and class names; of files, their relative paths and lengths"
-    if known := self.__dict__.get("_of_files"): return known
     h = hashlib.blake2b("\n".join(map(valid_text, self.class_names)).encode(), digest_size=8)
-    for s in self.parts.values():
-        h.update(json.dumps([s.images.paths, s.images.lengths, s.images.size]).encode() if s.on_disk else np.ascontiguousarray(s.images))
-        h.update(s.labels)
+    for s in self.parts.values(): s.identify(h)
     return h.hexdigest()
 
 

@@ -28,9 +28,10 @@ from .aid import (ALPHA, AID_BANDS, FORMS, AIDLoss, Balance, Calibration, Extrac
 from .augment import Augment
 from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory, score_answers, train as train_baseline
 from .core import Run, UsageError, choose_device, choose_precision, nearest, read_json, read_jsonl, write_json
-from .data import ImageSet, LongTail, load_data, plot_counts
+from .data import ImageSet, LongTail, plot_counts
 from .diffusion import DiffusionModel, diversity, frechet_distance, sample_images
-from .generate import GeneratorConfig, image_maker, plot_loss, resolve_generator, sample_grid, train_judge, train_model
+from .generate import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid, settled,
+                           train_judge, train_model)
 from .labels import class_prior
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .metrics import paired_over_images
@@ -634,17 +635,17 @@ def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open
 def check_inputs(config:DiffuLTConfig # as given
                 ):
     "Fail now on settings or data that cannot be used"
-    resolve(config, load_data(config, config.seed))
+    resolve(config, load_small(config, config.seed))
 
 
 def run(config:DiffuLTConfig # the settings
        )->Run: # finished
     "Run DiffuLT with its controls; the same call continues a run that was stopped, and changes nothing in a finished one"
     team, r = [], run_directory(config)
-    read = lru_cache(maxsize=1)(lambda seed: in_memory_together(load_data(config, seed), team[0], 2))
+    read = lru_cache(maxsize=1)(lambda seed: in_memory_together(load_small(config, seed), team[0], 2))
     def join(device): team.append(join_team(device)); return team[0]
     def close(cfg, data):
-        cfg, known = resolve(cfg, data), r.path/"config.json"
+        cfg, known = settled(resolve, cfg, data, r, team[0]), r.path/"config.json"
         if cfg.budget_minutes is None: return cfg
         if team[0].told("the look for config.json", known.exists()):
             return replace(cfg, **{k: read_json(known)[k] for k in ("n_steps", "n_epochs")})

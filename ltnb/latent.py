@@ -86,6 +86,7 @@ def denoising_loss(net:Denoiser, # the model
     "Mean squared error of the velocity"
     b, device = len(x0), x0.device
     t = (torch.randperm(b, generator=g, device=device) + torch.rand(b, generator=g, device=device)) / b
+    t = t.clamp(max=1 - 2**-24) # the sum is rounded, to b at times: the largest float32 below 1 instead
     eps = torch.randn(x0.shape, generator=g, device=device)
     y = torch.where(torch.rand(b, generator=g, device=device) < label_drop, net.n_classes, y)
     alpha, sigma = alpha_sigma(t)

@@ -175,16 +175,19 @@ def plot_by_rank(accuracy:dict, # method -> (K,) accuracies per class, or (S, K)
     "Accuracy per class against its rank, for several methods"
     if ax is None: ax = new_axes(6.4, 3)
     rank = np.argsort(-np.asarray(counts), kind="stable")
-    for (name, v), color in zip(accuracy.items(), ("0.6", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "k")):
+    colors, styles = ("0.6", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "k"), ("-", "--", ":", "-.")
+    for i, (name, v) in enumerate(accuracy.items()): # each with a look of its own: seven colours, then with other lines
+        look = dict(color=colors[i % len(colors)], ls=styles[i // len(colors) % len(styles)])
         mean = np.ma.masked_invalid(np.atleast_2d(np.asarray(v, dtype=float))).mean(0).filled(np.nan)
-        ax.plot(mean[rank] * 100, marker="o" if len(rank) <= 20 else "", ms=4, lw=1.4, color=color, label=name)
+        ax.plot(mean[rank] * 100, marker="o" if len(rank) <= 20 else "", ms=4, lw=1.4, label=name, **look)
     ax.axhline(100 / len(rank), color="k", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="class, largest first (tick: training images)", ylabel="test accuracy, %", ylim=(0, 102))
     if len(rank) <= 20:
         texts, family = figure_names([class_names[k] for k in rank] if class_names else [])
         ticks = ["\n".join([*texts[i:i + 1], str(counts[k])]) for i, k in enumerate(rank)]
         ax.set_xticks(range(len(rank)), ticks, fontfamily=family)
-    ax.legend(frameon=False, fontsize=8)
+    many = len(accuracy) > len(colors) # then the names stand beside the picture, not on it
+    ax.legend(frameon=False, fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if many else {}))
     return ax
 
 

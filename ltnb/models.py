@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'ARCHS', 'BasicBlock', 'ResNet', 'Halve', 'ConvNet', 'LinearNet', 'Backbone', 'cosines', 'CosineHead',
-           'WCDASHead', 'group_norm', 'build_model', 'Classifier', 'pixel_stats', 'luma', 'check_images', 'encode',
-           'load_classifier', 'new_encoder', 'Predictions', 'left_out_because', 'predict_files', 'write_predictions']
+           'WCDASHead', 'group_norm', 'build_model', 'Classifier', 'pixel_stats', 'set_stats', 'luma', 'check_images',
+           'encode', 'load_classifier', 'new_encoder', 'Predictions', 'left_out_because', 'predict_files',
+           'write_predictions']
 
 # %% ../nbs/03_models.ipynb #e07530d8
 import csv, math, os
@@ -286,6 +287,14 @@ def pixel_stats(images:np.ndarray # (N, C, H, W) uint8
     flat = images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1)
     return [float(c.mean() / 255) for c in flat], [max(float(c.std() / 255), 1e-3) for c in flat]
 
+
+def set_stats(images, # (N, C, H, W) uint8, or `ImageFiles`
+              n:int=2000 # how many files are decoded for it, drawn from all
+             )->tuple[list, list]: # as `pixel_stats`
+    "Normalisation constants of a whole set: of all images in memory, of a random sample of files"
+    if not isinstance(images, ImageFiles): return pixel_stats(images)
+    return pixel_stats(images[np.random.RandomState(0).permutation(len(images))[:n]])
+
 # %% ../nbs/03_models.ipynb #353b6764
 def luma(images:np.ndarray # (N, 3, H, W) uint8
         )->np.ndarray: # (N, 1, H, W) uint8
@@ -413,7 +422,7 @@ def new_encoder(arch:str, # timm:NAME, or a name of `ARCHS`
     if own and pretrained: raise UsageError(f"arch={arch!r} has no pretrained weights: name a network of timm (timm:resnet50), encode with a run's classifier (--model), or ask for random weights (--pretrained false).")
     shape = data.train.images.shape[1:]
     net = build_model(arch, data.n_classes, shape[0], seed, pretrained=pretrained)
-    if own: mean, std = pixel_stats(np.asarray(data.train.take(slice(0, 2000)).images))
+    if own: mean, std = set_stats(data.train.images)
     else:
         known = getattr(net.body, "pretrained_cfg", {})
         mean, std = (known.get(k) or (d,) * shape[0] for k, d in (("mean", .5), ("std", .5)))
