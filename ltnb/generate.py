@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from .baseline import default_arch, run_directory
-from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
+from .core import Config, DataError, Progress, Run, UsageError, choose_device, choose_precision, device_type, read_json, read_jsonl, write_json
 from .data import BALANCED, BANDS, DataConfig, ImageSet, LongTail, figure_names, load_data, plot_counts, show_images
-from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, sample_images, train_diffusion
+from .diffusion import OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance, on_device, sample_images, train_diffusion
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, percent, render, save_figure, values, write_report
@@ -99,26 +99,31 @@ def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images
     "A diffusion model with the settings of a config"
     own = dict(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power, flip=cfg.diff_flip,
                nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, ema=cfg.diff_ema)
-    own |= dict(seed=seed, device=device, precision=precision, compiled=device == "cuda" if cfg.compiled is None else cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
+    own |= dict(seed=seed, device=device, precision=precision, compiled=cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
     train = data.train if train is None else train
     return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
 
 # %% ../nbs/20_generate.ipynb #00d814bb
 def image_maker(model:DiffusionModel, sampler:str, sample_steps:int, guidance_scale:float, seed:int, # as in `sample_images`
-                device:str="cpu", precision:str="fp32" # where, in which number format
+                device:str="cpu", precision:str="fp32", # where, in which number format
+                compiled:bool|None=False # as in `on_device`
                )->tuple: # (rows of a plan, attempt) -> images and dicts, and the settings that make them what they are
     "What `make_synthetic` asks of a diffusion model"
-    def make(rows, attempt=0): return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt, device=device, precision=precision)
+    net = on_device(model.unet, device, compiled) # once for all shards
+    how = dict(device=device, precision=precision, net=net)
+    def make(rows, attempt=0):
+        return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt, **how)
     return make, dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale), precision=precision)
 
 
 def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # trained; (N, 2) rows (class, k); gets shards and manifest
                 sampler:str="dpm++", sample_steps:int=20, guidance_scale:float=1., seed:int=0, # as in `sample_images`
                 device:str="cpu", precision:str="fp32", name:str="sample", # where, in which number format; for the progress
+                compiled:bool|None=False, # as in `on_device`
                 **job # other settings of `make_synthetic`
                )->Synthetic|None: # as `make_synthetic` gives it
     "Generate what is missing of a plan"
-    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision)
+    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision, compiled)
     bar = Progress(name, len(plan))
     made = make_synthetic(folder, plan, make, model.fingerprint, seed, settings, **{**dict(attempts=3, progress=bar.step), **job})
     bar.close()
@@ -215,7 +220,7 @@ def run_seed(cfg:DiffusionConfig, data:LongTail, seed:int, device:str, precision
         model.save(run.path/"model", seed=seed)
         figure(model, path=run.path/"figures"/"samples.png")
     with run.timed(seed=seed, stage="sample"):
-        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample")
+        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample", cfg.compiled)
     with run.timed(seed=seed, stage="judge"):
         clf = train_judge(cfg, data, seed, device, precision, run) if cfg.judge_epochs else None
         if clf and seed == cfg.seed: clf.save(run.path/"judge")
@@ -302,7 +307,9 @@ class GenerateConfig(Config):
     copies: bool = True # look for near copies of the training images, where --model is a run and its images are at hand
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
+    compiled: bool|None = None # use torch.compile (default: on a GPU)
     paths: ClassVar[tuple] = ("model",)
+    not_identity: ClassVar[tuple] = (*Config.not_identity, "compiled")
     limits: ClassVar[dict] = {"per_class": (1, 10**6 - 1), "target_per_class": (1, 10**6 - 1), "sample_steps": (1, 1000), "guidance_scale": (0, None), "seed": (0, 2**31 - 1), "shard_size": (1, 10**6)}
 
 # %% ../nbs/20_generate.ipynb #f349bc65
@@ -378,12 +385,12 @@ def generate(config:GenerateConfig # the settings
     plan, empty = planned(config, model)
     device = choose_device(config.device)
     precision, (rank, world), out = choose_precision(config.precision, device), job_worker(), images_folder(config)
-    if device == "cuda" and world > 1: torch.cuda.set_device(rank % torch.cuda.device_count())
-    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "out", "device")} | {"precision": precision, "model": model.fingerprint}
+    if device_type(device) == "cuda" and world > 1: torch.cuda.set_device(rank % torch.cuda.device_count())
+    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "out", "device", "compiled")} | {"precision": precision, "model": model.fingerprint}
     report, manifest = out/"generated.json", out/"manifest.jsonl"
     digest = lambda: hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
     if report.exists() and (was := read_json(report))["settings"] == asked and was["manifest"] == digest() and is_whole(out): return was if rank == 0 else None
-    made = make_images(model, plan, out, config.sampler, config.sample_steps, config.guidance_scale, config.seed, device, precision, "generate", shard_size=config.shard_size, other="refuse", worker=(rank, world), keep=False)
+    made = make_images(model, plan, out, config.sampler, config.sample_steps, config.guidance_scale, config.seed, device, precision, "generate", config.compiled, shard_size=config.shard_size, other="refuse", worker=(rank, world), keep=False)
     if rank: return None
     seen = look_for_copies(out, run, device) if config.copies else {"not_looked_for": "--copies false"}
     if config.png: write_png(made, out/"png", model.class_names)

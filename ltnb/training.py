@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import beta_draw, cutmix as cutmix_batch, mixup as mixup_batch
-from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, stable_seed, tell
+from .core import DataError, LtnbError, Progress, UsageError, autocast, device_type, generator, nearest, stable_seed, tell
 from .data import ImageFiles
 from .losses import Loss, build_loss
 from .metrics import score
@@ -150,7 +150,7 @@ class Batches:
         "The batches of an order, one after the other"
         if not self.on_disk: yield from (self.images[i] for i in order); return
         for x in map(torch.from_numpy, self.decoded([i.cpu().numpy() for i in order])):
-            yield (x.pin_memory() if self.device == "cuda" else x).to(self.device, non_blocking=True)
+            yield (x.pin_memory() if device_type(self.device) == "cuda" else x).to(self.device, non_blocking=True)
 
     def decoded(self, order:list # of (B,) positions
                ): # yields (B, C, H, W) uint8 arrays
@@ -289,8 +289,8 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
     "The team that torchrun or accelerate launch has started"
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1: return Team()
-    if device == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2)) # the others wait while the first one judges and writes
+    if device_type(device) == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if device_type(device) == "cuda" else "gloo", timeout=timedelta(hours=2)) # the others wait while the first one judges and writes
     return Team(torch.distributed.get_rank(), size)
 
 
@@ -474,7 +474,7 @@ class _Training:
         w = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.clf, self.device, self.team, self.loss = clf.to(device, memory_format=torch.channels_last), device, team, (loss or build_loss("cross_entropy", (counts if w is None else torch.bincount(y, w, len(counts)).double()) * counts ** (power - 1))).to(device)
         self.loss.check(y, (1. if w is None else w.double()) * counts[y] ** (power - 1))
-        if team.size > 1 and device == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
+        if team.size > 1 and device_type(device) == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
         self.least = least_batch(clf, images.shape[1:], bs, team.size)
         self.n_steps, self.usual = len(split_order(y, bs, self.least)), math.ceil(len(y) / bs)
         self.batches, self.y, self.w = Batches(images, device, workers), y.to(device), None if w is None else w.to(device)
