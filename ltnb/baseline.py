@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'LOSS_HEADS', 'BaselineConfig', 'check_settings', 'alone', 'default_arch', 'has_batch_norm', 'resolve',
-           'new_classifier', 'new_loss', 'train', 'begun_together', 'train_together', 'shifted_answers', 'answers',
-           'score_answers', 'run_seed', 'keep_first', 'plot_training', 'finish_run', 'run_directory', 'check_inputs',
-           'run', 'summary']
+           'new_classifier', 'new_loss', 'train', 'begun_together', 'train_together', 'side_by_side', 'shifted_answers',
+           'answers', 'score_answers', 'run_seed', 'keep_first', 'plot_training', 'finish_run', 'run_directory',
+           'check_inputs', 'run', 'summary']
 
 # %% ../nbs/09_baseline.ipynb #84917420
 import contextlib, re
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .augment import Augment
-from .core import Progress, Run, UsageError, nearest, read_json, read_jsonl
+from .core import Progress, Run, UsageError, nearest, read_json, read_jsonl, tell
 from .data import BALANCED, DataConfig, LongTail, load_data, plot_counts
 from .heads import (MAX_DRAWS, Features, batch_norms, choose_tau, crt, lws, nearest_mean, shifted_heads,
                         tau_norm)
@@ -29,7 +29,6 @@ from .models import ARCHS, Classifier, build_model, encode, set_stats
 from .report import (drawn_and_not, html_figure, html_table, methods, new_figure, plot_per_class, render, save_figure,
                          table, write_report)
 from .training import Team, fit, fit_seeds, join_team, ready_together
-
 
 # %% ../nbs/09_baseline.ipynb #b412a6dc
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class BaselineConfig(DataConfig):
     heads: bool = True # also fit cRT, LWS, tau-normalisation and nearest mean on the frozen features
     shifted_bn: bool = False # also cRT and LWS as released: BatchNorm moves under balanced sampling (rows crt, lws: the encoder's)
     test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
-    side_by_side: bool|None = None # train all seeds at once (default: on a GPU, where the settings allow it)
+    side_by_side: bool|None = None # train all seeds at once (default: off, as it was never timed on a GPU)
     workers: int = 2 # processes that decode photographs which do not fit into memory
     compiled: bool = False # use torch.compile
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
@@ -178,6 +177,18 @@ def train_together(cfg:BaselineConfig, load, # resolved; seed -> its set
                          power=cfg.power, schedule=cfg.schedule, warmup=cfg.warmup, cutmix=cfg.cutmix, ema=cfg.ema)
         for s, c in zip(seeds, clfs): run.save(f"trained-seed-{s}", c.net.state_dict())
         left = [s for s in left if s not in seeds]
+
+
+def side_by_side(cfg:BaselineConfig, data:LongTail, run:Run, team:Team, # resolved; of a seed; open; with whom
+                 first:bool=False # say why not
+                )->bool:
+    "Do the seeds train at once? Where it is asked for, and where such a training was begun"
+    if not (cfg.side_by_side or any((run.path/"checkpoints").glob("classifier-seeds-*"))): return False
+    why = f"{team.size} processes" if team.size > 1 else "images that are read from disk" if data.train.on_disk else ""
+    if why and first and team.writes and not Progress.quiet:
+        tell(f"note: side_by_side does not go with {why}: the seeds train one after the other.")
+    return not why
+
 
 # %% ../nbs/09_baseline.ipynb #9a5a4231
 def shifted_answers(cfg:BaselineConfig, clf:Classifier, # resolved; trained
@@ -336,8 +347,8 @@ def run(config:BaselineConfig # the settings
     def close(cfg, data): return ready(data) and resolve(cfg, data) # a photograph that cannot be read stops the run before it begins
     def one_seed(cfg, data, seed, device, precision, run):
         data = ready(data)
-        together = cfg.side_by_side or (cfg.side_by_side is None and device == "cuda" and cfg.seeds > 1 and not alone(cfg) and data.val is None)
-        if together and team[0].size == 1 and not data.train.on_disk: train_together(cfg, lambda s: ready(load(s)), device, precision, run)
+        if side_by_side(cfg, data, run, team[0], seed == cfg.seed):
+            train_together(cfg, lambda s: ready(load(s)), device, precision, run)
         return run_seed(cfg, data, seed, device, precision, run, team[0])
     return run_directory(config).carry_out(load, close, one_seed, finish_run, join)
 

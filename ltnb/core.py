@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'WORK_A_THREAD', 'SPIN', 'LtnbError', 'UsageError', 'DataError', 'nearest', 'work_is_kept', 'os_error',
            'atomic_write', 'plain', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'save_tensors',
-           'load_tensors', 'check_output', 'stable_seed', 'generator', 'seeded', 'cpu_flags', 'choose_device',
-           'choose_precision', 'autocast', 'control_groups', 'cpu_quota', 'busy_cores', 'Machine', 'look_at_machine',
-           'choose_threads', 'users_variables', 'thread_variables', 'start_threads', 'computing_threads',
-           'valid_threads', 'type_of', 'Config', 'terminal_width', 'Shown', 'tell', 'show_text', 'notebook_shell',
-           'Progress', 'show_messages', 'lock_file', 'unlock_file', 'environment', 'show_differences', 'Run',
-           'step_work']
+           'load_tensors', 'check_output', 'stable_seed', 'generator', 'seeded', 'cpu_flags', 'device_type',
+           'choose_device', 'choose_precision', 'full_fp32', 'tf32_in_use', 'autocast', 'control_groups', 'cpu_quota',
+           'busy_cores', 'Machine', 'look_at_machine', 'choose_threads', 'users_variables', 'thread_variables',
+           'start_threads', 'computing_threads', 'valid_threads', 'type_of', 'Config', 'terminal_width', 'Shown',
+           'tell', 'show_text', 'notebook_shell', 'Progress', 'show_messages', 'lock_file', 'unlock_file',
+           'environment', 'show_differences', 'Run', 'step_work']
 
 # %% ../nbs/00_core.ipynb #53f12598
 import ast, contextlib, errno, hashlib, itertools, json, math, os, platform, re, stat, sys, tempfile, time
@@ -270,8 +270,10 @@ def seeded(*key, # what the randomness is for
           ):
     "Seed torch's global state inside the block (for layers that draw by themselves), and put the old one back after it"
     import torch
-    on_gpu = torch.device(device).type == "cuda"
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+    with contextlib.ExitStack() as stack:
+        if on_gpu := device_type(device) == "cuda":
+            stack.enter_context(torch.cuda.device(torch.device(device))) # whose generator is meant
+        stack.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []))
         torch.default_generator.manual_seed(stable_seed(*key))
         if on_gpu: torch.cuda.manual_seed(stable_seed(*key))
         yield
@@ -284,20 +286,32 @@ def cpu_flags()->list[str]: # the matrix and bf16 instructions that this process
     return [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in words]
 
 
-def choose_device(device:str="auto" # "auto", "cpu" or "cuda"
-                 )->str: # "cpu" or "cuda"
+def device_type(device # "cuda:1", torch.device("cpu"), …
+               )->str: # "cpu", "cuda", …
+    "The kind of a device, whatever its number and however it is written"
+    import torch
+    return torch.device(device).type
+
+
+def choose_device(device="auto" # "auto", "cpu", "cuda", "cuda:1", or a torch.device
+                 )->str: # "cpu", "cuda" or "cuda:1"
     "The device to use; asking for a GPU that is not there is an error"
     import torch
-    if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available(): raise UsageError("device='cuda' was asked for, but torch sees no CUDA device: use --device cpu, or install a driver and a CUDA build of torch.")
-    return device
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    try: kind = device_type(device)
+    except RuntimeError: raise UsageError(f"device={device!r} is not a device: give auto, cpu or cuda.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device={str(device)!r} was asked for, but torch sees no CUDA device: use --device cpu, "
+                         "or install a driver and a CUDA build of torch.")
+    if kind == "cuda": full_fp32()
+    return str(device)
 
-
+# %% ../nbs/00_core.ipynb #0e0145fc
 PRECISIONS = ("fp32", "bf16")
 
 
 def choose_precision(precision:str="auto", # "auto", "fp32" or "bf16"
-                     device:str="cpu" # where the model runs
+                     device="cpu" # where the model runs
                     )->str: # "fp32" or "bf16"
     "bf16 where the chip multiplies it natively, else fp32; the environment variable LTNB_PRECISION says what \"auto\" is"
     import torch
@@ -305,16 +319,41 @@ def choose_precision(precision:str="auto", # "auto", "fp32" or "bf16"
     if forced := os.environ.get("LTNB_PRECISION"):
         if forced in PRECISIONS: return forced
         raise UsageError(f"LTNB_PRECISION={forced!r} is not a precision. {nearest(forced, PRECISIONS)}")
-    if device == "cuda": return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
+    if device_type(device) == "cuda": return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     return "bf16" if {"amx_bf16", "avx512_bf16"} & set(cpu_flags()) else "fp32"
 
+# %% ../nbs/00_core.ipynb #09f6ee49
+def _roundings(): # name -> the part of PyTorch whose `fp32_precision` says how it multiplies on a GPU
+    import torch
+    cudnn = torch.backends.cudnn
+    return {"conv": cudnn.conv, "rnn": cudnn.rnn, "matmul": torch.backends.cuda.matmul}
 
-def autocast(device:str, # "cpu" or "cuda"
+
+def full_fp32():
+    "Let fp32 mean fp32 on a GPU, for convolutions too"
+    import torch
+    cudnn = torch.backends.cudnn
+    # The older names first: where only the newer are set, PyTorch refuses to read the older, as parts of it do.
+    cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    for part in (cudnn, *_roundings().values()): part.fp32_precision = "ieee"
+
+
+def tf32_in_use(device="cpu" # where something runs
+               )->dict: # "conv", "rnn" and "matmul" -> bool
+    "Which fp32 operations are rounded to TF32 there"
+    gpu = device_type(device) == "cuda"
+    return {name: gpu and part.fp32_precision == "tf32" for name, part in _roundings().items()}
+
+
+def autocast(device, # where the forward pass runs
              precision:str # "fp32" or "bf16"
             ): # a context manager for the forward pass alone
     "Mixed precision for one forward pass"
     import torch
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    kind = device_type(device)
+    if kind == "cuda": full_fp32() # what is not cast is fp32
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
 # %% ../nbs/00_core.ipynb #8973ac01
 def _lines(path): # of a file; none where it cannot be read
@@ -812,14 +851,15 @@ def unlock_file(path:str|Path, # the lock
     os.close(fd)
 
 # %% ../nbs/00_core.ipynb #1405f747
-def environment(device:str="cpu", # where the run computes
+def environment(device="cpu", # where the run computes
                 precision:str="fp32" # in which number format
                )->dict: # versions and hardware
     "What a reader needs to know about the machine"
     import torch, numpy
-    d = {"ltnb": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "platform": platform.platform(), "device": device,
+    d = {"ltnb": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "platform": platform.platform(), "device": str(device),
          "precision": precision, "cpu_flags": cpu_flags(), "cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-    if device == "cuda": d["gpu"] = torch.cuda.get_device_name()
+    d["tf32"] = tf32_in_use(device)
+    if device_type(device) == "cuda": d["gpu"] = torch.cuda.get_device_name(device)
     return d
 
 

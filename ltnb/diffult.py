@@ -8,9 +8,9 @@ __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUM
            'step_balance', 'step_generate', 'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images',
            'weighed', 'describe_real', 'recognised_shares', 'real_mix', 'describe_generator', 'generator_rows',
            'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps', 'less_head',
-           'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'seconds_a_run', 'fit_budget', 'published',
-           'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows', 'finish_run',
-           'check_inputs', 'run', 'summary']
+           'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'Ticks', 'seconds_a_run', 'fit_budget',
+           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
+           'finish_run', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/22_diffult.ipynb #b00c5b94
 import contextlib, math, time
@@ -27,9 +27,10 @@ from .aid import (ALPHA, AID_BANDS, FORMS, AIDLoss, Balance, Calibration, Extrac
                   class_geometry, draw_filtered, gradient_balance)
 from .augment import Augment
 from .baseline import BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory, score_answers, train as train_baseline
-from .core import Run, UsageError, choose_device, choose_precision, nearest, read_json, read_jsonl, write_json
+from .core import (Run, UsageError, choose_device, choose_precision, device_type, nearest, read_json, read_jsonl,
+                       write_json)
 from .data import ImageSet, LongTail, plot_counts
-from .diffusion import DiffusionModel, diversity, frechet_distance, sample_images
+from .diffusion import DiffusionModel, diversity, frechet_distance
 from .generate import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid, settled,
                            train_judge, train_model)
 from .labels import class_prior
@@ -496,27 +497,40 @@ def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:Diffusi
     save_figure(fig, run.path/"figures"/"counts.png")
 
 # %% ../nbs/22_diffult.ipynb #10ca644d
+class Ticks:
+    "When each unit of work was done; the first ones do not count, as networks are compiled and memory is found in them"
+
+    def __init__(self, device, # where the work is done
+                 warm:int=1 # units that do not count
+                ):
+        self.gpu, self.warm, self.at = device_type(device) == "cuda", warm, []
+
+    def __call__(self, *_): # after a unit
+        if self.gpu: torch.cuda.synchronize()
+        self.at.append(time.perf_counter())
+
+    @property
+    def seconds(self)->float: # a unit, the median of the warm ones
+        return max(float(np.median(np.diff(self.at[self.warm - 1:]))), 1e-6)
+
+
 def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where
                  )->tuple[float, float]: # making the images, and training; of all seeds, without the sweeps
-    "An estimate from a few steps of each stage"
-    def clock(f, n): # seconds a unit, from the difference of n and 5 n of them, so that what happens once does not count
-        def once(n):
-            if device == "cuda": torch.cuda.synchronize()
-            start = time.perf_counter()
-            f(n)
-            if device == "cuda": torch.cuda.synchronize()
-            return time.perf_counter() - start
-        once(n)
-        return max(once(5 * n) - once(n), 1e-6) / (4 * n)
-    wanted, base = int(images_wanted(cfg, data).sum()), resolve_baseline(classifier_config(cfg), data)
-    one_step = clock(lambda n: train_model(replace(cfg, n_steps=n), data, 0, device, precision), 3)
-    model = train_model(replace(cfg, n_steps=1), data, 0, device, precision)
-    one_image = clock(lambda n: sample_images(model, np.stack([np.zeros(n, np.int64), np.arange(n)], 1), cfg.sampler, cfg.sample_steps, cfg.guidance_scale, bs=64, device=device, precision=precision), 16)
+    "An estimate from a few warm steps of each stage, each in one training"
+    step, image, epoch = Ticks(device, 3), Ticks(device), Ticks(device) # a step is looked at before its backward pass
+    def watch(model, batch, noise, prediction, t): step(); return prediction.new_zeros(())
+    model = train_model(replace(cfg, n_steps=9), data, 0, device, precision, extra_losses=[watch])
+    make, _ = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, 0, device, precision, cfg.spacing)
+    n = 256 if image.gpu else 16
+    for i in range(4): image(make(np.stack([np.zeros(n, np.int64), np.arange(i * n, (i + 1) * n)], 1)))
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more
-    part = data.train.take(at)
-    one_item = clock(lambda n: fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, n, min(cfg.bs, len(at)), cfg.lr, cfg.wd, augment=Augment(base.augment), device=device, precision=precision), 1) / len(at)
+    part, base = data.train.take(at), resolve_baseline(classifier_config(cfg), data)
+    fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, 6, min(cfg.bs, len(at)), cfg.lr, cfg.wd,
+        augment=Augment(base.augment), device=device, precision=precision, after_epoch=epoch)
+    wanted = int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
     items = cfg.n_epochs * (len(data.train) + (10 + 3 * cfg.pipelines) * (len(data.train) + wanted))
-    return cfg.seeds * 2.5 * wanted * one_image, cfg.seeds * (2.1 * cfg.n_steps * one_step + items * one_item)
+    making, training = 2.5 * wanted * image.seconds / n, 2.1 * cfg.n_steps * step.seconds + items * epoch.seconds / len(at)
+    return cfg.seeds * making, cfg.seeds * training
 
 # %% ../nbs/22_diffult.ipynb #f9c01da1
 def fit_budget(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where

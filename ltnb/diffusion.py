@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'UNETS', 'SAMPLERS', 'SPACINGS', 'CB_LABELS', 'CB_SPACES', 'noise_ratios', 'betas',
            'Objective', 'Eps', 'Velocity', 'EDM', 'build_objective', 'build_unet', 'NoiseModel', 'NoisyBatch',
-           'noisy_batch', 'diffusion_loss', 'nudge', 'DiffusionModel', 'check_diffusion', 'train_diffusion',
-           'diffusion_rate', 'log_steps', 'sampler_spacing', 'build_scheduler', 'sample_batch', 'sample_images',
-           'frechet_distance', 'nearest_in_class', 'diversity', 'diffusers_settings', 'cbdm_prior', 'cbdm_loss']
+           'noisy_batch', 'diffusion_loss', 'nudge', 'DiffusionModel', 'check_diffusion', 'on_device',
+           'train_diffusion', 'diffusion_rate', 'log_steps', 'sampler_spacing', 'build_scheduler', 'sample_batch',
+           'sample_images', 'frechet_distance', 'nearest_in_class', 'diversity', 'diffusers_settings', 'cbdm_prior',
+           'cbdm_loss']
 
 # %% ../nbs/20_diffusion.ipynb #b4b86eb1
 import copy, hashlib, math, shutil
@@ -22,8 +23,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import flip as flip_half
-from .core import (DataError, LtnbError, Progress, UsageError, atomic_write, autocast, generator, nearest, os_error,
-                   read_json, seeded, write_json)
+from .core import (DataError, LtnbError, Progress, UsageError, atomic_write, autocast, device_type, generator, nearest,
+                   os_error, read_json, seeded, write_json)
 from .synthetic import item_noise
 from .training import Averages, Clock, Team, dropout_seeded, keep, power_indices, ramped, restore
 
@@ -324,17 +325,30 @@ def check_diffusion(images:np.ndarray, labels:np.ndarray, # (N, C, H, W), (N,)
     for name, v in shares.items():
         if not 0 <= v <= 1: raise UsageError(f"{name} is a share, from 0 to 1, got {v:g}.")
 
+# %% ../nbs/20_diffusion.ipynb #d723562d
+def on_device(net:nn.Module, # moved in place
+              device="cpu", # where it is to run
+              compiled:bool|None=None, # use torch.compile; None: on a GPU
+              channels_last:bool|None=None # keep a pixel's channels side by side; None: on a GPU
+             )->nn.Module: # what to call: the network itself, or its compiled form
+    "Put a network where it runs, in the form that is fast there; on a CPU it stays as it is"
+    gpu = device_type(device) == "cuda"
+    layout = torch.channels_last if (gpu if channels_last is None else channels_last) else torch.preserve_format
+    net.to(device, memory_format=layout)
+    if not (gpu if compiled is None else compiled): return net
+    torch._dynamo.reset() # else many networks in one process reach its limit of recompilations
+    return torch.compile(net)
+
 # %% ../nbs/20_diffusion.ipynb #218afb6d
 class _Training:
     "The changing state of one `train_diffusion`"
     block = 256 # steps whose images are drawn together
 
     def __init__(self, net, objective, images, labels, n_classes, key, device, precision, compiled, channels_last, lr, team):
-        self.net = net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format).train()
-        if compiled: torch._dynamo.reset() # else many trainings in one process reach its limit of recompilations
-        self.model = NoiseModel(torch.compile(net) if compiled else net, objective, n_classes, precision)
+        self.net = net.train()
+        self.model = NoiseModel(on_device(net, device, compiled, channels_last), objective, n_classes, precision)
         self.images, self.labels = torch.from_numpy(np.ascontiguousarray(images)).to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .99), weight_decay=0., fused=device == "cuda")
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .99), weight_decay=0., fused=device_type(device) == "cuda")
         self.weights, self.averages = list(net.parameters()), Averages(net)
         self.key, self.device, self.team, self.drawn = key, device, team, (None, None)
 
@@ -406,7 +420,7 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
                     cb_space:str="prediction", # of `cbdm_loss`: what is compared
                     extra_losses=(), extra_after:float=0., # functions of (model, batch, noise, prediction, t) -> scalar; share of the steps after which they count
                     ema:float=.9999, clip:float=1., # decay of averaged weights after the ramp; longest gradient, 0 for any
-                    seed:int=0, device:str="cpu", precision:str="fp32", compiled:bool=False, channels_last:bool|None=None, # of all randomness; where and in which number format; use torch.compile; None: on a GPU
+                    seed:int=0, device:str="cpu", precision:str="fp32", compiled:bool|None=False, channels_last:bool|None=None, # of all randomness; where and in which number format; as in `on_device`
                     class_names=None, run=None, name:str="diffusion", save_every:float=20., # K names; a Run that keeps checkpoints and metrics; the stage's name there; seconds between checkpoints
                     on_sample=None, sample_every:int=0, team:Team=Team() # function of (step, DiffusionModel), called every so many steps; who shares the batches
                    )->DiffusionModel: # on the CPU
@@ -420,7 +434,6 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
         cbdm = partial(cbdm_loss, prior=cbdm_prior(cb_label, counts).to(device), tau=cb_tau, gamma=cb_gamma, share=cb_share, space=cb_space)
         losses, waiting = [*losses, cbdm], [*waiting, cbdm]
     net = build_unet(unet, images.shape[2], images.shape[1], n_classes, seed)
-    if channels_last is None: channels_last = device == "cuda"
     t = _Training(net, o, images, labels, n_classes, (seed, "diffusion"), device, precision, compiled, channels_last, diff_lr, team)
     result = lambda: DiffusionModel(t.averaged().cpu(), o, tuple(map(str, range(n_classes) if class_names is None else class_names)), images.shape[1:], counts)
     stage, key, writer = f"{name}-seed-{seed}", dict(stage=name, seed=seed), run if team.writes else None
@@ -514,7 +527,8 @@ def sample_images(model:DiffusionModel, # trained
                   seed:int=0, attempt:int=0, # change the noise; for another set, and for another try of an item
                   bs:int=256, device:str="cpu", precision:str="fp32", # images at a time, where, in which number format
                   progress=lambda n: None, # told the number of images after each batch
-                  spacing:str|None=None # as in `sampler_spacing`
+                  spacing:str|None=None, # as in `sampler_spacing`
+                  net:nn.Module|None=None # the model's network as `on_device` gives it; None: as it is, not compiled
                  )->tuple[torch.Tensor, list[dict]]: # (N, C, H, W) uint8 on the CPU, and what the manifest should know of each
     "Generate the items of a plan"
     plan = np.asarray(plan, dtype=np.int64).reshape(-1, 2)
@@ -524,7 +538,8 @@ def sample_images(model:DiffusionModel, # trained
         raise UsageError(f"sample_steps and bs must be at least 1 and guidance_scale at least 0, got {sample_steps}, {bs} and {guidance_scale:g}.")
     spacing = sampler_spacing(sampler, spacing) # an unknown name is an error even where there is nothing to do
     key = ("diffusion", model.fingerprint, seed, attempt)
-    on = NoiseModel(model.unet.to(device), model.objective, model.n_classes, precision)
+    if net is None: net = on_device(model.unet, device, compiled=False)
+    on = NoiseModel(net, model.objective, model.n_classes, precision)
     out = torch.empty(len(plan), *model.image_shape, dtype=torch.uint8)
     how = dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=guidance_scale, spacing=spacing)
     rows = [dict(how) for _ in plan]

@@ -22,11 +22,11 @@ import torch
 
 from .baseline import default_arch, run_directory
 from .core import (Config, DataError, LtnbError, Progress, Run, UsageError, choose_device, choose_precision,
-                       computing_threads, read_json, read_jsonl, tell, write_json)
+                       computing_threads, device_type, read_json, read_jsonl, tell, write_json)
 from .data import (BALANCED, BANDS, DATASETS, DataConfig, ImageSet, LongTail, figure_names, free_memory, load_data,
                        plot_counts, show_images)
 from .diffusion import (OBJECTIVES, DiffusionModel, build_objective, build_unet, check_diffusion, frechet_distance,
-                            sample_images, sampler_spacing, train_diffusion)
+                            on_device, sample_images, sampler_spacing, train_diffusion)
 from .metrics import score
 from .models import Classifier, build_model, encode, pixel_stats
 from .report import html_figure, html_table, methods, new_figure, percent, render, save_figure, values, write_report
@@ -226,31 +226,34 @@ def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images
     "A diffusion model with the settings of a config"
     own = dict(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power, flip=cfg.diff_flip,
                nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, cb_space=cfg.cb_space, ema=cfg.diff_ema)
-    own |= dict(seed=seed, device=device, precision=precision, compiled=device == "cuda" if cfg.compiled is None else cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
+    own |= dict(seed=seed, device=device, precision=precision, compiled=cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
     train = data.train if train is None else train
     return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
 
 # %% ../nbs/20_generate.ipynb #00d814bb
 def image_maker(model:DiffusionModel, sampler:str, sample_steps:int, guidance_scale:float, seed:int, # as in `sample_images`
                 device:str="cpu", precision:str="fp32", # where, in which number format
-                spacing:str|None=None # as in `sample_images`
+                spacing:str|None=None, # as in `sample_images`
+                compiled:bool|None=False # as in `on_device`
                )->tuple: # (rows of a plan, attempt) -> images and dicts, and the settings that make them what they are
     "What `make_synthetic` asks of a diffusion model"
+    net = on_device(model.unet, device, compiled) # once for all shards
     def make(rows, attempt=0):
         return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt,
-                             device=device, precision=precision, spacing=spacing)
-    how = dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale), spacing=sampler_spacing(sampler, spacing))
-    return make, how | dict(precision=precision)
+                             device=device, precision=precision, spacing=spacing, net=net)
+    how = dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale))
+    return make, how | dict(spacing=sampler_spacing(sampler, spacing), precision=precision)
 
 
 def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # trained; (N, 2) rows (class, k); gets shards and manifest
                 sampler:str="dpm++", sample_steps:int=20, guidance_scale:float=1., seed:int=0, # as in `sample_images`
                 device:str="cpu", precision:str="fp32", name:str="sample", # where, in which number format; for the progress
                 spacing:str|None=None, # as in `sample_images`
+                compiled:bool|None=False, # as in `on_device`
                 **job # other settings of `make_synthetic`
                )->Synthetic|None: # as `make_synthetic` gives it
     "Generate what is missing of a plan"
-    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision, spacing)
+    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision, spacing, compiled)
     bar = Progress(name, len(plan))
     made = make_synthetic(folder, plan, make, model.fingerprint, seed, settings, **{**dict(attempts=3, progress=bar.step), **job})
     bar.close()
@@ -348,7 +351,7 @@ def run_seed(cfg:DiffusionConfig, data:LongTail, seed:int, device:str, precision
         model.save(run.path/"model", seed=seed)
         figure(model, path=run.path/"figures"/"samples.png")
     with run.timed(seed=seed, stage="sample"):
-        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample", cfg.spacing)
+        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample", cfg.spacing, cfg.compiled)
     with run.timed(seed=seed, stage="judge"):
         clf = train_judge(cfg, data, seed, device, precision, run) if cfg.judge_epochs else None
         if clf and seed == cfg.seed: clf.save(run.path/"judge")
@@ -431,15 +434,18 @@ class GenerateConfig(Config):
     sampler: Literal["ddim", "dpm++", "heun", "ddpm"]|None = None # how images are made (default: as the run did, else dpm++)
     sample_steps: int|None = None # steps of the sampler (default: as the run did, else 20)
     guidance_scale: float|None = None # 1 for none; above 1: more typical items (default: as the run did, else 1.5)
+    spacing: Literal["karras", "trailing"]|None = None # which noise levels the sampler visits (default: as the run did, else karras for dpm++ and heun)
     seed: int = 0 # of the noise
     shard_size: int = 1024 # images a file; also what a kill can cost
     png: bool = False # also write class folders of PNG files
     copies: bool = True # look for near copies of the training images, where --model is a run and its images are at hand
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes (auto: as the run did, on such a device)
+    compiled: bool|None = None # use torch.compile (default: on a GPU)
     threads: str = "auto" # how many threads compute: auto or a number
-    not_identity: ClassVar[tuple] = ("out", "threads")
+    not_identity: ClassVar[tuple] = ("out", "threads", "compiled")
     paths: ClassVar[tuple] = ("model",)
+    not_identity: ClassVar[tuple] = (*Config.not_identity, "compiled")
     limits: ClassVar[dict] = {"per_class": (1, 10**6 - 1), "target_per_class": (1, 10**6 - 1), "sample_steps": (1, 1000), "guidance_scale": (0, None), "seed": (0, 2**31 - 1), "shard_size": (1, 10**6)}
 
 # %% ../nbs/20_generate.ipynb #f349bc65
@@ -478,10 +484,12 @@ USUAL = {"sampler": "dpm++", "sample_steps": 20, "guidance_scale": 1.5} # where 
 def as_the_run(cfg:GenerateConfig # as given
               )->GenerateConfig: # with a sampler, its steps and a guidance scale
     "Settings that were left out are those with which the run made its own images"
-    if all(getattr(cfg, k) is not None for k in USUAL): return cfg
+    if all(getattr(cfg, k) is not None for k in (*USUAL, "spacing")): return cfg
     run = model_folder(cfg.model)[1]
-    known = read_json(run/"config.json") if run else {}
-    return replace(cfg, **{k: known.get(k, v) for k, v in USUAL.items() if getattr(cfg, k) is None})
+    known = {"spacing": "trailing"} | read_json(run/"config.json") if run else {} # all there was, before it could be chosen
+    cfg = replace(cfg, **{k: known.get(k, v) for k, v in USUAL.items() if getattr(cfg, k) is None})
+    own = known.get("spacing") if cfg.sampler == known.get("sampler") else None
+    return cfg if cfg.spacing else replace(cfg, spacing=sampler_spacing(cfg.sampler, own))
 
 
 def same_precision(cfg:GenerateConfig, run:Path|None, device:str # as given; of the model; where
@@ -541,12 +549,12 @@ def _generate(config): # what `generate` gives, with the threads that are set
     config, (plan, empty) = as_the_run(config), planned(config, model)
     device = choose_device(config.device)
     precision, (rank, world), out = same_precision(config, run, device), job_worker(), images_folder(config)
-    if device == "cuda" and world > 1: torch.cuda.set_device(rank % torch.cuda.device_count())
-    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "out", "device", "threads")} | {"precision": precision, "model": model.fingerprint}
+    if device_type(device) == "cuda" and world > 1: torch.cuda.set_device(rank % torch.cuda.device_count())
+    asked = {k: v for k, v in config.to_dict().items() if k not in ("model", "device", *config.not_identity)} | {"precision": precision, "model": model.fingerprint}
     report, manifest = out/"generated.json", out/"manifest.jsonl"
     digest = lambda: hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
     if report.exists() and (was := read_json(report))["settings"] == asked and was["manifest"] == digest() and is_whole(out): return was if rank == 0 else None
-    made = make_images(model, plan, out, config.sampler, config.sample_steps, config.guidance_scale, config.seed, device, precision, "generate", shard_size=config.shard_size, other="refuse", worker=(rank, world), keep=False)
+    made = make_images(model, plan, out, config.sampler, config.sample_steps, config.guidance_scale, config.seed, device, precision, "generate", config.spacing, config.compiled, shard_size=config.shard_size, other="refuse", worker=(rank, world), keep=False)
     if rank: return None
     seen = look_for_copies(out, run, device) if config.copies else {"not_looked_for": "--copies false"}
     if config.png: write_png(made, out/"png", model.class_names)

@@ -9,8 +9,8 @@ __all__ = ['PULLS', 'alpha_sigma', 'Block', 'Denoiser', 'denoising_loss', 'Laten
            'gaussian_features', 'mixed_features']
 
 # %% ../nbs/10_latent.ipynb #39e942bc
-import hashlib, math
-from dataclasses import dataclass
+import copy, hashlib, math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -109,6 +109,13 @@ class LatentModel:
         h = hashlib.blake2b(digest_size=8)
         for v in (*self.net.state_dict().values(), self.mean, self.sd, torch.tensor(self.floor)): h.update(v.detach().cpu().numpy().tobytes())
         return h.hexdigest()
+
+    def to(self, device # where to sample
+          )->"LatentModel": # itself where it is there already, else a copy
+        "The model on another device"
+        if self.mean.device == torch.empty(0, device=device).device: return self
+        net = copy.deepcopy(self.net).to(device)
+        return replace(self, net=net, mean=self.mean.to(device), sd=self.sd.to(device))
 
 
 def standardisation(z:torch.Tensor # (N, d) features
@@ -276,7 +283,7 @@ def draw_neighbours(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) r
 PULLS = ("neighbours", "any class", "none")
 
 
-def sample_features(model:LatentModel, # trained
+def sample_features(model:LatentModel, # trained, on the device that is to compute
                     plan:np.ndarray, # (N, 2) rows (class, k)
                     around:Neighbourhood|None=None, # which all but pull="none" need
                     pull:str="neighbours", # what rare classes are pulled toward: one of PULLS
@@ -284,21 +291,23 @@ def sample_features(model:LatentModel, # trained
                     temperature:float=1.4, # of the start noise
                     guidance_scale:float=1., # above 1: more typical items
                     sample_steps:int=20 # of DDIM
-                   )->tuple[torch.Tensor, list[dict]]: # (N, d) features, and what the manifest should know of each
+                   )->tuple[torch.Tensor, list[dict]]: # (N, d) features on the CPU, and what the manifest should know of each
     "Generate the items of a plan"
     if pull not in PULLS: raise UsageError(f"pull={pull!r} is not a choice. {nearest(pull, PULLS)}")
     if pull != "none" and around is None: raise UsageError(f"pull={pull!r} needs to know around which classes: give a Neighbourhood, or pull='none'.")
     key = ("latent", model.fingerprint) # other settings keep their noise, so that they can be compared item by item
-    noise, code = item_noise(key, plan, model.mean.shape) * temperature, model.net.code(torch.from_numpy(plan[:, 0])).detach()
+    device, noise = model.mean.device, item_noise(key, plan, model.mean.shape) * temperature
+    def code_of(classes): return model.net.code(torch.from_numpy(classes).to(device)).detach()
+    code = code_of(plan[:, 0])
     u = draw_pull(key, plan, around.strength, kappa) if pull != "none" else np.zeros(len(plan))
     g, rows = torch.full((len(plan),), guidance_scale), [{"pull": round(float(v), 6)} for v in u]
     if pull == "any class": g = g * (1 - torch.from_numpy(u).float())
     if pull == "neighbours":
         other = draw_neighbours(key, plan, around.toward)
-        code = torch.lerp(code, model.net.code(torch.from_numpy(other)).detach(), torch.from_numpy(u).float()[:, None])
+        code = torch.lerp(code, code_of(other), torch.from_numpy(u).float()[:, None].to(device))
         rows = [{**r, "toward": int(j)} for r, j in zip(rows, other)]
-    x = ddim(model.net, noise, code, None if (g == 1).all() else g, sample_steps)
-    return (x * model.sd + model.mean).clamp_min(model.floor), rows
+    x = ddim(model.net, noise.to(device), code, None if (g == 1).all() else g.to(device), sample_steps)
+    return (x * model.sd + model.mean).clamp_min(model.floor).cpu(), rows
 
 # %% ../nbs/10_latent.ipynb #4e8f0bc8
 def garbage_features(z:torch.Tensor, # (N, d) training features

@@ -205,13 +205,14 @@ def neighbourhood(cfg:LDMLRConfig, f:Features, base:Head # resolved; frozen feat
 def stage_sample(cfg:LDMLRConfig, # resolved
                  model:LatentModel, plan:np.ndarray, # of `stage_generate`
                  f:Features, base:Head, # frozen features and the stage-1 head
-                 seed:int, folder:str|Path # gets shards and manifest
+                 seed:int, folder:str|Path, # gets shards and manifest
+                 device="cpu" # where to compute; the noise is the same everywhere
                 )->Synthetic: # generated features
     "Make the planned features, a shard at a time"
-    around = neighbourhood(cfg, f, base)
+    around, there = neighbourhood(cfg, f, base), model.to(device)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps)
     bar = Progress(f"seed {seed}: sample", len(plan))
-    def make(part): return sample_features(model, part, around, *settings)
+    def make(part): return sample_features(there, part, around, *settings)
     made = make_synthetic(folder, plan, make, model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step, keep=False)
     bar.close()
     items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
@@ -358,7 +359,7 @@ def ablation_rows(cfg:LDMLRConfig, # resolved
         if now.encoding != cfg.encoding: mine = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
         if mine is not f or now.diff_width != cfg.diff_width: generator = stage_generate(now, mine, seed, device, precision, run, name=f"denoiser-{file}")[0]
         plan = make_plan(planned_counts(f.counts, now.per_class, now.ratio, now.bands))
-        made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/file)
+        made = stage_sample(now, generator, plan, mine, base, seed, run.path/"synthetic"/f"seed-{seed}"/file, device)
         heads = {("ldmlr", start): h for start, h in fit_heads(now, mine, base, made.items, made.labels, seed).items()}
         rows += [{**r, "method": label, "ablation": label.split(":")[0]}
                  for r in score_rows(mine, base, heads, seed, ("ldmlr + label shift",), prior)
@@ -406,7 +407,7 @@ def run_seed(cfg:LDMLRConfig, # resolved
     base, prior = base_head(f, cfg, seed), class_prior(cfg.test_prior, f.class_names, f.counts)
     if cfg.encoding == "as coded": f = replace(f, train=room_of("published").encode_as_coded(clf, data, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision))
     with run.timed(seed=seed, stage="generator"): model, plan = room.stage_generate(cfg, f, seed, device, precision, run)
-    with run.timed(seed=seed, stage="sample"): made = room.stage_sample(cfg, model, plan, f, base, seed, run.path/"synthetic"/f"seed-{seed}")
+    with run.timed(seed=seed, stage="sample"): made = room.stage_sample(cfg, model, plan, f, base, seed, run.path/"synthetic"/f"seed-{seed}", device)
     with run.timed(seed=seed, stage="heads"): heads = room.stage_classify(cfg, f, base, made, seed)
     with run.timed(seed=seed, stage="decoupled heads"): heads |= decoupled_heads(cfg, f, base, seed)
     if seed == cfg.seed: keep_first(run, clf, f, heads["ldmlr", "label shift"], made, data_name(cfg), prior)

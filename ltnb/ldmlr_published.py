@@ -329,11 +329,13 @@ def stage_generate(cfg:LDMLRConfig, # resolved, variant="published"
 def stage_sample(cfg:LDMLRConfig, # resolved
                  model:PublishedModel, plan:np.ndarray, # of `stage_generate`
                  f:Features, base:Head, # not used: the released generator knows no neighbours
-                 seed:int, folder:str|Path # gets shards and manifest
+                 seed:int, folder:str|Path, # gets shards and manifest
+                 device="cpu" # where to compute; the noise is the same everywhere
                 )->Synthetic: # generated features
     "Make the planned features, a shard at a time"
     bar = Progress(f"seed {seed}: sample", len(plan))
-    made = make_synthetic(folder, plan, lambda part: sample_published(model, part, cfg.sample_steps), model.fingerprint, seed, (cfg.sample_steps,), progress=bar.step)
+    def make(part): return sample_published(model, part, cfg.sample_steps, device)
+    made = make_synthetic(folder, plan, make, model.fingerprint, seed, (cfg.sample_steps,), progress=bar.step)
     bar.close()
     return made
 

@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import beta_draw, cutmix as cutmix_batch, mixup as mixup_batch
-from .core import DataError, LtnbError, Progress, UsageError, autocast, generator, nearest, seeded, stable_seed, tell
+from .core import (DataError, LtnbError, Progress, UsageError, autocast, device_type, generator, nearest, seeded,
+                       stable_seed, tell)
 from .data import ImageFiles, LongTail, free_memory
 from .losses import Loss, build_loss
 from .metrics import score
@@ -156,7 +157,7 @@ class Batches:
         if not self.on_disk: yield from (self.images[i] for i in order); return
         parts = order if self.team is None else [self.team.mine(i) for i in order]
         for i, x in zip(order, map(torch.from_numpy, self.decoded([p.cpu().numpy() for p in parts]))):
-            x = (x.pin_memory() if self.device == "cuda" else x).to(self.device, non_blocking=True)
+            x = (x.pin_memory() if device_type(self.device) == "cuda" else x).to(self.device, non_blocking=True)
             yield x if self.team is None else self.team.whole(x, len(i))
 
     def decoded(self, order:list # of (B,) positions
@@ -333,7 +334,7 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
     "The team that torchrun or accelerate launch has started"
     size, patience = int(os.environ.get("WORLD_SIZE", 1)), _patience()
     if size == 1: return Team()
-    on_gpu = device.startswith("cuda")
+    on_gpu = device_type(device) == "cuda"
     if on_gpu: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         if not torch.distributed.is_initialized():
@@ -345,6 +346,7 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
     store = torch.distributed.distributed_c10d._get_default_store()
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return Team(rank, size, torch.distributed.PrefixStore(f"ltnb-{next(_joined)}", store), patience)
+
 
 # %% ../nbs/05_training.ipynb #e7ceb914
 def train_step(net:nn.Module, optimizer:torch.optim.Optimizer, # in place
@@ -734,7 +736,7 @@ class _Training:
         w = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         self.clf, self.device, self.team, self.loss = clf.to(device, memory_format=torch.channels_last), device, team, (loss or build_loss("cross_entropy", (counts if w is None else torch.bincount(y, w, len(counts)).double()) * counts ** (power - 1))).to(device)
         self.loss.check(y, (1. if w is None else w.double()) * counts[y] ** (power - 1))
-        if team.size > 1 and device == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
+        if team.size > 1 and device_type(device) == "cuda": clf.net = nn.SyncBatchNorm.convert_sync_batchnorm(clf.net)
         self.least = least_batch(clf, images.shape[1:], bs, team.size)
         self.n_steps, self.usual = len(split_order(y, bs, self.least)), math.ceil(len(y) / bs)
         self.batches, self.y = Batches(images, device, workers, team=team), y.to(device)
