@@ -9,7 +9,7 @@ import torch
 from pretend import BACKWARD, fake_gpu, pretend_gpu
 
 from ltnb import diffusion
-from ltnb.aid import FORMS, AIDLoss, Extractor, calibrate, check_extractor, class_geometry, mean_strength
+from ltnb.aid import FORMS, AIDLoss, Calibration, Extractor, calibrate, check_extractor, class_geometry, mean_strength
 from ltnb.augment import AUGMENTATIONS, OPS, Augment, apply_ops, cutmix, mixup, op_levels
 from ltnb.core import generator
 from ltnb.data import ImageSet, LongTail
@@ -53,7 +53,7 @@ def unet_model(objective="v"):
 def aid_loss(form, objective):
     "The loss of an untrained phi_0, with its constants"
     phi = Extractor(classifier())
-    loss = AIDLoss(phi, class_geometry(phi, image_set()), form)
+    loss = AIDLoss(phi, class_geometry(phi, image_set()), form, calibration=Calibration(1., .8, 1., (.5,) * 65))
     loss._mean[repr(objective)] = mean_strength(objective) # a number, which FakeTensors have not
     return loss
 
