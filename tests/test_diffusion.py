@@ -276,7 +276,7 @@ def test_resume_keeps_the_memory_format(tmp_path, data):
         t.keep(run, "s", 1)
         again = training()
         assert again.restore(run, "s") == 1
-    for p, average in zip(again.weights, again.averages):
+    for p, average in zip(again.weights, again.averages.state.values()):
         assert p.stride() == average.stride() and all(v.stride() == p.stride() for v in again.optimizer.state[p].values() if v.shape == p.shape)
     assert any(p.ndim == 4 and p.shape[1] > 1 and not p.is_contiguous() for p in again.weights), "the weights are channels_last"
 
