@@ -28,12 +28,13 @@ WAYS = {"1 thread": {"OMP_NUM_THREADS": "1"},
 
 def commands(features, quick):
     "name -> arguments of the command"
-    steps = lambda n: str(max(n // 30, 2) if quick else n)
+    def steps(n): return str(max(n // 30, 2) if quick else n)
     works = {"demo, two seeds": ["demo", "--seeds", "1" if quick else "2"],
              "digits diffusion": ["run", "diffusion", "--plain", "--n-steps", steps(150), "--per-class", steps(60),
                                   "--judge-epochs", "1" if quick else "3"]}
-    if features: works["LDMLR on features"] = ["run", "ldmlr", "--plain", "--features", features, "--n-steps", steps(300),
-                                               "--head-steps", steps(60), "--scratch-steps", steps(60)]
+    if features:
+        works["LDMLR on features"] = ["run", "ldmlr", "--plain", "--features", features, "--n-steps", steps(300),
+                                      "--head-steps", steps(60), "--scratch-steps", steps(60)]
     return works
 
 

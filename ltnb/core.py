@@ -526,7 +526,8 @@ def computing_threads(asked:str="auto", # or a number
     before = torch.get_num_threads()
     with threadpool_limits({"openmp": number} if own else {"openmp": number, "blas": number}):
         torch.set_num_threads(number)
-        try: yield {"number": number, "asked": asked, "why": why, "waiting": _waiting(handed), "user": user, **vars(machine)}
+        said = {"number": number, "asked": asked, "why": why, "waiting": _waiting(handed), "user": user}
+        try: yield said | vars(machine)
         finally: torch.set_num_threads(before)
 
 
@@ -539,7 +540,8 @@ def valid_threads(value # of a setting `threads`
                  )->str: # "auto", or a number as text
     "The setting, checked; whole numbers are taken as well"
     text = str(value) if type(value) is int else value
-    if text == "auto" or (type(text) is str and text.isascii() and text.isdecimal() and 1 <= int(text) <= 1024): return text
+    number = int(text) if type(text) is str and text.isascii() and text.isdecimal() else 0
+    if text == "auto" or 1 <= number <= 1024: return text
     raise UsageError(f"threads must be auto, or a whole number from 1 to 1024, got {value!r}.")
 
 # %% ../nbs/00_core.ipynb #dbfe122b
@@ -1019,7 +1021,7 @@ def start(self:Run, resolved:Config, # the settings with nothing left open
             raise LtnbError(f"{self.path} was begun with other settings or on another kind of machine "
                             f"({'; '.join(differ)}): restore them, or choose another --out.")
         now = there | seeds
-        if "seeds" in (there.get("given") or {}): now["given"] = there["given"] | seeds # older versions had it there too
+        if "seeds" in (there.get("given") or {}): now["given"] = there["given"] | seeds # of an older version
         if now != there: write_json(self.path/"config.json", now)
     else: write_json(self.path/"config.json", config)
     threads = {"threads": self.threads} if self.threads else {}
@@ -1163,7 +1165,8 @@ def tell_seeds(self:Run):
     "Say so where a finished run has more seeds than are asked for"
     n, asked = len(self.rows_by_seed()), getattr(self.config, "seeds", None)
     if asked is None or n <= asked or Progress.quiet: return
-    tell(f"note: {self.path} has {n} seeds, {asked} {'is' if asked == 1 else 'are'} asked for: all {n} are kept and shown.")
+    tell(f"note: {self.path} has {n} seeds, {asked} {'is' if asked == 1 else 'are'} asked for: "
+         f"all {n} are kept and shown.")
 
 # %% ../nbs/00_core.ipynb #f92f4fee
 def step_work(config:Config, data # the settings, a LongTail or Features
@@ -1187,8 +1190,9 @@ def computing(self:Run, data # a LongTail or Features
         self.threads = threads
         if begun and begun != threads["number"]:
             self.threads = threads | {"begun_with": begun}
-            if not Progress.quiet: tell(f"note: {self.path} was begun with {begun} thread{'' if begun == 1 else 's'} and goes on with "
-                                        f"{threads['number']} ({threads['why']}): results may differ in rounding.")
+            was = f"{begun} thread{'' if begun == 1 else 's'}"
+            if not Progress.quiet: tell(f"note: {self.path} was begun with {was} and goes on with {threads['number']} "
+                                        f"({threads['why']}): results may differ in rounding.")
         yield
 
 

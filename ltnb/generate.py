@@ -444,9 +444,8 @@ class GenerateConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes (auto: as the run did, on such a device)
     compiled: bool|None = None # use torch.compile (default: on a GPU)
     threads: str = "auto" # how many threads compute: auto or a number
-    not_identity: ClassVar[tuple] = ("out", "threads", "compiled")
     paths: ClassVar[tuple] = ("model",)
-    not_identity: ClassVar[tuple] = (*Config.not_identity, "compiled")
+    not_identity: ClassVar[tuple] = (*Config.not_identity, "compiled", "threads")
     limits: ClassVar[dict] = {"per_class": (1, 10**6 - 1), "target_per_class": (1, 10**6 - 1), "sample_steps": (1, 1000), "guidance_scale": (0, None), "seed": (0, 2**31 - 1), "shard_size": (1, 10**6)}
 
 # %% ../nbs/20_generate.ipynb #f349bc65

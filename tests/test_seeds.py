@@ -96,9 +96,11 @@ def test_directories_that_count_the_seeds_in_are_continued(main, tmp_path, monke
     before, first = tree(old), (old / "model" / "model.safetensors").read_bytes()
     assert main(*TINY, "--quiet", "--seeds", "2")[0] == 0 and tree(old) == before
     assert main(*TINY, "--quiet", "--seeds", "3")[0] == 0
-    assert [p.name for p in tmp_path.iterdir()] == [old.name] and (old / "model/model.safetensors").read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [old.name]
+    assert (old / "model" / "model.safetensors").read_bytes() == first
     config = read_json(old / "config.json")
-    assert config["seeds"] == config["given"]["seeds"] == 3 and set(Run(BaselineConfig(out=str(old))).rows_by_seed()) == {0, 1, 2}
+    assert config["seeds"] == config["given"]["seeds"] == 3
+    assert set(Run(BaselineConfig(out=str(old))).rows_by_seed()) == {0, 1, 2}
     for p in (old / "scores.json", old / "report.html"): p.unlink() # and one that was stopped
     assert main(*TINY, "--quiet", "--seeds", "3", "--out", old)[0] == 0
 
@@ -170,8 +172,8 @@ def test_a_damaged_table_is_named(tmp_path):
 
 
 # seeds that are trained at once
-def side_by_side(out, seeds): return baseline.run(BaselineConfig(n_epochs=2, heads=False, side_by_side=True, seeds=seeds,
-                                                                 **HERE, out=str(out)))
+def side_by_side(out, seeds):
+    return baseline.run(BaselineConfig(n_epochs=2, heads=False, side_by_side=True, seeds=seeds, **HERE, out=str(out)))
 
 
 def test_seeds_side_by_side(tmp_path, monkeypatch):
@@ -199,7 +201,10 @@ def test_seeds_that_were_begun_together_are_ended_together(tmp_path, monkeypatch
     assert "classifier-seeds-0-1.safetensors" in os.listdir(tmp_path / "cut" / "checkpoints")
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     seen, original = [], baseline.fit_seeds
-    monkeypatch.setattr(baseline, "fit_seeds", lambda c, x, y, seeds, *a, **k: seen.append(seeds) or original(c, x, y, seeds, *a, **k))
+    def fit_seeds(clfs, images, labels, seeds, *a, **k):
+        seen.append(seeds)
+        return original(clfs, images, labels, seeds, *a, **k)
+    monkeypatch.setattr(baseline, "fit_seeds", fit_seeds)
     rows, two = side_by_side(tmp_path / "cut", 3).scores(), side_by_side(tmp_path / "other", 2).scores()
     assert seen == [[0, 1], [2], [0, 1]] and rows[:len(two)] == two
     first = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()][:2]

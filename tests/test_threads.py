@@ -13,8 +13,8 @@ import torch
 from ltnb import core
 from ltnb.baseline import BaselineConfig
 from ltnb.cli import COMPUTING, main as command, threads_for
-from ltnb.core import (SPIN, Config, Machine, Progress, Run, UsageError, busy_cores, choose_threads, computing_threads, cpu_quota,
-                       look_at_machine, step_work, thread_variables, users_variables, valid_threads)
+from ltnb.core import (SPIN, Config, Machine, Progress, Run, UsageError, busy_cores, choose_threads, computing_threads,
+                       cpu_quota, look_at_machine, step_work, thread_variables, users_variables, valid_threads)
 from ltnb.data import LongTail
 from ltnb.generate import DiffusionConfig
 from ltnb.ldmlr import LDMLRConfig
@@ -75,7 +75,8 @@ def written(root, files):
     ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
     ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
     ({"proc/self/cgroup": "0::/slurm/job_1/step_0\n", "sys/fs/cgroup/slurm/cpu.max": "800000 100000\n",
-      "sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n", "sys/fs/cgroup/slurm/job_1/step_0/cpu.max": "max 100000\n"}, 4.),
+      "sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n",
+      "sys/fs/cgroup/slurm/job_1/step_0/cpu.max": "max 100000\n"}, 4.),
     ({"proc/self/cgroup": "5:memory:/other\n4:cpu,cpuacct:/docker/abc\n",
       "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "200000\n",
       "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n"}, 2.),
@@ -143,9 +144,12 @@ def test_what_the_command_set_is_not_the_users(bare):
 
 def test_only_commands_that_compute_choose(bare):
     assert set(COMPUTING) < set(core.sys.modules["ltnb.cli"].COMMANDS)
-    own = lambda *args: json.loads(threads_for(list(args)).get("LTNB_THREADS", "{}")).get("own", {}).get("OMP_NUM_THREADS")
+    def own(*args):
+        facts = json.loads(threads_for(list(args)).get("LTNB_THREADS", "{}"))
+        return facts.get("own", {}).get("OMP_NUM_THREADS")
     assert own("list") is own("data") is own() is own("run", "--help") is own("demo", "--threads", "none") is None
-    for args in (["--threads", "3"], ["--threads=3"], ["--threads", "1", "--threads", "3"]): assert own("demo", *args) == "3"
+    for args in (["--threads", "3"], ["--threads=3"], ["--threads", "1", "--threads", "3"]):
+        assert own("demo", *args) == "3"
     bare.setattr(core, "busy_cores", lambda *a: 0.)
     assert int(own("run", "ldmlr")) >= 1
     before = dict(os.environ)
@@ -169,7 +173,7 @@ def test_values(value, right):
         with pytest.raises(UsageError, match="threads must be auto, or a whole number"): BaselineConfig(threads=value)
 
 
-@pytest.mark.parametrize("args", [["demo"], ["run", "baseline"], ["run", "ldmlr"], ["run", "diffusion"], ["run", "diffult"],
+@pytest.mark.parametrize("args", [["demo"], *(["run", r] for r in ("baseline", "ldmlr", "diffusion", "diffult")),
                                   ["generate"], ["encode"], ["predict"], ["export"]])
 def test_every_command_that_computes_has_the_flag(main, args):
     assert "--threads auto|N" in main(*args, "--help")[1]
