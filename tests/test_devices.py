@@ -222,23 +222,31 @@ def test_features_are_the_same_wherever_they_are_sampled():
 
 
 def test_a_budget_does_not_multiply_what_happens_once(monkeypatch):
-    "A network that takes a second to compile costs a second, not a second a step"
-    import time
-    compiled = []
+    "By a clock of its own: a call of the network takes 1 second, and 100 more where it is compiled"
+    now, compiled = [0.], []
     def compile(net):
-        waits = [1.]
-        def call(*args, **more):
-            if waits: time.sleep(waits.pop())
-            return net(*args, **more)
         compiled.append(net)
+        waits = [100.]
+        def call(*args, **more):
+            now[0] += 1 + (waits.pop() if waits else 0)
+            return net(*args, **more)
         return call
+    def fit(*args, after_epoch, **more):
+        for epoch in range(6):
+            now[0] += 3 + 50 * (epoch == 0)
+            after_epoch(epoch)
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(diffult, "fit", fit)
+    monkeypatch.setattr(diffult, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     data = LongTail.digits()
-    few = dict(n_steps=1000, n_epochs=1, diff_bs=4, sample_steps=1, pipelines=False, compiled=True)
+    few = dict(n_steps=1000, n_epochs=2, diff_bs=4, sample_steps=1, pipelines=False, cb_tau=0., bs=500, compiled=True)
     cfg = diffult.resolve(diffult.DiffuLTConfig(**few), data)
     _, training = diffult.seconds_a_run(cfg, data, "cpu", "fp32")
+    wanted = int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
+    n = len(data.train) # fewer than 4 batches, so that an epoch of the measurement has all of them
+    epochs = 2 * (n + 10 * (n + wanted)) / n
     assert len(compiled) == 1, "one training is enough to measure a step"
-    assert training < 700, "1,000 steps of 4 digits, twice; with the second in each of them they would take 2,100 s"
+    assert training == pytest.approx(2.1 * 1000 * 1 + 3 * epochs)
 
 
 def test_ticks_leave_out_the_first_units():
