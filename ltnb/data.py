@@ -1714,7 +1714,7 @@ class DataConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     threads: str = "auto" # how many threads compute: auto or a number
-    not_identity: ClassVar[tuple] = ("out", "download", "seeds", "threads") # how the data came, how it is computed
+    not_identity: ClassVar[tuple] = ("out", "download", "seeds", "threads")
     paths: ClassVar[tuple] = ("data_root", "train_list", "val_list", "test_list", "class_names")
     words: ClassVar[dict] = {"class_order": ("name", "natural")}
     later: ClassVar[tuple] = ("path_column", "label_column", "split_column", "group_column", "test_prior", "grey_bits",
@@ -1723,8 +1723,7 @@ class DataConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if getattr(self, "test_prior", None) is not None:
-            object.__setattr__(self, "test_prior", prior_text(self.test_prior))
+        if (prior := getattr(self, "test_prior", None)) is not None: object.__setattr__(self, "test_prior", prior_text(prior))
 
 # %% ../nbs/01_data.ipynb #4221851f
 @patch(as_prop=True)

@@ -84,6 +84,7 @@ class Objective:
         return (u * len(self.ratios)).floor().clamp(max=len(self.ratios) - 1)
 
     def share(self, t): return t / len(self.ratios) # (B,) t / T
+    def enter(self, x, t): return x # what the network sees of x_t
 
     def scales(self, t:torch.Tensor # (B,) what the network is told
               )->tuple[torch.Tensor, torch.Tensor]: # alpha and sigma, (B, 1, 1, 1)
@@ -91,8 +92,6 @@ class Objective:
         r = _each(self.ratio(t))
         alpha = (1 + r**2).rsqrt()
         return alpha, r * alpha
-
-    def enter(self, x, t): return x # what the network sees of x_t
 
 # %% ../nbs/20_diffusion.ipynb #583f7bc4
 @patch
@@ -312,9 +311,11 @@ class DiffusionModel:
 def check_diffusion(images:np.ndarray, labels:np.ndarray, # (N, C, H, W), (N,)
                     n_classes:int, # K
                     n_steps:int, diff_bs:int, # of the training
+                    cb_space:str="prediction", # a name of `CB_SPACES`
                     **shares:float # settings that must lie between 0 and 1
                    ):
     "Refuse what cannot be trained, before anything is loaded"
+    if cb_space not in CB_SPACES: raise UsageError(f"cb_space={cb_space!r} is not a choice. {nearest(cb_space, CB_SPACES)}")
     if getattr(images, "ndim", 0) != 4 or images.dtype != np.uint8:
         raise DataError(f"images must be uint8 of shape (N, C, H, W), got {getattr(images, 'dtype', type(images).__name__)} of shape {getattr(images, 'shape', ())}.")
     if not len(images): raise DataError("a diffusion model cannot be trained on 0 images.")
@@ -426,12 +427,12 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
                    )->DiffusionModel: # on the CPU
     "Train a class-conditional diffusion model; one that was killed goes on where it stopped, bit for bit on the CPU"
     images, labels = np.asarray(images), np.asarray(labels)
-    check_diffusion(images, labels, n_classes, n_steps, diff_bs, nudge=nudge, label_drop=label_drop, cb_share=cb_share, ema=ema, extra_after=extra_after)
+    check_diffusion(images, labels, n_classes, n_steps, diff_bs, cb_space, nudge=nudge, label_drop=label_drop, cb_share=cb_share, ema=ema, extra_after=extra_after)
     counts, o = np.bincount(labels, minlength=n_classes), build_objective(objective, schedule, min_snr)
     losses, waiting = list(extra_losses), [_nothing] * len(extra_losses)
-    if cb_space not in CB_SPACES: raise UsageError(f"cb_space={cb_space!r} is not a choice. {nearest(cb_space, CB_SPACES)}")
     if cb_tau:
-        cbdm = partial(cbdm_loss, prior=cbdm_prior(cb_label, counts).to(device), tau=cb_tau, gamma=cb_gamma, share=cb_share, space=cb_space)
+        prior = cbdm_prior(cb_label, counts).to(device)
+        cbdm = partial(cbdm_loss, prior=prior, tau=cb_tau, gamma=cb_gamma, share=cb_share, space=cb_space)
         losses, waiting = [*losses, cbdm], [*waiting, cbdm]
     net = build_unet(unet, images.shape[2], images.shape[1], n_classes, seed)
     t = _Training(net, o, images, labels, n_classes, (seed, "diffusion"), device, precision, compiled, channels_last, diff_lr, team)
