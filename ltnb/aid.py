@@ -184,8 +184,7 @@ def class_geometry(extractor:Extractor, # phi_0
     centres = torch.stack([o.mean(0) for o in own]) # the mean of none is NaN
     measured = torch.tensor([diameter(o.to(device)) if len(o) else math.nan for o in own])
     h = hashlib.blake2b(f"{extractor.fingerprint}|{shrink:g}".encode(), digest_size=8)
-    h.update(json.dumps([train.images.paths, train.images.lengths]).encode() if train.on_disk else np.ascontiguousarray(train.images))
-    h.update(train.labels)
+    train.identify(h)
     return Geometry(centres, shrunken(measured, train.counts, shrink), measured, train.counts, h.hexdigest(), extractor.fingerprint, float(shrink))
 
 # %% ../nbs/21_aid.ipynb #f3e66644

@@ -171,7 +171,7 @@ def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMod
                   only=None, **more # class numbers, None for all; settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
-    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing)
+    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing, cfg.compiled)
     return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
 
 
@@ -520,7 +520,7 @@ def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # 
     step, image, epoch = Ticks(device, 3), Ticks(device), Ticks(device) # a step is looked at before its backward pass
     def watch(model, batch, noise, prediction, t): step(); return prediction.new_zeros(())
     model = train_model(replace(cfg, n_steps=9), data, 0, device, precision, extra_losses=[watch])
-    make, _ = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, 0, device, precision, cfg.spacing)
+    make, _ = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, 0, device, precision, cfg.spacing, cfg.compiled)
     n = 256 if image.gpu else 16
     for i in range(4): image(make(np.stack([np.zeros(n, np.int64), np.arange(i * n, (i + 1) * n)], 1)))
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more

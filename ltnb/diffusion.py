@@ -85,7 +85,6 @@ class Objective:
 
     def share(self, t): return t / len(self.ratios) # (B,) t / T
     def enter(self, x, t): return x # what the network sees of x_t
-
     def scales(self, t:torch.Tensor # (B,) what the network is told
               )->tuple[torch.Tensor, torch.Tensor]: # alpha and sigma, (B, 1, 1, 1)
         "Signal and noise"
@@ -431,8 +430,7 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
     counts, o = np.bincount(labels, minlength=n_classes), build_objective(objective, schedule, min_snr)
     losses, waiting = list(extra_losses), [_nothing] * len(extra_losses)
     if cb_tau:
-        prior = cbdm_prior(cb_label, counts).to(device)
-        cbdm = partial(cbdm_loss, prior=prior, tau=cb_tau, gamma=cb_gamma, share=cb_share, space=cb_space)
+        cbdm = partial(cbdm_loss, prior=cbdm_prior(cb_label, counts).to(device), tau=cb_tau, gamma=cb_gamma, share=cb_share, space=cb_space)
         losses, waiting = [*losses, cbdm], [*waiting, cbdm]
     net = build_unet(unet, images.shape[2], images.shape[1], n_classes, seed)
     t = _Training(net, o, images, labels, n_classes, (seed, "diffusion"), device, precision, compiled, channels_last, diff_lr, team)
