@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ltnb.core.plain': ('core.html#plain', 'ltnb/core.py'),
                            'ltnb.core.read_json': ('core.html#read_json', 'ltnb/core.py'),
                            'ltnb.core.read_jsonl': ('core.html#read_jsonl', 'ltnb/core.py'),
+                           'ltnb.core.reading_threads': ('core.html#reading_threads', 'ltnb/core.py'),
                            'ltnb.core.save_tensors': ('core.html#save_tensors', 'ltnb/core.py'),
                            'ltnb.core.seeded': ('core.html#seeded', 'ltnb/core.py'),
                            'ltnb.core.show_differences': ('core.html#show_differences', 'ltnb/core.py'),

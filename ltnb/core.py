@@ -7,10 +7,10 @@ __all__ = ['PRECISIONS', 'WORK_A_THREAD', 'SPIN', 'LtnbError', 'UsageError', 'Da
            'atomic_write', 'plain', 'write_json', 'read_json', 'write_jsonl', 'read_jsonl', 'save_tensors',
            'load_tensors', 'check_output', 'stable_seed', 'generator', 'seeded', 'cpu_flags', 'device_type',
            'choose_device', 'choose_precision', 'full_fp32', 'tf32_in_use', 'autocast', 'control_groups', 'cpu_quota',
-           'busy_cores', 'Machine', 'look_at_machine', 'choose_threads', 'users_variables', 'thread_variables',
-           'start_threads', 'computing_threads', 'valid_threads', 'type_of', 'Config', 'terminal_width', 'Shown',
-           'tell', 'show_text', 'notebook_shell', 'Progress', 'show_messages', 'lock_file', 'unlock_file',
-           'environment', 'show_differences', 'Run', 'step_work']
+           'busy_cores', 'Machine', 'look_at_machine', 'reading_threads', 'choose_threads', 'users_variables',
+           'thread_variables', 'start_threads', 'computing_threads', 'valid_threads', 'type_of', 'Config',
+           'terminal_width', 'Shown', 'tell', 'show_text', 'notebook_shell', 'Progress', 'show_messages', 'lock_file',
+           'unlock_file', 'environment', 'show_differences', 'Run', 'step_work']
 
 # %% ../nbs/00_core.ipynb #53f12598
 import ast, contextlib, errno, hashlib, itertools, json, math, os, platform, re, stat, sys, tempfile, time
@@ -438,6 +438,13 @@ def look_at_machine(seconds:float=0.2, # how long to look for other processes; 0
     known = Path(root)/"sys/devices/system/cpu"
     cores = {"".join(_lines(known/f"cpu{n}/topology/thread_siblings_list")) or n for n in cpus}
     return Machine(tuple(cpus), len(cores), cpu_quota(root), busy_cores(cpus, seconds, root) if seconds else None)
+
+
+def reading_threads(most:int=8 # so many at the most
+                   )->int: # at least 1
+    "How many files are read at a time: as many as there are processors for this process"
+    machine = look_at_machine(0)
+    return max(min(most, len(machine.cpus), math.ceil(machine.quota or most)), 1)
 
 # %% ../nbs/00_core.ipynb #e653a6e8
 WORK_A_THREAD = 2**17 # numbers in the widest layer of a step, below which another thread does not pay

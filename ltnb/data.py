@@ -26,7 +26,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from fastcore.basics import patch
 
-from .core import Config, DataError, LtnbError, Progress, UsageError, control_groups, nearest
+from .core import (Config, DataError, LtnbError, Progress, UsageError, control_groups, nearest,
+                   reading_threads)
 from .labels import (Columns, UNUSED_CLASS, names_in_order, number_labels, prior_text, read_class_names,
                          read_list, # noqa: F401
                          read_parts, read_text, unique_names)
@@ -408,7 +409,7 @@ def __getitem__(self:ImageFiles, i): # whole number, slice or array of positions
         if bar: bar.step()
     if len(index) < 8: list(map(fill, range(len(index))))
     else:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: list(pool.map(fill, range(len(index))))
+        with ThreadPoolExecutor(reading_threads()) as pool: list(pool.map(fill, range(len(index))))
     if bar: bar.close()
     return out
 
@@ -1361,7 +1362,7 @@ def damaged(files:ImageFiles # to be decoded, all of them
         finally:
             if bar: bar.step()
         return (i, note, True) if note else None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: bad = [b for b in pool.map(check, range(len(files))) if b]
+    with ThreadPoolExecutor(reading_threads()) as pool: bad = [b for b in pool.map(check, range(len(files))) if b]
     if bar: bar.close()
     return bad
 

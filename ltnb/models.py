@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 
-from .core import (DataError, LtnbError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors, nearest, read_json, save_tensors,
-                       seeded, write_json)
+from .core import (DataError, LtnbError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors, nearest, read_json,
+                   reading_threads, save_tensors, seeded, write_json)
 from .data import BAD_IMAGES, ImageFiles, LongTail, Photographs, image_suffixes, one_line, read_image, valid_text
 from .labels import unique_names
 
@@ -483,7 +483,7 @@ def predict_files(clf:Classifier, # for square images of 1 or 3 channels
         except DataError as e:
             if bad_images == "stop": raise
             return None, left_out_because(e, bad_images).replace(root + os.sep, "")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         for i in range(0, len(found), bs):
             got = dict(zip(found[i:i + bs], pool.map(decode, found[i:i + bs])))
             bad += [(p, note) for p, (x, note) in got.items() if x is None]

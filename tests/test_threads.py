@@ -271,3 +271,11 @@ print(json.dumps([early, late]))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [SPIN, {}]
+
+
+def test_files_are_read_by_as_many_threads_as_there_are_processors(monkeypatch):
+    from ltnb import core
+    for cpus, quota, want in ((range(64), None, 8), (range(2), None, 2), (range(64), 1.5, 2), (range(1), .2, 1)):
+        machine = core.Machine(tuple(cpus), len(cpus), quota)
+        monkeypatch.setattr(core, "look_at_machine", lambda seconds=0, machine=machine: machine)
+        assert core.reading_threads() == want
