@@ -82,15 +82,17 @@ if __name__ == "__main__":
     ap.add_argument("--features", help="an .npz file of frozen features, for LDMLR")
     ap.add_argument("--quick", action="store_true", help="tiny settings, to see that it works")
     ap.add_argument("--late", type=float, help="also with a core that becomes busy so many seconds after the start")
+    ap.add_argument("--ways", help=f"which, by number, such as 0,4: {'; '.join(f'{i} {w}' for i, w in enumerate(WAYS))}")
     ap.add_argument("--limit", type=float, default=240, help="seconds after which a command is stopped")
     a = ap.parse_args()
+    ways = {w: WAYS[w] for i, w in enumerate(WAYS) if not a.ways or str(i) in a.ways.split(",")}
     moments = [None, 0.] + ([a.late] if a.late else [])
     heads = ["work", "threads", "number", "idle, s", "busy, s", *(["busy later, s"] if a.late else []), "idle / best idle",
              "busy / idle", *(["later / idle"] if a.late else [])]
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f} at the start\n\n| {' | '.join(heads)} |")
     print("|" + "---|" * len(heads), flush=True)
     for name, args in commands(a.features, a.quick).items():
-        found = {how: [seconds(args, v, at, a.limit) for at in moments] for how, v in WAYS.items()}
+        found = {how: [seconds(args, v, at, a.limit) for at in moments] for how, v in ways.items()}
         best = min(r[0][0] for r in found.values() if r[0][0])
         for how, results in found.items():
             times, numbers = zip(*results)
