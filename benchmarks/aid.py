@@ -52,6 +52,7 @@ def run_cells(kind, seed, forms, out, **more):
     data = load_data(cfg, cfg.data_seed(seed)).in_memory(2)
     cfg = resolve(cfg, data)
     with Run(cfg) as run:
+        run.start(cfg, "cpu", "fp32", train=data.fingerprint())
         kept = run.path/"cells.json"
         known = read_json(kept) if kept.exists() else {}
         for form, cell in generator_cells(Stages(cfg, data, seed, "cpu", "fp32", run, Team()), forms, known):

@@ -917,7 +917,7 @@ def rows_by_seed(self:Run)->dict: # seed -> its rows of scores.json, none where 
 @patch(as_prop=True)
 def finished(self:Run)->bool: # scores.json is written last
     "Is everything done, for as many seeds as are asked for?"
-    if not (self.path/"scores.json").exists(): return False
+    if not os.path.exists(self.path/"scores.json"): return False # a name that no file can have is said elsewhere
     try: done = set(self.rows_by_seed())
     except DataError: return True # whoever reads it says what is wrong
     asked = range(self.config.seed, self.config.seed + self.config.seeds) if hasattr(self.config, "seeds") else ()
