@@ -50,8 +50,8 @@ class DiffuLTConfig(GeneratorConfig):
     guidance_scale: float = 2. # 1 for none; above 1: more typical items
     target_per_class: int|None = None # fill each class up to so many (default: the size of the largest class)
     fill: Literal["all", "tail"] = "all" # fill up every class, or only the tail
-    aid_form: Literal["x0-band", "per-time", "calibrated", "literal", "hinge", "feature-match"] = "x0-band" # form of the AID-biased loss
-    aid_alpha: float|None = None # its weight (default: 1 for x0-band, else 0.1; of x0-band and per-time lowered until its gradient is at most half as long as the denoising loss's)
+    aid_form: Literal["per-time", "x0-band", "calibrated", "literal", "hinge", "feature-match"] = "per-time" # form of the AID-biased loss
+    aid_alpha: float|None = None # its weight (default: 0.1, for x0-band 1; of per-time and x0-band lowered until its gradient is at most half as long as the denoising loss's)
     aid_after: float = 0.1 # share of the training after which it counts
     aid_kappa: float|None = None # scale of its distances (default: calibrated on the model without it)
     shrink: float = 0. # how many images the median diameter counts for in a class's own; 0 takes them literally

@@ -103,11 +103,12 @@ def test_the_sweeps(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "step_extract", lambda *a, **k: eye) # so that the classifiers may be trained for two epochs
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
-    forms = [f"form: {form}" for form in FORMS if form != "x0-band"]
+    forms = [f"form: {form}" for form in FORMS if form != "per-time"]
     shares = [f"tail only, {percent} % of the head" for percent in (0, 40, 80, 100)]
     assert set(rows) - set(CORE) == {"ddpm", *forms, *(f"{form} + filter + weight" for form in forms), *shares}
     assert all(rows[form]["form"] == form[6:] and len(rows[form]["gradients"]["cosines"]) == 10 for form in forms)
-    assert rows["form: per-time"]["alpha"] <= .1 == rows["form: calibrated"]["alpha"], "the paper's weight is lowered where its gradient is too long"
+    alphas = {form: rows[form]["alpha"] for form in ("aid loss", "form: x0-band", "form: calibrated")}
+    assert alphas["aid loss"] <= .1 == alphas["form: calibrated"] and alphas["form: x0-band"] <= 1, "lowered where the gradient is too long"
     assert rows["ddpm"]["ablation"] == "ddpm" and rows["tail only, 0 % of the head"]["tail_aid"] is not None and rows["tail only, 100 % of the head"]["tail"] >= 0
     assert "What was swept" in (r.path / "report.html").read_text()
 
@@ -216,7 +217,7 @@ def test_a_class_without_images(data, tmp_path, main):
 
 def test_the_defaults_are_the_papers():
     c = DiffuLTConfig()
-    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (1., .25, None, .3, 5., "id+aid", "x0-band", 0.)
+    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (1., .25, None, .3, 5., "id+aid", "per-time", 0.)
     assert ablations(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not classifier_config(c).heads
 
 
