@@ -271,7 +271,7 @@ def seeded(*key, # what the randomness is for
     "Seed torch's global state inside the block (for layers that draw by themselves), and put the old one back after it"
     import torch
     with contextlib.ExitStack() as stack:
-        if on_gpu := device_type(device) == "cuda":
+        if on_gpu := torch.device(device).type == "cuda":
             stack.enter_context(torch.cuda.device(torch.device(device))) # whose generator is meant
         stack.enter_context(torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []))
         torch.default_generator.manual_seed(stable_seed(*key))
