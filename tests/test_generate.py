@@ -267,7 +267,8 @@ def test_broken_samples_are_tried_again_counted_and_never_kept(tmp_path, trained
     made = make_images(broken, make_plan([3, 3, 3]), tmp_path / "g", sample_steps=2)
     assert made.counts(3).tolist() == [3, 0, 3] and [r["attempt"] for r in made.manifest] == [1] * 3 + [0] * 3
     assert [r["class"] for r in read_jsonl(tmp_path / "g" / "failed.jsonl")] == [1] * 3
-    facts = {**room.job_summary(tmp_path / "g"), "left_out": [], "copies": {"not_looked_for": "no"}}
+    how = dict(sampler="dpm++", sample_steps=2, guidance_scale=1., precision="fp32")
+    facts = {**room.job_summary(tmp_path / "g"), "left_out": [], "copies": {"not_looked_for": "no"}, "settings": how}
     assert "3 made again" in describe(facts, model.class_names, "g") and "3 given up" in describe(facts, model.class_names, "g")
 
 

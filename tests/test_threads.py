@@ -250,7 +250,7 @@ def test_through_the_kernel(tmp_path):
     assert there["threads"]["waiting"] == {"OMP_WAIT_POLICY": None, **SPIN, "KMP_BLOCKTIME": "5"}
     assert there["threads"]["user"] == {"KMP_BLOCKTIME": "5"} and there["threads"]["cpus"]
     notebook = json.loads((tmp_path / "run" / "60_run_baseline.ipynb").read_text())
-    cell = next(c for c in notebook["cells"] if "".join(c["source"]) == "start_threads(threads)")
+    cell = next(c for c in notebook["cells"] if "".join(c["source"]) == "start_threads(threads);")
     assert "1000" in json.dumps(cell["outputs"])
 
 
