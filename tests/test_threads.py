@@ -251,7 +251,7 @@ def test_through_the_kernel(tmp_path):
     assert there["threads"]["user"] == {"KMP_BLOCKTIME": "5"} and there["threads"]["cpus"]
     notebook = json.loads((tmp_path / "run" / "60_run_baseline.ipynb").read_text())
     cell = next(c for c in notebook["cells"] if "".join(c["source"]) == "start_threads(threads);")
-    assert "1000" in json.dumps(cell["outputs"])
+    assert cell["execution_count"], "it ran, before torch was imported"
 
 
 def test_a_notebook_of_ones_own():
