@@ -136,7 +136,7 @@ def training_bytes(cfg:GeneratorConfig, # with unet and diff_bs
 def kept_share(cfg:GeneratorConfig, device:str # "cpu" or "cuda"
               )->float: # bytes kept on one device, against fp32 on one
     "Half in bf16 on a CPU; on a GPU, where norms stay in fp32, four fifths, of a batch that its processes share"
-    gpu = device.startswith("cuda")
+    gpu = device_type(device) == "cuda"
     share = 1. if choose_precision(cfg.precision, device) == "fp32" else .8 if gpu else .5
     return share / int(os.environ.get("WORLD_SIZE", 1)) if gpu else share
 
@@ -147,7 +147,7 @@ SMALLEST = 32, 8 # images a step: before a smaller network is tried, and of the 
 def device_memory(device:str # "cpu" or "cuda"
                  )->int|None: # bytes that are free, None where the system does not say
     "Memory of the device that a training could still take"
-    return torch.cuda.mem_get_info()[0] if device.startswith("cuda") else free_memory()
+    return torch.cuda.mem_get_info(device)[0] if device_type(device) == "cuda" else free_memory()
 
 
 def fit_memory(cfg:GeneratorConfig, # with `unet` and `diff_bs` as given, None where they may be chosen
@@ -204,11 +204,7 @@ def settled(resolve, # (config, data) -> config with nothing left open
     "Resolve a config as this directory's run was resolved before, and the same for all processes"
     known = read_json(run.path/"config.json") if (run.path/"config.json").exists() else {}
     cfg = replace(cfg, **{k: known[k] for k in ("unet", "diff_bs") if getattr(cfg, k) is None and known.get(k)})
-    out = resolve(cfg, data)
-    if team.size > 1:
-        box = [(out.unet, out.diff_bs)]
-        torch.distributed.broadcast_object_list(box, 0)
-        out = replace(out, **dict(zip(("unet", "diff_bs"), box[0])))
+    out = team.told("network and batch", resolve(cfg, data)) # as much memory may not be free beside each process
     usual = fit_memory(cfg, data, None)
     if (out.unet, out.diff_bs) != (usual.unet, usual.diff_bs) and team.writes and not Progress.quiet:
         share = kept_share(cfg, choose_device(cfg.device))

@@ -120,7 +120,7 @@ def test_free_memory_of_the_device_is_asked(monkeypatch):
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs < 512
     monkeypatch.setattr(G, "free_memory", lambda: 400 * GB)
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs == 512
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GB, 80 * GB))
     assert G.device_memory("cuda") == 3 * GB
 
 
