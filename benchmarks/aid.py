@@ -11,11 +11,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from ltnb.core import Progress, Run, read_json, write_json
-from ltnb.data import load_data
+from ltnb.core import read_json, write_json
+from ltnb.progress import Progress
+from ltnb.runs import Run
+from ltnb.sources import load_data
 from ltnb.diffult import DiffuLTConfig, Stages, describe_real, images_wanted, resolve, step_extract, unfiltered
 from ltnb.report import render
-from ltnb.training import Team
+from ltnb.team import Team
 
 CBDM = {"prediction": {}, "noise": dict(cb_space="noise"), "none": dict(cb_tau=0.)}
 FORMS = ("none", "calibrated", "per-time", "x0-band", "feature-match")

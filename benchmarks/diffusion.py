@@ -18,14 +18,18 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ltnb.core import Progress, choose_precision, cpu_flags
+from ltnb.core import choose_precision, cpu_flags
+from ltnb.progress import Progress
 from ltnb.data import LongTail
-from ltnb.diffusion import _Training, build_objective, build_unet, sample_images
-from ltnb.generate import Judge, find_model, training_data
+from ltnb.noise import build_objective
+from ltnb.diffusion import _Training, build_unet
+from ltnb.samplers import sample_images
+from ltnb.judge import Judge
+from ltnb.generate import find_model, training_data
 from ltnb.metrics import generative_scores, inception_features
-from ltnb.models import Classifier, encode
-from ltnb.synthetic import make_plan
-from ltnb.training import Team
+from ltnb.classifier import Classifier, encode
+from ltnb.jobs import make_plan
+from ltnb.team import Team
 from PIL import Image
 from torchvision import transforms
 

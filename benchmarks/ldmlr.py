@@ -9,13 +9,15 @@ timed and extrapolated to 201 passes, 1000 steps and 400 epochs. Its accuracy is
 import argparse, math, statistics, time
 
 import torch
-from ltnb.core import Progress, choose_precision, cpu_flags
+from ltnb.core import choose_precision, cpu_flags
+from ltnb.progress import Progress
 from ltnb.heads import Features
 from ltnb.latent import train_latent
-from ltnb.ldmlr import LDMLRConfig, base_head, fit_heads, planned_counts, resolve, stage_sample
+from ltnb.latent import planned_counts
+from ltnb.ldmlr import LDMLRConfig, base_head, fit_heads, resolve, stage_sample
 from ltnb.ldmlr_published import published_head, sample_published, train_published
 from ltnb.metrics import score
-from ltnb.synthetic import make_plan
+from ltnb.jobs import make_plan
 
 
 def seconds(f):

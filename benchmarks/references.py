@@ -23,17 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ltnb.data import bands, longtail_counts, longtail_indices
-from ltnb.diffusion import NoiseModel, NoisyBatch, build_objective, cbdm_loss, cbdm_prior, diffusion_loss, noise_ratios
-from ltnb.heads import Head, class_aware, nearest_mean, tau_norm
-from ltnb.ldmlr_published import (
-    PublishedModel,
-    PublishedUNet,
-    cosine_alpha_bar,
-    posterior,
-    sample_published,
-    snr,
-    x0_error,
-)
+from ltnb.noise import NoiseModel, NoisyBatch, build_objective, cbdm_loss, cbdm_prior, diffusion_loss, noise_ratios
+from ltnb.heads import Head
+from ltnb.decoupled import class_aware, nearest_mean, tau_norm
+from ltnb.ldmlr_published import (PublishedModel, PublishedUNet, cosine_alpha_bar, posterior, sample_published, snr,
+                                  x0_error)
 from ltnb.losses import build_loss, class_balanced_weights
 from ltnb.metrics import score
 from ltnb.models import ResNet, WCDASHead, cosines

@@ -16,8 +16,11 @@ from ltnb.augment import Augment
 from ltnb.core import choose_precision, cpu_flags, generator
 from ltnb.data import LongTail
 from ltnb.losses import build_loss
-from ltnb.models import Classifier, build_model, pixel_stats
-from ltnb.training import Batches, epoch_order, lr_factor, train_step, view
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, pixel_stats
+from ltnb.batches import Batches, epoch_order
+from ltnb.team import train_step
+from ltnb.training import lr_factor, view
 from PIL import Image
 from torchvision import transforms
 

@@ -33,9 +33,16 @@ def cifar_pack():
     return load.load(shared("cifar10_lt.npz"))
 
 
+def everywhere(patch, name, value):
+    "Replace what a name stands for in every room that has imported it (`patch`: a MonkeyPatch)"
+    rooms = [m for n, m in sorted(sys.modules.items()) if n.startswith("ltnb.") and hasattr(m, name)]
+    assert rooms, f"no room knows {name}"
+    for room in rooms: patch.setattr(room, name, value)
+
+
 def once(tmp_path_factory, name, make):
     "Make a folder once for all workers; the others wait for it"
-    from ltnb.core import lock_file, unlock_file
+    from ltnb.runs import lock_file, unlock_file
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     lock = lock_file(folder.with_suffix(".lock"), wait=1200)
@@ -86,7 +93,7 @@ def through_papermill(wheel, tmp_path_factory):
 def main(capsys):
     "The command in this process: (exit code, stdout, stderr)"
     from ltnb import cli
-    from ltnb.core import Progress
+    from ltnb.progress import Progress
 
     def call(*args):
         capsys.readouterr()

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ltnb import augment, core, diffusion, ldmlr_published, training
+from conftest import everywhere
+from ltnb import augment, core, ldmlr_published
 
 GPU = torch.device("cuda:0")
 BACKWARD = torch.cuda.is_available() or not torch.backends.cuda.is_built() # of FakeTensors
@@ -74,7 +75,7 @@ def stand_ins(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(torch, "Generator", Generator)
         m.setattr(torch.nn.Module, "_apply", move)
-        for room in (diffusion, training): m.setattr(room, "dropout_seeded", lambda *key, device: contextlib.nullcontext())
+        everywhere(m, "dropout_seeded", lambda *key, device: contextlib.nullcontext())
         m.setattr(ldmlr_published, "seeded", lambda *key, device="cpu": core.seeded(*key))
         for table in tables: table.cache_clear()
         try:

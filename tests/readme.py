@@ -24,8 +24,9 @@ def readme(nb):
 
 def picture(path):
     "The README's figure, from the recorded demo"
-    from ltnb.data import longtail_counts, plot_counts
-    from ltnb.report import new_figure, plot_per_class, plot_starts, save_figure
+    from ltnb.data import longtail_counts
+    from ltnb.pictures import plot_counts
+    from ltnb.pictures import new_figure, plot_per_class, plot_starts, save_figure
     rows = json.loads((RESULTS / "scores.json").read_text())
     counts = longtail_counts(114, 10, 100)
     fig, axes = new_figure(11, 3.2, 3)

@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 import torch
 from ltnb import aid, diffusion
-from ltnb.aid import (AID_BANDS, FORMS, AIDLoss, Balance, Calibration, Extractor, aid_penalty, aid_ratios, at_share, balanced_alpha,
-                      band_of, band_shares, calibrate, check_extractor, class_draw, class_geometry, diameter, draw_filtered, feature_shift,
-                      gradient_balance, huber, mean_strength, needed, noise_strength, score_bands, shrunken, usual_shift)
-from ltnb.core import LtnbError, Progress, UsageError, generator
+from ltnb.aid import (AID_BANDS, Extractor, aid_ratios, band_of, band_shares, check_extractor, class_geometry,
+                      diameter, draw_filtered, needed, score_bands, shrunken)
+from ltnb.aid_loss import (FORMS, AIDLoss, Balance, Calibration, aid_penalty, at_share, balanced_alpha, calibrate,
+                           class_draw, feature_shift, gradient_balance, huber, mean_strength, noise_strength,
+                           usual_shift)
+from ltnb.core import LtnbError, UsageError, generator
+from ltnb.progress import Progress
 from ltnb.data import ImageSet, LongTail
-from ltnb.diffusion import OBJECTIVES, NoiseModel, NoisyBatch, build_objective, diffusion_loss, noisy_batch, sample_images, train_diffusion
-from ltnb.models import Classifier, build_model, encode, pixel_stats
-from ltnb.synthetic import Synthetic, add_scores, flag_copies, made_rows, make_plan, make_synthetic
+from ltnb.noise import OBJECTIVES, NoiseModel, NoisyBatch, build_objective, diffusion_loss, noisy_batch
+from ltnb.diffusion import train_diffusion
+from ltnb.samplers import sample_images
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, encode, pixel_stats
+from ltnb.jobs import make_plan
+from ltnb.synthetic import Synthetic, made_rows, make_synthetic
+from ltnb.copies import add_scores, flag_copies
 from ltnb.training import fit
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
@@ -598,7 +606,7 @@ def test_nothing_wanted(tmp_path, data, phi, geo):
 WORKER = """
 import sys; sys.path.insert(0, "tests")
 import numpy as np, torch; from test_aid import blend, classifier; from ltnb.aid import Extractor, class_geometry, draw_filtered
-from ltnb.core import Progress; from ltnb.data import LongTail; from ltnb.training import join_team
+from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
 Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
 phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)
 f = draw_filtered(sys.argv[1], [6] * 10, blend(data)[0], "m", phi, geo, shard_size=16, team=team)

@@ -9,7 +9,8 @@ import torchvision.transforms.v2.functional as V2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb import augment
-from ltnb.augment import CIFAR10_POLICY, OPS, Augment, AutoAugment, RandAugment, apply_ops, beta_draw, crop, cutmix, cutout, flip, mixup, op_levels, warp
+from ltnb.augment import (CIFAR10_POLICY, OPS, Augment, AutoAugment, RandAugment, apply_ops, beta_draw, crop, cutmix,
+                          cutout, flip, mixup, op_levels, warp)
 from ltnb.core import UsageError, generator
 from scipy.stats import beta as BetaLaw
 from torchvision.transforms import AutoAugment as TVAutoAugment

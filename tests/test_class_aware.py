@@ -6,10 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.baseline import BaselineConfig, check_settings, resolve, run
-from ltnb.core import Progress, UsageError, generator, read_json
+from ltnb.core import UsageError, generator, read_json
+from ltnb.progress import Progress
 from ltnb.data import LongTail
-from ltnb.heads import Features, batch_norms, class_aware, class_rounds, crt, cycled, lws, shifted_heads
-from ltnb.models import Classifier, build_model, encode, pixel_stats
+from ltnb.heads import Features
+from ltnb.decoupled import batch_norms, class_aware, class_rounds, crt, cycled, lws, shifted_heads
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, encode, pixel_stats
 
 few = settings(max_examples=30, deadline=None)
 
@@ -53,14 +56,14 @@ def test_other_powers_draw_classes_and_cycle_items():
 
 @pytest.mark.parametrize("fit", ["crt", "lws"])
 def test_heads_see_each_image_of_the_largest_class_once_an_epoch(fit, monkeypatch):
-    from ltnb import heads
+    from ltnb import decoupled, heads
     y, seen = torch.arange(3).repeat_interleave(torch.tensor([40, 10, 2])), []
     z = torch.randn(52, 4, generator=generator(0)) + y[:, None]
-    steps = heads.sgd_steps
+    steps = decoupled.sgd_steps
     def record(logits, parameters, features, labels, order, *more):
         seen.append(torch.bincount(order, minlength=52))
         return steps(logits, parameters, features, labels, order, *more)
-    monkeypatch.setattr(heads, "sgd_steps", record)
+    monkeypatch.setattr(decoupled, "sgd_steps", record)
     if fit == "crt": crt(z, y, n_epochs=1)
     else: lws(heads.fit_head(z, y, [40, 10, 2], steps=5), z, y, n_epochs=1)
     assert seen[0].tolist() == [1] * 40 + [4] * 10 + [20] * 2

@@ -139,7 +139,7 @@ def test_other_settings_are_refused_with_the_difference(demo, main):
 
 def test_run_keeps_the_executed_notebook(through_papermill):
     out, printed, log, _ = through_papermill
-    nb = json.loads((out / "61_run_ldmlr.ipynb").read_text())
+    nb = json.loads((out / "92_run_ldmlr.ipynb").read_text())
     assert sum("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", [])) >= 4
     text = json.dumps(nb)
     assert "n_steps = 60" in text and "done (3)" not in text, "settings are injected, progress stays out"
@@ -151,7 +151,7 @@ def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, m
     out = through_papermill[0]
     assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "plain")[0] == 0
     files = lambda p: {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
-    assert files(out) - files(tmp_path / "plain") == {"61_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(out)
+    assert files(out) - files(tmp_path / "plain") == {"92_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(out)
     for name in ("scores.json", "metrics.jsonl", "model/model.safetensors", "synthetic/seed-0/manifest.jsonl"): assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
 
 
@@ -176,9 +176,9 @@ def test_killed_command_is_continued_at_once(tmp_path):
 
 
 def test_papermill_alone(tmp_path):
-    "papermill nbs/61_run_ldmlr.ipynb out.ipynb -p n_epochs 1 works too"
+    "papermill nbs/92_run_ldmlr.ipynb out.ipynb -p n_epochs 1 works too"
     values = ["-p", "n_epochs", "1", "-p", "n_steps", "50", "-p", "per_class", "20"]
-    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "61_run_ldmlr.ipynb"), "out.ipynb", *values, "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "92_run_ldmlr.ipynb"), "out.ipynb", *values, "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 1 and re.fullmatch(r"ldmlr-digits-[0-9a-f]{6}", runs[0].name) and (runs[0] / "scores.json").exists()

@@ -11,8 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ltnb import core
-from ltnb.core import Config, DataError, LtnbError, Run, UsageError, load_tensors, read_jsonl, save_tensors, stable_seed, write_json
+from ltnb import core, progress, runs
+from ltnb.core import (DataError, LtnbError, UsageError, load_tensors, read_jsonl, save_tensors, stable_seed,
+                       write_json)
+from ltnb.config import Config
+from ltnb.runs import Run
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def test_other_data_is_not_continued(tmp_path):
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = f"import time; from ltnb.core import lock_file; lock_file({str(tmp_path / 'run.lock')!r}); print('held', flush=True); time.sleep(60)"
+    code = f"import time; from ltnb.runs import lock_file; lock_file({str(tmp_path / 'run.lock')!r}); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(LtnbError, match=f"pid {holder.pid}"): Run(Toy(out=str(tmp_path))).open(wait=0)
@@ -139,14 +142,14 @@ def test_foreign_files_are_not_touched(tmp_path):
 def test_the_directory_is_looked_at_again_once_it_is_locked(tmp_path, monkeypatch):
     "Another config finishes here while this one waits for the lock"
     mine = Run(Toy(n=4, out=str(tmp_path)))
-    original = core.lock_file
+    original = runs.lock_file
 
     def lock_file(path, wait):
-        monkeypatch.setattr(core, "lock_file", original)
+        monkeypatch.setattr(runs, "lock_file", original)
         with Run(Toy(n=5, out=str(tmp_path))) as other: other.start(Toy(n=5), "cpu", "fp32")
         return original(path, wait)
 
-    monkeypatch.setattr(core, "lock_file", lock_file)
+    monkeypatch.setattr(runs, "lock_file", lock_file)
     with pytest.raises(UsageError, match="n: 5 there, 4 here"): mine.open()
     assert not (tmp_path / "run.lock").exists()
 
@@ -157,7 +160,7 @@ def test_a_folder_that_cannot_be_read(tmp_path):
 
 def test_progress_into_a_pipe(tmp_path, monkeypatch, capsys):
     "Stages and sentences reach whoever reads; when nobody does, the work goes on"
-    from ltnb.core import Progress
+    from ltnb.progress import Progress
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(Progress, "quiet", False)
     monkeypatch.setenv("LTNB_PROGRESS", str(tmp_path / "pipe"))
@@ -168,8 +171,8 @@ def test_progress_into_a_pipe(tmp_path, monkeypatch, capsys):
     p = Progress("stage", 2)
     p.step(2)
     p.close()
-    core.tell("a note")
-    core.show_messages(os.read(reader, 10000), {})
+    progress.tell("a note")
+    progress.show_messages(os.read(reader, 10000), {})
     os.close(reader)
     assert capsys.readouterr().err == "a note\nstage: done (2)\na note\n"
 

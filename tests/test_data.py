@@ -15,9 +15,14 @@ import pytest
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ltnb import data as D
+from ltnb import data, files
 from ltnb.core import DataError, LtnbError, UsageError
-from ltnb.data import BANDS, CIFAR_LT, DataConfig, ImageFiles, ImageSet, LongTail, bands, decode_image, duplicates, gini, load_data, longtail_counts, longtail_indices, read_class_names, read_list, thirds
+from ltnb.labels import read_class_names
+from ltnb.listings import read_list
+from ltnb.files import ImageFiles, decode_image
+from ltnb.data import (BANDS, CIFAR_LT, ImageSet, LongTail, bands, duplicates, gini, longtail_counts,
+                       longtail_indices, thirds)
+from ltnb.sources import DataConfig, load_data
 from PIL import Image
 
 
@@ -148,7 +153,7 @@ def test_sources_by_config():
     assert list(BANDS) == list(bands([1]))
 
 
-@given(st.integers(2, 60), st.integers(1, 3000), st.floats(1, 300), st.sampled_from(D.PROFILES))
+@given(st.integers(2, 60), st.integers(1, 3000), st.floats(1, 300), st.sampled_from(data.PROFILES))
 def test_every_profile_goes_from_n_max_to_its_share(k, n_max, ratio, profile):
     counts = longtail_counts(n_max, k, ratio, profile)
     assert counts[0] == n_max and (np.diff(counts) <= 0).all() and abs(counts[-1] - n_max / ratio) <= 1
@@ -332,7 +337,8 @@ def test_cache_is_bounded_and_cannot_be_written_through(tmp_path):
 
 def test_more_than_memory_is_refused(tmp_path, monkeypatch):
     write_image(tmp_path / "a.png")
-    monkeypatch.setattr(D, "free_memory", lambda: 1000)
+    monkeypatch.setattr(files, "free_memory", lambda: 1000)
+    monkeypatch.setattr(data, "free_memory", lambda: 1000)
     with pytest.raises(LtnbError, match="--image-size"): np.asarray(ImageFiles(tmp_path, ["a.png"], 32))
 
 
@@ -542,8 +548,8 @@ def test_photographs_are_read_once_and_memory_does_not_change_what_they_are(tmp_
     "Two seeds decode each file once; the fingerprint is that of the files, whether or not they fit into memory"
     from importlib import import_module
     root, module, seen = folders(tmp_path / "photos", (("cat", 30), ("dog", 12))), import_module(f"ltnb.{recipe}"), []
-    original = D.decode_image
-    monkeypatch.setattr(D, "decode_image", lambda path, size=None: seen.append(path) or original(path, size))
+    original = files.decode_image
+    monkeypatch.setattr(files, "decode_image", lambda path, size=None: seen.append(path) or original(path, size))
     config = getattr(module, {"baseline": "BaselineConfig", "ldmlr": "LDMLRConfig"}[recipe])
     small = dict(baseline=dict(heads=False), ldmlr=dict(n_steps=20, per_class=5, head_steps=2, scratch_steps=2))[recipe]
     r = module.run(config(dataset="folder", data_root=str(root), image_size=8, n_epochs=1, bs=16, seeds=2, out=str(tmp_path / "run"), device="cpu", precision="fp32", **small))

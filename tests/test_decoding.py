@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
-from ltnb import data as D
+from ltnb import data, files
 from ltnb.core import DataError, UsageError
-from ltnb.data import ImageFiles, LongTail, decode_image, free_memory, read_image
+from ltnb.files import ImageFiles, decode_image, free_memory, read_image
+from ltnb.data import LongTail
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 EIGHT = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
@@ -389,7 +390,8 @@ def test_limits_of_the_process(tmp_path, monkeypatch):
 def test_what_does_not_fit_is_read_on_demand(torn, monkeypatch):
     data = LongTail.folder(torn, bad_images="skip")
     assert not data.ready().train.on_disk
-    monkeypatch.setattr(D, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(files, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(data, "free_memory", lambda: 10_000)
     assert data.ready() is data
     with pytest.raises(Exception, match="--image-size"):
         data.in_memory()
@@ -423,7 +425,8 @@ def test_recipes_run_where_photographs_do_not_fit(torn, tmp_path, monkeypatch, m
         "baseline": ["--heads", "false"],
         "ldmlr": ["--n-steps", "5", "--per-class", "3", "--head-steps", "2", "--scratch-steps", "2"],
     }[recipe]
-    monkeypatch.setattr(D, "free_memory", lambda: 100)
+    monkeypatch.setattr(files, "free_memory", lambda: 100)
+    monkeypatch.setattr(data, "free_memory", lambda: 100)
     code, out, err = main(*args)
     assert code == 0, err
 

@@ -5,14 +5,20 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from ltnb import diffusion, training
+from conftest import everywhere
+from ltnb import diffusion, team
 from ltnb.baseline import BaselineConfig
-from ltnb.core import Run, generator, load_tensors, seeded
+from ltnb.core import generator, load_tensors, seeded
+from ltnb.runs import Run
 from ltnb.data import LongTail
 from ltnb.diffusion import train_diffusion
 from ltnb.latent import train_latent
-from ltnb.models import Classifier, build_model, pixel_stats
-from ltnb.training import Averages, dropout_seeded, fit, fit_seeds, ramped
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, pixel_stats
+from ltnb.team import dropout_seeded
+from ltnb.checkpoint import Averages, ramped
+from ltnb.training import fit
+from ltnb.together import fit_seeds
 from torch import nn
 
 DATA = LongTail.digits(10.)
@@ -61,17 +67,17 @@ def test_every_step_drops_other_units():
 def cut(tmp_path, monkeypatch, act, at, where="dropout_seeded"):
     "Do it once, then again with a stop at the `at`-th step, then to the end: both results"
     def run(name, stop=None):
-        steps, real = [0], getattr(training, where)
+        steps, real = [0], getattr(team, where)
         def counted(*key, **how):
             steps[0] += 1
             if steps[0] == stop: raise Stop
             return real(*key, **how)
-        monkeypatch.setattr(training, where, counted)
+        everywhere(monkeypatch, where, counted)
         try:
             with Run(BaselineConfig(out=str(tmp_path / name))) as r:
                 r.start(BaselineConfig(), "cpu", "fp32")
                 return act(r)
-        finally: monkeypatch.setattr(training, where, real)
+        finally: everywhere(monkeypatch, where, real)
     whole = run("whole")
     with pytest.raises(Stop): run("cut", at)
     return whole, run("cut")

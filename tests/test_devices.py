@@ -7,16 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from ltnb import baseline, core, diffult, diffusion, generate
+from conftest import everywhere
+from ltnb import baseline, core, diffult, diffusion
+from ltnb import generate as generate_room
+from ltnb import generator as generator_room
 from ltnb.baseline import BaselineConfig, side_by_side
-from ltnb.core import (UsageError, autocast, choose_device, choose_precision, device_type, environment, full_fp32,
-                       generator, read_json, tf32_in_use)
+from ltnb.core import (UsageError, autocast, choose_device, choose_precision, device_type, full_fp32, generator,
+                       read_json, tf32_in_use)
+from ltnb.runs import environment
 from ltnb.data import LongTail
-from ltnb.diffusion import DiffusionModel, build_objective, build_unet, on_device, sample_images
-from ltnb.generate import GenerateConfig, make_images
+from ltnb.noise import build_objective
+from ltnb.diffusion import DiffusionModel, build_unet, on_device
+from ltnb.samplers import sample_images
+from ltnb.generator import make_images
+from ltnb.generate import GenerateConfig
 from ltnb.latent import sample_features, train_latent
-from ltnb.synthetic import make_plan
-from ltnb.training import Team
+from ltnb.jobs import make_plan
+from ltnb.team import Team
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("cuda", "cuda:0", "cuda:1", torch.device("cuda"), torch.device("cuda", 1))
@@ -30,7 +37,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"a GPU, asked as {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(device) or (9, 0))
     monkeypatch.delenv("LTNB_PRECISION", raising=False)
-    monkeypatch.setattr(core, "cpu_flags", list) # so that a CPU would answer fp32
+    everywhere(monkeypatch, "cpu_flags", list) # so that a CPU would answer fp32
     return asked
 
 
@@ -150,17 +157,17 @@ def test_training_and_sampling_ask_the_same_rule(monkeypatch, tmp_path):
     def rule(net, device="cpu", compiled=None, channels_last=None):
         asked.append((device, compiled))
         return real(net, device, False, channels_last)
-    for module in (diffusion, generate): monkeypatch.setattr(module, "on_device", rule)
+    everywhere(monkeypatch, "on_device", rule)
     m = model()
     m.save(tmp_path / "model")
     for given in ({}, {"compiled": True}):
         config = GenerateConfig(model=str(tmp_path / "model"), out=str(tmp_path / f"made{len(given)}"), per_class=2,
                                 sample_steps=2, shard_size=3, device="cpu", copies=False, **given)
-        generate.generate(config)
+        generate_room.generate(config)
     assert asked == [("cpu", None), ("cpu", True)], "once for all shards, as the setting says"
     digits = LongTail.digits()
-    cfg = generate.resolve(generate.DiffusionConfig(n_steps=1, diff_bs=2), digits)
-    generate.train_model(cfg, digits, 0)
+    cfg = generator_room.resolve(generator_room.DiffusionConfig(n_steps=1, diff_bs=2), digits)
+    generator_room.train_model(cfg, digits, 0)
     assert asked[2] == ("cpu", None)
 
 
@@ -182,10 +189,10 @@ def test_compiling_is_no_part_of_what_was_asked_for(tmp_path):
     model().save(tmp_path / "model")
     config, done = dict(model=str(tmp_path / "model"), out=str(tmp_path / "made")), tmp_path / "made" / "generated.json"
     config |= dict(per_class=1, sample_steps=1, device="cpu", copies=False)
-    generate.generate(GenerateConfig(**config))
+    generate_room.generate(GenerateConfig(**config))
     assert "compiled" not in read_json(done)["settings"]
     before = done.stat().st_mtime_ns
-    generate.generate(GenerateConfig(**config, compiled=True))
+    generate_room.generate(GenerateConfig(**config, compiled=True))
     assert done.stat().st_mtime_ns == before
     assert GenerateConfig(**config, compiled=True).digest() == GenerateConfig(**config).digest()
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ltnb import diffult
-from ltnb.aid import FORMS
-from ltnb.core import Progress, UsageError, read_json, read_jsonl
+from ltnb import diffult, training
+from ltnb.aid_loss import FORMS
+from ltnb.core import UsageError, read_json, read_jsonl
+from ltnb.progress import Progress
 from ltnb.data import LongTail
-from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablations, classifier_config, control_rows, fit_budget, less_head, main_table, noise_images, published, real_repeated, resolve, run, step_classify, step_extract,
-                          step_generate, summary, tail_classes, unfiltered, verdict)
+from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablations, classifier_config, control_rows,
+                          fit_budget, less_head, main_table, noise_images, published, real_repeated, resolve, run,
+                          step_classify, step_extract, step_generate, summary, tail_classes, unfiltered, verdict)
 from ltnb.losses import effective_counts
-from ltnb.models import Classifier
+from ltnb.classifier import Classifier
 
 QUICK = dict(n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2., pipelines=False) # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
 CORE = ["cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "noise images", "generation", "generation + filter", "generation + weight", "aid loss", "aid loss + filter", "diffult",
@@ -84,7 +86,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, done, monkeypatch, stage):
     with monkeypatch.context() as m:
         m.setattr(diffult, stage, lambda *a, **k: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop): run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
-    calls, real = [], diffult.fit
+    calls, real = [], training.fit
     monkeypatch.setattr(diffult, "fit", lambda *a, **k: calls.append(k.get("name")) or real(*a, **k))
     again = run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
     a, b = for_all_time(again.path), for_all_time(done.path)

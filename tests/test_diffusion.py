@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 from ltnb import diffusion
-from ltnb.core import DataError, LtnbError, Progress, Run, UsageError, read_jsonl
+from ltnb.core import DataError, LtnbError, UsageError, read_jsonl
+from ltnb.progress import Progress
+from ltnb.runs import Run
 from ltnb.data import LongTail
-from ltnb.diffusion import (CB_SPACES, DiffusionModel, NoiseModel, OBJECTIVES, SAMPLERS, SCHEDULES, betas, build_objective, build_unet, cbdm_loss, cbdm_prior, diffusion_loss, frechet_distance,
-                            noise_ratios, noisy_batch, nudge, sample_batch, sampler_spacing, sample_images, train_diffusion)
+from ltnb.metrics import frechet_distance
+from ltnb.noise import (OBJECTIVES, SCHEDULES, NoiseModel, betas, build_objective, cbdm_loss, cbdm_prior,
+                        diffusion_loss, noise_ratios, noisy_batch)
+from ltnb.diffusion import CB_SPACES, DiffusionModel, build_unet, nudge, train_diffusion
+from ltnb.samplers import SAMPLERS, sample_batch, sample_images, sampler_spacing
 from ltnb.ldmlr import LDMLRConfig
-from ltnb.synthetic import make_plan
-from ltnb.training import Team
+from ltnb.jobs import make_plan
+from ltnb.team import Team
 from torch import nn
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=.1, norm_num_groups=4, attention=False) # with dropout, which has to resume too
@@ -373,7 +378,7 @@ def test_nudges_stay_in_place():
 
 WORKER = """
 import sys; sys.path.insert(0, "tests")
-import torch; from ltnb import diffusion; from ltnb.core import Progress; from ltnb.data import LongTail; from ltnb.training import join_team
+import torch; from ltnb import diffusion; from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
 Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
 diffusion.UNETS["small"] = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
 m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, cb_tau=1., team=team)
@@ -403,7 +408,7 @@ def test_folder_is_one_of_diffusers(tmp_path, model):
     plan = make_plan([0, 0, 0, 4])
     ours = sample_images(again, plan, "ddim", 10)[0]
     assert torch.equal(ours, sample_images(model, plan, "ddim", 10)[0])
-    from ltnb.synthetic import item_noise
+    from ltnb.jobs import item_noise
     x = item_noise(("diffusion", model.fingerprint, 0, 0), plan, (1, 8, 8))
     scheduler.set_timesteps(10)
     with torch.no_grad():
@@ -494,7 +499,7 @@ class KnowsGauss(nn.Module):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_samplers_find_a_whole_distribution(name, sampler):
     "The deterministic ones map the start noise to sd x noise; the ancestral one gives the right spread"
-    from ltnb.synthetic import item_noise
+    from ltnb.jobs import item_noise
     o, plan = build_objective(name), make_plan([100])
     m = DiffusionModel(KnowsGauss(o, .25), o, ("a",), (1, 4, 4), np.ones(1))
     x, start = sample_images(m, plan, sampler, 100)[0].float() / 127.5 - 1, item_noise(("diffusion", m.fingerprint, 0, 0), plan, (1, 4, 4))

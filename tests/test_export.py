@@ -9,7 +9,8 @@ from ltnb.core import LtnbError, UsageError, write_json
 from ltnb.data import LongTail
 from ltnb.export import check_inputs, export, largest_differences, photographs, to_onnx
 from ltnb.losses import log_prior
-from ltnb.models import Classifier, LinearNet, build_model, pixel_stats
+from ltnb.models import LinearNet, build_model
+from ltnb.classifier import Classifier, pixel_stats
 
 pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")

@@ -9,21 +9,29 @@ import torch
 from pretend import BACKWARD, fake_gpu, pretend_gpu
 
 from ltnb import diffusion
-from ltnb.aid import FORMS, AIDLoss, Calibration, Extractor, calibrate, check_extractor, class_geometry, mean_strength
+from ltnb.aid import Extractor, check_extractor, class_geometry
+from ltnb.aid_loss import FORMS, AIDLoss, Calibration, calibrate, mean_strength
 from ltnb.augment import AUGMENTATIONS, OPS, Augment, apply_ops, cutmix, mixup, op_levels
 from ltnb.core import generator
 from ltnb.data import ImageSet, LongTail
-from ltnb.diffusion import (CB_LABELS, OBJECTIVES, SAMPLERS, DiffusionModel, build_objective, build_unet, cbdm_loss,
-                            cbdm_prior, sample_images, train_diffusion)
-from ltnb.heads import Features, Head, choose_tau, crt, fit_head, lws, nearest_mean, tau_norm
+from ltnb.noise import CB_LABELS, OBJECTIVES, build_objective, cbdm_loss, cbdm_prior
+from ltnb.diffusion import DiffusionModel, build_unet, train_diffusion
+from ltnb.samplers import SAMPLERS, sample_images
+from ltnb.heads import Features, Head, fit_head
+from ltnb.decoupled import choose_tau, crt, lws, nearest_mean, tau_norm
 from ltnb.latent import PULLS, Denoiser, Neighbourhood, ddim, denoising_loss, sample_features, train_latent
 from ltnb.ldmlr import LDMLRConfig, resolve, room_of
 from ltnb.ldmlr_published import (PublishedUNet, cosine_alpha_bar, encode_as_coded, published_loss, sample_published,
                                   train_published)
 from ltnb.losses import LOSSES, BalancedSoftmax, build_loss
-from ltnb.models import HEADS, Classifier, build_model, encode
-from ltnb.synthetic import make_plan, near_copies
-from ltnb.training import Stack, Team, epoch_order, fit, held_out, stack_step, train_step, view
+from ltnb.models import HEADS, build_model
+from ltnb.classifier import Classifier, encode
+from ltnb.jobs import make_plan
+from ltnb.copies import near_copies
+from ltnb.batches import epoch_order, held_out
+from ltnb.team import Team, train_step
+from ltnb.training import fit, view
+from ltnb.together import Stack, stack_step
 
 COUNTS = np.array([12, 6, 4, 2])
 LABELS = np.repeat(np.arange(4), COUNTS)

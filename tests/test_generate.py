@@ -8,14 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, everywhere
 from ltnb import diffusion
-from ltnb import generate as room
-from ltnb.core import LtnbError, Progress, read_json, read_jsonl
+from ltnb import generator, synthetic
+from ltnb.core import LtnbError, read_json, read_jsonl
+from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
-from ltnb.generate import DiffusionConfig, GenerateConfig, Judge, describe, find_model, generate, make_images, planned, references, resolve, run, train_model
-from ltnb.synthetic import Synthetic, make_plan
+from ltnb.judge import Judge, references, train_judge
+from ltnb.generator import DiffusionConfig, make_images, resolve, run, train_model
+from ltnb.generate import GenerateConfig, describe, find_model, generate, planned
+from ltnb.jobs import make_plan
+from ltnb.synthetic import Synthetic
 
 QUICK = dict(n_steps=12, diff_bs=16, sample_every=6, sample_steps=3, per_class=3, judge_epochs=1)
 FLAGS = [f for k, v in QUICK.items() for f in (f"--{k.replace('_', '-')}", str(v))]
@@ -78,10 +82,10 @@ def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
     "Cut in each of its stages, it ends with the same bytes"
     stop = lambda *a, **k: (_ for _ in ()).throw(Stop())
     with monkeypatch.context() as m:
-        if stage == "train": m.setattr(room, "sample_grid", stop)
+        if stage == "train": m.setattr(generator, "sample_grid", stop)
         if stage == "save": m.setattr(diffusion, "write_json", stop)
-        if stage == "sample": m.setattr("ltnb.synthetic._Job.finish", stop)
-        if stage == "judge": m.setattr(room, "references", stop)
+        if stage == "sample": m.setattr("ltnb.jobs._Job.finish", stop)
+        if stage == "judge": everywhere(m, "references", stop)
         with pytest.raises(Stop): run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
     again = run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
     assert same_for_all_time(again.path) == same_for_all_time(trained.path)
@@ -97,7 +101,7 @@ def test_photographs_with_a_class_of_one(folder_run):
 def test_without_a_judge(tmp_path):
     r = run(DiffusionConfig(**{**QUICK, "judge_epochs": 0}, out=str(tmp_path / "run")))
     assert r.scores()[0]["all"] is None and r.scores()[0]["copies"] is not None and not (r.path / "judge").exists()
-    assert "–" in room.summary(r) and "report.html" in files(r.path)
+    assert "–" in generator.summary(r) and "report.html" in files(r.path)
 
 
 @pytest.mark.parametrize("args,text", [
@@ -268,20 +272,20 @@ def test_broken_samples_are_tried_again_counted_and_never_kept(tmp_path, trained
     assert made.counts(3).tolist() == [3, 0, 3] and [r["attempt"] for r in made.manifest] == [1] * 3 + [0] * 3
     assert [r["class"] for r in read_jsonl(tmp_path / "g" / "failed.jsonl")] == [1] * 3
     how = dict(sampler="dpm++", sample_steps=2, guidance_scale=1., precision="fp32")
-    facts = {**room.job_summary(tmp_path / "g"), "left_out": [], "copies": {"not_looked_for": "no"}, "settings": how}
+    facts = {**synthetic.job_summary(tmp_path / "g"), "left_out": [], "copies": {"not_looked_for": "no"}, "settings": how}
     assert "3 made again" in describe(facts, model.class_names, "g") and "3 given up" in describe(facts, model.class_names, "g")
 
 
 def test_a_full_disk_in_the_middle(tmp_path, trained, monkeypatch):
-    from ltnb import synthetic
-    real, calls = synthetic.save_tensors, []
+    from ltnb import core, jobs
+    real, calls = core.save_tensors, []
     def full(path, *a, **k):
         calls.append(path)
         if len(calls) == 3: raise LtnbError("writing shard: no space left on the disk")
         return real(path, *a, **k)
     config = GenerateConfig(model=str(trained.path), out=str(tmp_path / "g"), per_class=4, sample_steps=2, shard_size=8, copies=False)
     with monkeypatch.context() as m:
-        m.setattr(synthetic, "save_tensors", full)
+        m.setattr(jobs, "save_tensors", full)
         with pytest.raises(LtnbError, match="no space left"): generate(config)
     assert len(list((tmp_path / "g").glob("shard-*.safetensors"))) == 2 and not (tmp_path / "g" / "manifest.jsonl").exists()
     assert generate(config)["items"] == 40
@@ -291,7 +295,7 @@ def test_the_judge_is_fair():
     "Real images of another draw are recognised, noise is not; copies of copies are copies"
     data = LongTail.digits()
     cfg = resolve(DiffusionConfig(judge_epochs=8), data)
-    judge = Judge(room.train_judge(cfg, data, 0), data)
+    judge = Judge(train_judge(cfg, data, 0), data)
     noise, repeated, test = references(judge, 10, 0)
     assert test["all"] > .95 and repeated["all"] > .95 and noise["all"] < .35
     assert noise["distance"] > 5 * repeated["distance"] and repeated["copies_few"] == 1

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.core import DataError, UsageError, generator
 from ltnb.data import LongTail
-from ltnb.heads import DirectionHead, Features, Head, choose_tau, crt, fit_head, lws, nearest_mean, sgd_steps, tau_norm
-from ltnb.models import Classifier, build_model
-from ltnb.training import balanced_indices, held_out, power_indices, sqrt_indices
+from ltnb.heads import Features, Head, fit_head
+from ltnb.decoupled import DirectionHead, choose_tau, crt, lws, nearest_mean, sgd_steps, tau_norm
+from ltnb.models import build_model
+from ltnb.classifier import Classifier
+from ltnb.batches import balanced_indices, held_out, power_indices, sqrt_indices
 
 few = settings(max_examples=25, deadline=None)
 

@@ -8,13 +8,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ltnb.baseline import BaselineConfig
-from ltnb.core import DataError, Progress, read_json
-from ltnb.data import ImageSet, LongTail, duplicates, load_data
+from ltnb.core import DataError, read_json
+from ltnb.progress import Progress
+from ltnb.data import ImageSet, LongTail, duplicates
+from ltnb.sources import load_data
 from ltnb.diffult import DiffuLTConfig, real_repeated
-from ltnb.generate import DiffusionConfig, load_small
+from ltnb.generator import DiffusionConfig, load_small
 from ltnb.ldmlr import LDMLRConfig
-from ltnb.models import new_encoder, pixel_stats, set_stats
-from ltnb.synthetic import flag_copies, make_plan, make_synthetic
+from ltnb.classifier import new_encoder, pixel_stats, set_stats
+from ltnb.jobs import make_plan
+from ltnb.synthetic import make_synthetic
+from ltnb.copies import flag_copies
 from PIL import Image
 
 CONFIGS = {"baseline": BaselineConfig, "ldmlr": LDMLRConfig, "diffusion": DiffusionConfig, "diffult": DiffuLTConfig}
@@ -140,7 +144,8 @@ def test_files_of_another_number_are_refused(sources):
 
 def test_run_and_generate_agree_about_the_training_images(sources, tmp_path):
     "The manifest of a run, and the copies of `ltnb generate`, name files; the data is found to be the same"
-    from ltnb.generate import GenerateConfig, generate, run, training_data
+    from ltnb.generator import run
+    from ltnb.generate import GenerateConfig, generate, training_data
     quick = dict(n_steps=2, diff_bs=4, sample_steps=1, per_class=2, judge_epochs=0, unet="tiny", device="cpu")
     r = run(DiffusionConfig(**sources["folder"], **quick, precision="fp32", out=str(tmp_path / "run")))
     data, why = training_data(r.path)

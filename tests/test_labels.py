@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.core import DataError, LtnbError, UsageError
-from ltnb.data import DataConfig, ImageSet, LongTail, check_source, load_data, read_class_names
-from ltnb.labels import Columns, group_split, leak, read_table, unique_names
+from ltnb.labels import read_class_names
+from ltnb.data import ImageSet, LongTail
+from ltnb.sources import DataConfig, check_source, load_data
+from ltnb.labels import unique_names
+from ltnb.listings import Columns, group_split, leak, read_table
 from PIL import Image
 
 WANT = ("cat", "dog", "great owl")
@@ -411,7 +414,8 @@ def test_one_class_is_refused_everywhere(main, tmp_path):
 
 
 def test_two_classes_with_one_name_stay_apart_in_the_csv(tmp_path):
-    from ltnb.models import Classifier, build_model, write_predictions
+    from ltnb.models import build_model
+    from ltnb.classifier import Classifier, write_predictions
     clf = Classifier(build_model("convnet", 4, 3), ("crane", "owl", "crane", "path"), (3, 8, 8))
     write_predictions(tmp_path / "p.csv", clf.class_names, np.eye(4)[[0, 2]], ["a.png", "b.png"])
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
@@ -445,7 +449,7 @@ def test_a_run_goes_on_after_its_data_moved(main, tmp_path):
 @pytest.mark.parametrize("name", ["npz", "lists", "features"])
 def test_every_source_may_move(tmp_path, name):
     from ltnb.baseline import BaselineConfig
-    from ltnb.core import Run
+    from ltnb.runs import Run
     from ltnb.ldmlr import LDMLRConfig, read_data
     table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     archive(tmp_path / "a.npz")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.core import DataError, UsageError
-from ltnb.losses import (DRW, LDAM, LOSSES, WCDAS, BalancedSoftmax, ClassBalanced, CrossEntropy, Focal, LabelAwareSmoothing, LogitAdjustment, build_loss, class_balanced_weights,
-                         effective_counts, label_shift)
+from ltnb.losses import (DRW, LDAM, LOSSES, WCDAS, BalancedSoftmax, ClassBalanced, CrossEntropy, Focal,
+                         LabelAwareSmoothing, LogitAdjustment, build_loss, class_balanced_weights, effective_counts,
+                         label_shift)
 
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50] # CIFAR-10-LT, imbalance 100
 few = settings(max_examples=25, deadline=None)

@@ -8,14 +8,20 @@ from conftest import cifar_pack, shared
 from hypothesis import given
 from hypothesis import strategies as st
 from ltnb.augment import Augment
-from ltnb.core import DataError, Progress, UsageError
+from ltnb.core import DataError, UsageError
+from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
-from ltnb.latent import Neighbourhood, alpha_sigma, class_means, ddim, draw_neighbours, draw_pull, gaussian_features, memorised, mixed_features, neighbour_classes, pooled_covariance, sample_features, shrink_strength, train_latent
-from ltnb.ldmlr import ABLATIONS, CONTROLS, METHODS, LDMLRConfig, ablation_settings, planned_counts, resolve, run, split_rows, stage_encode
+from ltnb.latent import (Neighbourhood, alpha_sigma, class_means, ddim, draw_neighbours, draw_pull, gaussian_features,
+                         memorised, mixed_features, neighbour_classes, pooled_covariance, sample_features,
+                         shrink_strength, train_latent)
+from ltnb.latent import planned_counts
+from ltnb.ldmlr import (ABLATIONS, CONTROLS, METHODS, LDMLRConfig, ablation_settings, resolve, run, split_rows,
+                        stage_encode)
 from ltnb.losses import effective_counts, label_shift
-from ltnb.models import Classifier, ResNet, build_model, encode, pixel_stats
-from ltnb.synthetic import make_plan
+from ltnb.models import ResNet, build_model
+from ltnb.classifier import Classifier, encode, pixel_stats
+from ltnb.jobs import make_plan
 from ltnb.training import fit
 
 

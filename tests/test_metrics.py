@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ltnb.core import DataError, LtnbError, UsageError
 from ltnb.data import BANDS, THIRDS, thirds
-from ltnb.metrics import (bootstrap, calibration, confusion, confusion_flow, generative_by_band, generative_scores, inception_features, log_softmax, mean_sd, paired_bootstrap, paired_over_images,
-                          paired_over_seeds, plot_by_rank, plot_flow, plot_reliability, score, worst)
+from ltnb.metrics import (bootstrap, calibration, confusion, generative_by_band, generative_scores,
+                          inception_features, log_softmax, mean_sd, paired_bootstrap, paired_over_images,
+                          paired_over_seeds, score, worst)
+from ltnb.pictures import confusion_flow, plot_by_rank, plot_flow, plot_reliability
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, log_loss, recall_score
 

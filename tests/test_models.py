@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import shared
 from ltnb.core import DataError, LtnbError, UsageError, save_tensors
-from ltnb.data import ImageFiles, decode_image, longtail_counts
-from ltnb.models import (ARCHS, HEADS, Classifier, CosineHead, LinearNet, WCDASHead, build_model, cosines, encode, group_norm, load_classifier, luma, predict_files,
-                         write_predictions)
+from ltnb.files import ImageFiles, decode_image
+from ltnb.data import longtail_counts
+from ltnb.models import ARCHS, HEADS, CosineHead, LinearNet, WCDASHead, build_model, cosines, group_norm
+from ltnb.classifier import Classifier, encode, load_classifier, luma, predict_files, write_predictions
 from PIL import Image
 from torch import nn
 

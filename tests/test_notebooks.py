@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 from conftest import ROOT
-from ltnb.core import Progress
+from ltnb.progress import Progress
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
@@ -117,7 +117,7 @@ def test_stored_outputs(path, cells):
     assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of a machine in an output"
     assert "it/s]" not in text, "a progress bar in an output"
     streams = [o for c in code for o in c["outputs"] if o["output_type"] == "stream" and o["name"] == "stderr"]
-    assert not streams or path.stem == "90_cli", f"stderr in an output: {streams[0]['text']}"
+    assert not streams or path.stem == "99_cli", f"stderr in an output: {streams[0]['text']}"
 
 
 def test_parameters_cell_only_where_it_belongs(path, cells):

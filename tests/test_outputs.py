@@ -4,7 +4,8 @@ import os
 import numpy as np
 import pytest
 from ltnb import core
-from ltnb.core import Config, UsageError, atomic_write, check_output
+from ltnb.core import UsageError, atomic_write, check_output
+from ltnb.config import Config
 from PIL import Image
 
 
@@ -12,7 +13,7 @@ from PIL import Image
 def made(tmp_path_factory):
     "Photographs in two classes, an archive of images, and an untrained classifier"
     from ltnb.data import LongTail
-    from ltnb.models import new_encoder
+    from ltnb.classifier import new_encoder
     root, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
     for name in ("cat", "dog"):
         (root / "photos" / name).mkdir(parents=True)
@@ -83,11 +84,11 @@ def test_files_of_other_commands_are_foreign(place, main):
     (place / "theirs" / "figures").mkdir(parents=True)
     (place / "theirs" / "figures" / "counts.png").write_bytes(b"theirs")
     (place / "theirs" / "png").mkdir()
-    (place / "theirs" / "60_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
+    (place / "theirs" / "91_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
     np.savez(place / "theirs" / "f.npz", train_features=np.ones((2, 2)), train_labels=[0, 1],
              test_features=np.ones((2, 2)), test_labels=[0, 1], class_names=["a", "b"])
     (place / "entry").mkdir()
-    (place / "entry" / "60_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
+    (place / "entry" / "91_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
     before = contents(place)
     theirs = (CARD, "theirs"), (GENERATE, "theirs"), (ENCODE, "theirs/f.npz"), (RUN, "theirs"), (RUN, "entry")
     for command, out in theirs:

@@ -9,19 +9,13 @@ import warnings
 
 import numpy as np
 import pytest
-from ltnb import data as D
-from ltnb.core import DataError, Progress, UsageError
-from ltnb.data import (
-    LongTail,
-    Photographs,
-    figure_names,
-    find_split,
-    image_suffixes,
-    is_ltnb_output,
-    ordered,
-    split_role,
-    valid_text,
-)
+from ltnb import folders, pictures
+from ltnb.core import DataError, UsageError
+from ltnb.progress import Progress
+from ltnb.core import valid_text
+from ltnb.folders import Photographs, find_split, image_suffixes, is_ltnb_output, ordered, split_role
+from ltnb.data import LongTail
+from ltnb.pictures import figure_names
 from PIL import Image
 
 TRAIN = ["run", "baseline", "--plain", "--n-epochs", "1", "--bs", "4", "--heads", "false", "--device", "cpu"]
@@ -118,7 +112,7 @@ def test_links_are_followed_once_and_not_around(tmp_path):
     os.symlink(root / "dog" / "00.png", root / "cat" / "linked file.png")
     os.symlink("nothing.png", root / "cat" / "nothing.png")
     found = Photographs(root)
-    classes = D.class_folders(found)
+    classes = folders.class_folders(found)
     assert {c: len(p) for c, p in classes.items()} == {"cat": 16, "dog": 6, "eel": 2}
     assert sorted(found.left["again"]) == ["a dog again", "cat/higher", "cat/up", "eel/z/back"] and sorted(
         found.left["broken"]
@@ -206,7 +200,7 @@ def write(folder, files):
     [
         RUN,
         {"run.lock": ""},
-        {"61_run_ldmlr.ipynb": "{}"},
+        {"92_run_ldmlr.ipynb": "{}"},
         {"manifest.jsonl": "", "shard-000.safetensors": "", "png/cat/1.png": ""},
         {"shards.jsonl": ""},
         {
@@ -248,7 +242,7 @@ def test_photographs_stay_whatever_was_written_beside_them(tmp_path):
     for name in ("figures", "model"):
         for i in range(2):
             photo(f"{root}/{name}/{i}.png")
-    (root / "run.lock").unlink(), (root / "config.json").unlink(), (root / "60_run_baseline.ipynb").write_text("{}")
+    (root / "run.lock").unlink(), (root / "config.json").unlink(), (root / "91_run_baseline.ipynb").write_text("{}")
     assert LongTail.folder(root).class_names == ("cat", "dog", "figures", "model")
     split = photos(tmp_path / "s" / "train").parent
     photos(split / "test")
@@ -267,7 +261,7 @@ def test_the_same_command_twice_in_the_data_folder(main, tmp_path, monkeypatch):
     (run,) = (root / "runs").iterdir()
     first = json.loads((run / "config.json").read_text())["data"]["train"]
     (run / "scores.json").unlink()  # killed before its end
-    (root / "60_run_baseline.ipynb").write_text("{}")
+    (root / "91_run_baseline.ipynb").write_text("{}")
     code, _, err = main(*args)
     assert (
         code == 0 and "runs" in err and (run / "scores.json").exists() and LongTail.folder(root).fingerprint() == first
@@ -515,7 +509,7 @@ def test_odd_names_work_everywhere(tmp_path, main):
 
 def test_names_in_figures(tmp_path):
     from matplotlib.figure import Figure
-    from ltnb.data import plot_counts
+    from ltnb.pictures import plot_counts
 
     texts, family = figure_names([*ODD, "\U0001f9ff", "עברית", "a_{b}"], 20)
     assert (
@@ -558,7 +552,7 @@ def test_an_installed_font_is_used(tmp_path, monkeypatch):
     font.setupPost()
     font.save(tmp_path / "test.ttf")
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
-    D._fonts_for.cache_clear()
+    pictures._fonts_for.cache_clear()
     font_manager.fontManager.addfont(tmp_path / "test.ttf")
     texts, family = figure_names(["日", "本"])
     assert (
@@ -573,7 +567,7 @@ def test_an_installed_font_is_used(tmp_path, monkeypatch):
         fig = Figure()
         fig.text(0.5, 0.5, texts[0], fontfamily=family)
         fig.savefig(tmp_path / "a.png")
-    D._fonts_for.cache_clear()
+    pictures._fonts_for.cache_clear()
 
 
 # predict
@@ -581,7 +575,8 @@ def test_an_installed_font_is_used(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from ltnb.models import Classifier, build_model
+    from ltnb.models import build_model
+    from ltnb.classifier import Classifier
 
     folder = tmp_path_factory.mktemp("model")
     Classifier(build_model("convnet", 2), ("cat", "dog"), (3, 8, 8), [0.5] * 3, [0.25] * 3, "convnet").save(folder)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.core import LtnbError, UsageError
-from ltnb.labels import class_prior, prior_text
+from ltnb.priors import class_prior, prior_text
 from ltnb.losses import carried_prior, label_shift, retarget
 from ltnb.metrics import expected_accuracy
 from PIL import Image
@@ -109,7 +109,7 @@ def test_baseline_rows_and_the_saved_classifier(main, tmp_path):
     saved = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert saved["method"] == "label shift, test prior" and np.allclose(saved["test_prior"], prior)
     from ltnb.data import LongTail
-    from ltnb.models import load_classifier
+    from ltnb.classifier import load_classifier
     clf, data = load_classifier(tmp_path / "run"), LongTail.digits()
     right = (clf.logits(data.test.images).argmax(1).numpy() == data.test.labels).mean()
     assert np.isclose(right, rows["label shift, test prior"]["all"])
@@ -161,7 +161,8 @@ def test_ldmlr_rows(tmp_path):
 
 
 def classifier(tmp_path, name="model", **saved):
-    from ltnb.models import Classifier, build_model
+    from ltnb.models import build_model
+    from ltnb.classifier import Classifier
     clf = Classifier(build_model("convnet", 3, 3), NAMES, (3, 8, 8), arch="convnet",
                      log_prior=saved.pop("log_prior", None))
     clf.eval().save(tmp_path / name, **saved)
@@ -176,7 +177,7 @@ def classifier(tmp_path, name="model", **saved):
     dict(method="label shift", log_prior=np.log([.8, .15, .05])),
     dict(method="cross-entropy", train_counts=[80, 15, 5])])
 def test_a_saved_classifier_is_turned_from_whatever_was_saved(tmp_path, saved):
-    from ltnb.models import Classifier
+    from ltnb.classifier import Classifier
     folder = classifier(tmp_path, **saved)
     clf = Classifier.load(folder)
     x = np.random.RandomState(0).randint(0, 256, (9, 3, 8, 8)).astype(np.uint8)
@@ -188,7 +189,7 @@ def test_a_saved_classifier_is_turned_from_whatever_was_saved(tmp_path, saved):
 
 
 def test_a_classifier_without_a_record_is_refused(tmp_path):
-    from ltnb.models import Classifier
+    from ltnb.classifier import Classifier
     folder = classifier(tmp_path, method="ldmlr")
     with pytest.raises(UsageError, match="does not record the prior"):
         retarget(Classifier.load(folder), folder, "1,2,3")

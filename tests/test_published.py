@@ -9,15 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ltnb import ldmlr_published
 from ltnb.augment import Augment
-from ltnb.core import DataError, LtnbError, Progress, Run, UsageError, read_jsonl
+from ltnb.core import DataError, LtnbError, UsageError, read_jsonl
+from ltnb.progress import Progress
+from ltnb.runs import Run
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head
 from ltnb.ldmlr import LDMLRConfig
-from ltnb.ldmlr import planned_counts
-from ltnb.ldmlr_published import (Attention, PublishedModel, PublishedUNet, ancestral_times, cosine_alpha_bar, encode_as_coded, posterior, published_head,
-                                  published_loss, sample_published, snr, train_published, x0_error)
-from ltnb.models import Classifier, build_model, encode, pixel_stats
-from ltnb.synthetic import make_plan, make_synthetic
+from ltnb.latent import planned_counts
+from ltnb.ldmlr_published import (Attention, PublishedModel, PublishedUNet, ancestral_times, cosine_alpha_bar,
+                                  encode_as_coded, posterior, published_head, published_loss, sample_published, snr,
+                                  train_published, x0_error)
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, encode, pixel_stats
+from ltnb.jobs import make_plan
+from ltnb.synthetic import make_synthetic
 from ltnb.training import fit
 
 ALPHA_BAR = cosine_alpha_bar()

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from ltnb.report import difference, percent, render, show_difference, table, verdict, write_report
+from ltnb.metrics import difference, percent, show_difference
+from ltnb.report import render, table, verdict, write_report
 
 BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
 

@@ -11,15 +11,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, everywhere
 from ltnb import core
 from ltnb.augment import Augment
-from ltnb.core import LtnbError, Progress, Run, read_jsonl
+from ltnb.core import LtnbError, read_jsonl
+from ltnb.progress import Progress
+from ltnb.runs import Run
 from ltnb.data import LongTail
 from ltnb.latent import train_latent
 from ltnb.ldmlr import LDMLRConfig, run
-from ltnb.models import Classifier, build_model, pixel_stats
-from ltnb.synthetic import item_noise, make_plan, make_synthetic
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, pixel_stats
+from ltnb.jobs import item_noise, make_plan
+from ltnb.synthetic import make_synthetic
 from ltnb.training import fit
 
 
@@ -171,9 +175,9 @@ def test_a_stale_shard_is_not_taken_for_a_new_one(tmp_path):
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(Stop): classifier_training(tmp_path, stop_at=2)
     original = core.save_tensors
-    monkeypatch.setattr(core, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
+    everywhere(monkeypatch, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop): classifier_training(tmp_path)
-    monkeypatch.setattr(core, "save_tensors", original)
+    everywhere(monkeypatch, "save_tensors", original)
     with Run(LDMLRConfig(out=str(tmp_path))) as r: assert r.load("classifier-seed-0")[1]["step"] == 2
 
 

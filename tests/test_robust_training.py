@@ -13,14 +13,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from ltnb import training
+from conftest import ROOT, everywhere
+from ltnb import batches as room
+from ltnb import team
 from ltnb.baseline import BaselineConfig
-from ltnb.core import DataError, LtnbError, Progress, Run, UsageError
-from ltnb.data import ImageFiles, LongTail
+from ltnb.core import DataError, LtnbError, UsageError
+from ltnb.progress import Progress
+from ltnb.runs import Run
+from ltnb.files import ImageFiles
+from ltnb.data import LongTail
 from ltnb.ldmlr_published import encode_as_coded
-from ltnb.models import Classifier, build_model, pixel_stats
-from ltnb.training import Batches, fit, fit_seeds, least_batch, smallest_map, split_order
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, pixel_stats
+from ltnb.batches import Batches
+from ltnb.training import fit, least_batch, smallest_map, split_order
+from ltnb.together import fit_seeds
 from torch import nn
 
 
@@ -42,23 +49,23 @@ def photos(tmp_path_factory):
 
 def killed(index): # in a worker: what the system does to a process that takes too much memory
     if 13 in index: os.kill(os.getpid(), signal.SIGKILL)
-    return training._FILES[index]
+    return room._FILES[index]
 
 
 def bus_error(index):
     faulthandler.disable() # pytest's
     if 13 in index: os.kill(os.getpid(), signal.SIGBUS)
-    return training._FILES[index]
+    return room._FILES[index]
 
 
 def silent(index):
     if 13 in index: os.kill(os.getpid(), signal.SIGSTOP)
-    return training._FILES[index]
+    return room._FILES[index]
 
 
 def no_memory(index):
     if 13 in index: raise MemoryError
-    return training._FILES[index]
+    return room._FILES[index]
 
 
 def none_left():
@@ -72,7 +79,7 @@ def none_left():
 def test_a_failing_worker_changes_nothing(photos, monkeypatch, capsys, fault, says):
     "The batches are those of no workers, from the very one that did not come; it is said once, and no process is left"
     images, files = photos
-    monkeypatch.setattr(training, "_decode", fault)
+    monkeypatch.setattr(room, "_decode", fault)
     batches = Batches(files, workers=2, wait=1. if fault is silent else 60.)
     for _ in range(2): # the second epoch starts none
         got = list(batches.follow(torch.arange(30).split(4)))
@@ -85,7 +92,7 @@ def test_a_failing_worker_changes_nothing(photos, monkeypatch, capsys, fault, sa
 def test_workers_that_cannot_start(photos, monkeypatch, capsys):
     "A full /dev/shm has no room for a semaphore"
     def full(*args): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(training, "ProcessPoolExecutor", full)
+    monkeypatch.setattr(room, "ProcessPoolExecutor", full)
     assert np.array_equal(torch.cat(list(Batches(photos[1]).follow(torch.arange(30).split(8)))), photos[0])
     assert "No space left" in capsys.readouterr().err
 
@@ -93,7 +100,7 @@ def test_workers_that_cannot_start(photos, monkeypatch, capsys):
 def test_a_training_outlives_its_workers(photos, monkeypatch):
     "Weights, bit for bit, of a training from memory"
     images, files = photos
-    monkeypatch.setattr(training, "_decode", killed)
+    monkeypatch.setattr(room, "_decode", killed)
     nets = []
     for x in (images, files):
         clf = Classifier(build_model("convnet", 3), "abc", (3, 16, 16), *pixel_stats(images), "convnet")
@@ -120,8 +127,8 @@ def test_a_stopped_epoch_leaves_no_process(photos):
 
 SMALL = """
 import os, signal, sys, multiprocessing, torch
-from ltnb.data import ImageFiles
-from ltnb.training import Batches
+from ltnb.files import ImageFiles
+from ltnb.batches import Batches
 files = ImageFiles(sys.argv[1], ["0.png"] * 12, 512)
 steps = Batches(files).follow(torch.arange(12).split(4))
 print(sum(len(b) for b in Batches(files).follow(torch.arange(12).split(4))), flush=True)
@@ -166,11 +173,11 @@ def new(arch, x, seed=0, **more):
 @pytest.fixture
 def sizes(monkeypatch):
     "How many images each step of a training has"
-    seen, step = [], training.train_step
+    seen, step = [], team.train_step
     def watched(net, optimizer, loss, x, *more):
         seen.append(len(x))
         return step(net, optimizer, loss, x, *more)
-    monkeypatch.setattr(training, "train_step", watched)
+    everywhere(monkeypatch, "train_step", watched)
     return seen
 
 
@@ -241,7 +248,7 @@ def test_other_processes_make_other_steps(tmp_path, monkeypatch):
             return fit(new("resnet10", x), x, y, n_epochs=n_epochs, bs=8, lr=.01, run=run, save_every=0.)
     go(1)
     assert go(2) is not None
-    monkeypatch.setattr(training, "least_batch", lambda *a: 1)
+    everywhere(monkeypatch, "least_batch", lambda *a: 1)
     with pytest.raises(LtnbError, match="1 steps an epoch"): go(3)
 
 
@@ -257,9 +264,11 @@ def test_the_published_encoding_joins_too():
 
 TWO = """
 import os, sys, numpy as np, torch
-from ltnb.core import Progress
-from ltnb.models import Classifier, build_model
-from ltnb.training import fit, join_team
+from ltnb.progress import Progress
+from ltnb.models import build_model
+from ltnb.classifier import Classifier
+from ltnb.team import join_team
+from ltnb.training import fit
 Progress.quiet, team = True, join_team("cpu")
 for arch, side, n in (("resnet8", 4, 7), ("convnet", 8, 5)):
     x, y = np.random.default_rng(0).integers(0, 256, (n, 3, side, side), np.uint8), np.arange(n) % 3

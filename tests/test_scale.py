@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from ltnb import heads
-from ltnb.core import DataError, Progress, generator
+from ltnb import decoupled
+from ltnb.core import DataError, generator
+from ltnb.progress import Progress
 from ltnb.data import bands, thirds
-from ltnb.heads import (MAX_DRAWS, DirectionHead, Head, balanced_draws, by_rows, choose_tau, crt, fit_head, lws,
-                        nearest_mean, tau_norm)
+from ltnb.heads import Head, by_rows, fit_head
+from ltnb.decoupled import MAX_DRAWS, DirectionHead, balanced_draws, choose_tau, crt, lws, nearest_mean, tau_norm
 from ltnb.latent import Neighbourhood, class_means, draw_neighbours, memorised, neighbour_classes
 from ltnb.losses import label_shift
-from ltnb.metrics import calibration, confusion, confusion_flow, log_softmax, read_logits, score, worst
-from ltnb.synthetic import make_plan
-from ltnb.training import held_out
+from ltnb.metrics import calibration, confusion, log_softmax, read_logits, score, worst
+from ltnb.pictures import confusion_flow
+from ltnb.jobs import make_plan
+from ltnb.batches import held_out
 
 
 def cloud(n=400, k=12, d=6):
@@ -105,7 +107,7 @@ def test_class_by_class_without_a_pass_a_class():
 def test_lws_with_and_without_its_table(monkeypatch):
     z, y, head = cloud()
     kept = lws(head, z, y, n_epochs=2)
-    monkeypatch.setattr(heads, "MAX_TABLE", 0)
+    monkeypatch.setattr(decoupled, "MAX_TABLE", 0)
     assert torch.allclose(lws(head, z, y, n_epochs=2).weight, kept.weight, atol=1e-5)
 
 
@@ -138,10 +140,12 @@ def test_the_budget_of_class_balanced_draws(capsys, monkeypatch):
 
 PEAK = """
 import json, resource, sys, numpy as np, torch
-from ltnb.core import Progress
-from ltnb.heads import Head, by_rows, lws, nearest_mean
+from ltnb.progress import Progress
+from ltnb.heads import Head, by_rows
+from ltnb.decoupled import lws, nearest_mean
 from ltnb.latent import class_means, memorised
-from ltnb.metrics import confusion_flow, score
+from ltnb.metrics import score
+from ltnb.pictures import confusion_flow
 Progress.quiet, k, n, grown = True, 4000, 40000, {}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def watch(name, f):

@@ -9,11 +9,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ltnb import baseline, diffult, generate, ldmlr
+from ltnb import baseline, diffult, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
-from ltnb.core import Config, DataError, Progress, Run, read_json, write_json
+from ltnb.core import DataError, read_json, write_json
+from ltnb.config import Config
+from ltnb.progress import Progress
+from ltnb.runs import Run
 from ltnb.diffult import DiffuLTConfig
-from ltnb.generate import DiffusionConfig
+from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
@@ -22,7 +25,7 @@ HEADS = dict(n_steps=20, per_class=5, head_steps=5, scratch_steps=5)
 RECIPES = {
     "baseline": (baseline, BaselineConfig, dict(n_epochs=1, heads=False)),
     "ldmlr": (ldmlr, LDMLRConfig, dict(n_epochs=1, **HEADS)),
-    "diffusion": (generate, DiffusionConfig, dict(n_steps=4, diff_bs=8, sample_steps=2, per_class=2, judge_epochs=0)),
+    "diffusion": (generator, DiffusionConfig, dict(n_steps=4, diff_bs=8, sample_steps=2, per_class=2, judge_epochs=0)),
     "diffult": (diffult, DiffuLTConfig, dict(n_steps=2, diff_bs=8, n_epochs=1, target_per_class=4, sample_steps=1,
                                              cap=1., pipelines=False, aid_kappa=1.))}
 TINY = ["run", "baseline", "--plain", "--n-epochs", "1", "--heads", "false", "--device", "cpu", "--precision", "fp32"]
@@ -177,7 +180,7 @@ def side_by_side(out, seeds):
 
 
 def test_seeds_side_by_side(tmp_path, monkeypatch):
-    groups, original = [], baseline.fit_seeds
+    groups, original = [], together.fit_seeds
     def fit_seeds(clfs, images, labels, seeds, *a, **k):
         groups.append(seeds)
         return original(clfs, images, labels, seeds, *a, **k)
@@ -196,11 +199,11 @@ def test_seeds_that_were_begun_together_are_ended_together(tmp_path, monkeypatch
         run._append("metrics.jsonl", row)
     with monkeypatch.context() as m:
         m.setattr(Run, "log", stop)
-        m.setattr("ltnb.training.Clock.older_than", lambda *a: True)
+        m.setattr("ltnb.checkpoint.Clock.older_than", lambda *a: True)
         with pytest.raises(Stop): side_by_side(tmp_path / "cut", 2)
     assert "classifier-seeds-0-1.safetensors" in os.listdir(tmp_path / "cut" / "checkpoints")
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    seen, original = [], baseline.fit_seeds
+    seen, original = [], together.fit_seeds
     def fit_seeds(clfs, images, labels, seeds, *a, **k):
         seen.append(seeds)
         return original(clfs, images, labels, seeds, *a, **k)

@@ -5,25 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from ltnb import data as D
-from ltnb import generate as G
-from ltnb.core import LtnbError, Progress, read_json, write_json
+from ltnb import files
+from ltnb import generate, generator
+from ltnb.core import LtnbError, read_json, write_json
+from ltnb.progress import Progress
 from ltnb.data import ImageSet, LongTail
 from ltnb.diffult import DiffuLTConfig
-from ltnb.diffusion import NoiseModel, build_objective, build_unet, diffusion_loss, noisy_batch
-from ltnb.generate import (
-    DiffusionConfig,
-    GenerateConfig,
-    activation_bytes,
-    as_the_run,
-    check_side,
-    fit_memory,
-    images_folder,
-    resolve_generator,
-    same_precision,
-    training_bytes,
-)
-from ltnb.metrics import plot_by_rank
+from ltnb.noise import NoiseModel, build_objective, diffusion_loss, noisy_batch
+from ltnb.diffusion import build_unet
+from ltnb.generator import (DiffusionConfig, activation_bytes, check_side, fit_memory, resolve_generator,
+                            training_bytes)
+from ltnb.generate import GenerateConfig, as_the_run, images_folder, same_precision
+from ltnb.pictures import plot_by_rank
 from PIL import Image
 
 GB = 10**9
@@ -116,16 +109,16 @@ def test_what_is_given_wins_and_what_cannot_fit_says_so():
 
 
 def test_free_memory_of_the_device_is_asked(monkeypatch):
-    monkeypatch.setattr(G, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(generator, "free_memory", lambda: 8 * GB)
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs < 512
-    monkeypatch.setattr(G, "free_memory", lambda: 400 * GB)
+    monkeypatch.setattr(generator, "free_memory", lambda: 400 * GB)
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs == 512
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GB, 80 * GB))
-    assert G.device_memory("cuda") == 3 * GB
+    assert generator.device_memory("cuda") == 3 * GB
 
 
 def test_bf16_and_processes_on_gpus_keep_less(monkeypatch):
-    share = lambda precision, device: G.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
+    share = lambda precision, device: generator.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
     assert share("fp32", "cpu") == share("fp32", "cuda") == 1 and share("bf16", "cpu") == .5 and share("bf16", "cuda") == .8
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert share("bf16", "cuda") == .2 and share("bf16", "cpu") == .5, "processes of one machine share its memory"
@@ -139,7 +132,7 @@ def test_bf16_and_processes_on_gpus_keep_less(monkeypatch):
 @pytest.mark.parametrize("more", [["--image-size", "96"], []])
 def test_photographs_are_refused_before_one_is_decoded(name, more, tmp_path, main, monkeypatch):
     root, decoded = album(tmp_path / "photos", 260), []
-    monkeypatch.setattr(D, "read_image", lambda *a, **k: decoded.append(a))
+    monkeypatch.setattr(files, "read_image", lambda *a, **k: decoded.append(a))
     where = ["--dataset", "folder", "--data-root", root, "--out", tmp_path / "run"]
     code, _, err = main("run", name, "--plain", *where, *more)
     side = more[1] if more else "224"
@@ -174,22 +167,22 @@ def test_choice_stays_on_another_day(tmp_path, monkeypatch):
     quick = dict(n_steps=2, sample_steps=1, per_class=2, judge_epochs=0, device="cpu", precision="fp32")
     cfg = DiffusionConfig(dataset="folder", data_root=str(root), unet="tiny", **quick, out=str(tmp_path / "run"))
     each = activation_bytes("tiny", 32, 3, 2)[0]
-    monkeypatch.setattr(G, "free_memory", lambda: int(each * 24 * 1.25 / .8) + 20 * 10**6)
-    monkeypatch.setattr(G, "run_seed", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): G.run(cfg)
+    monkeypatch.setattr(generator, "free_memory", lambda: int(each * 24 * 1.25 / .8) + 20 * 10**6)
+    monkeypatch.setattr(generator, "run_seed", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): generator.run(cfg)
     assert read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
     monkeypatch.undo()
     monkeypatch.setattr(Progress, "quiet", True)
-    monkeypatch.setattr(G, "free_memory", lambda: 400 * GB)
-    assert G.run(cfg).finished and read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
+    monkeypatch.setattr(generator, "free_memory", lambda: 400 * GB)
+    assert generator.run(cfg).finished and read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
 
 
 def test_smaller_choice_is_said(tmp_path, monkeypatch, capsys):
-    from ltnb.core import Run
+    from ltnb.runs import Run
     monkeypatch.setattr(Progress, "quiet", False)
-    monkeypatch.setattr(G, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(generator, "free_memory", lambda: 8 * GB)
     cfg = DiffusionConfig(**FOLDER, device="cpu", out=str(tmp_path / "run"))
-    out = G.settled(G.resolve, cfg, images(32), Run(cfg))
+    out = generator.settled(generator.resolve, cfg, images(32), Run(cfg))
     said = capsys.readouterr().err
     assert out.diff_bs < 512 and f"diff_bs={out.diff_bs}" in said and "512 images a step would take about" in said
 
@@ -228,11 +221,11 @@ def test_a_diffult_run_is_continued_with_its_guidance(tmp_path):
     kept = {**known.identity(), "given": known.identity(), "data": {"train": "?"}}
     write_json(tmp_path / "run" / "config.json", kept)
     cfg = GenerateConfig(model=str(tmp_path / "run"), per_class=1, out=str(tmp_path / "g"), device="cpu")
-    facts = G.generate(cfg)
+    facts = generate.generate(cfg)
     assert facts["settings"]["guidance_scale"] == 2. and facts["settings"]["sample_steps"] == 2
     rows = [json.loads(line) for line in (tmp_path / "g" / "manifest.jsonl").read_text().splitlines()]
-    assert {r["guidance_scale"] for r in rows} == {2.} and "guidance 2, fp32" in G.describe(facts, names, "g")
-    assert G.generate(cfg) == facts
+    assert {r["guidance_scale"] for r in rows} == {2.} and "guidance 2, fp32" in generate.describe(facts, names, "g")
+    assert generate.generate(cfg) == facts
 
 
 # pictures and times
@@ -247,7 +240,7 @@ def test_every_method_is_drawn_and_looks_its_own_way():
 
 
 def test_reports_say_what_a_picture_leaves_out():
-    from ltnb.report import drawn_and_not
+    from ltnb.pictures import drawn_and_not
     rows = [dict(method=m, seed=0) for m in ("a", "b", "c")]
     assert drawn_and_not(rows, ("a", "c", "z")) == "Drawn: a, c. Left out: b."
     assert drawn_and_not(rows, ("a", "b", "c")) == ""

@@ -17,10 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb import core
-from ltnb.core import DataError, LtnbError, UsageError, load_tensors, lock_file, stable_seed, unlock_file
-from ltnb.data import ImageFiles, ImageSet, LongTail
-from ltnb.synthetic import (ShardItems, Synthetic, bad_items, copies, copy_threshold, draw_items, flag_copies, item_id, item_noise, job_summary, job_worker, make_plan, make_synthetic, mix,
-                            near_copies, write_png)
+from ltnb.core import DataError, LtnbError, UsageError, load_tensors, stable_seed
+from ltnb.runs import lock_file, unlock_file
+from ltnb.files import ImageFiles
+from ltnb.data import ImageSet, LongTail
+from ltnb.jobs import bad_items, draw_items, item_id, item_noise, job_worker, make_plan
+from ltnb.synthetic import ShardItems, Synthetic, job_summary, make_synthetic, mix, write_png
+from ltnb.copies import copies, copy_threshold, flag_copies, near_copies
 
 
 class Stop(Exception): "A stand-in for a power cut"
@@ -366,11 +369,11 @@ def test_near_copies_equals_the_slow_way(tmp_path, kind):
 
 def test_near_copies_in_blocks(monkeypatch):
     "Several blocks on both sides give what one block gives"
-    from ltnb import synthetic
+    from ltnb import copies
     g = torch.Generator().manual_seed(0)
     made, real = torch.randn(50, 8, generator=g), torch.randn(90, 8, generator=g)
     one = near_copies(made, real)
-    monkeypatch.setattr(synthetic._nearest, "__defaults__", (4 * 8 * 7,))
+    monkeypatch.setattr(copies._nearest, "__defaults__", (4 * 8 * 7,))
     many = near_copies(made, real)
     assert set(one) == {"feature"} and (one["feature"][1] == many["feature"][1]).all() and np.allclose(one["feature"][0], torch.cdist(made, real).min(1).values, atol=1e-5)
 
@@ -428,7 +431,7 @@ def test_scores_of_changed_items_are_dropped(tmp_path):
 
 # --- real kills, and the size of ImageNet-LT
 
-WORK = "import sys, time; from test_synthetic import image; from ltnb.synthetic import *\ndef make(part): time.sleep(.1); return image(part)\n"
+WORK = "import sys, time; from test_synthetic import image; from ltnb.jobs import *; from ltnb.synthetic import *\ndef make(part): time.sleep(.1); return image(part)\n"
 
 
 def start(folder, rank=0, world=1):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 from ltnb.cli import main
-from ltnb.core import DataError, LtnbError, Progress, UsageError, read_json, read_jsonl
-from ltnb.training import Team, TeamError, _patience, join_team
+from ltnb.core import DataError, LtnbError, UsageError, read_json, read_jsonl
+from ltnb.progress import Progress
+from ltnb.team import Team, TeamError, _patience, join_team
 from PIL import Image
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTNB_TEAM_TIMEOUT": "240"}
@@ -108,12 +109,17 @@ import hashlib, json, sys
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from ltnb import data, diffusion
+from ltnb import diffusion
 from ltnb.baseline import BaselineConfig
-from ltnb.core import DataError, LtnbError, Progress, Run
-from ltnb.data import ImageFiles, ImageSet, LongTail
-from ltnb.models import Classifier, build_model
-from ltnb.training import fit, in_memory_together, join_team, ready_together
+from ltnb.core import DataError, LtnbError
+from ltnb.progress import Progress
+from ltnb.runs import Run
+from ltnb.files import ImageFiles
+from ltnb.data import ImageSet, LongTail
+from ltnb.models import build_model
+from ltnb.classifier import Classifier
+from ltnb.team import in_memory_together, join_team, ready_together
+from ltnb.training import fit
 
 Progress.quiet, folder, said = True, Path(sys.argv[1]), {}
 digits, team = LongTail.digits(10.), join_team("cpu")
@@ -219,7 +225,8 @@ def test_each_process_decodes_its_part(two, tmp_path):
 
 
 def test_one_process_trains_what_two_train_on_photographs(two):
-    from ltnb.models import Classifier, build_model
+    from ltnb.models import build_model
+    from ltnb.classifier import Classifier
     from ltnb.training import fit
     pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8).transpose(0, 3, 1, 2)
     clf = Classifier(build_model("convnet", 3, 3, norm="group"), "abc", (3, 8, 8), arch="convnet")
@@ -270,7 +277,7 @@ def test_diffult_with_two_processes_ends(diffult):
 def test_what_two_processes_kept_is_one_model(diffult):
     from ltnb.aid import Extractor
     from ltnb.diffusion import DiffusionModel
-    from ltnb.models import Classifier
+    from ltnb.classifier import Classifier
     _, two = diffult
     model, phi = DiffusionModel.load(two / "generator"), Extractor(Classifier.load(two / "phi"))
     rows = read_jsonl(two / "made" / "aid-seed-0" / "manifest.jsonl")

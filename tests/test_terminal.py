@@ -17,8 +17,9 @@ from typing import ClassVar
 import nbformat
 import pytest
 from conftest import ROOT
-from ltnb import cli
-from ltnb.core import Config, LtnbError, UsageError
+from ltnb import cli, core, headless
+from ltnb.core import LtnbError, UsageError
+from ltnb.config import Config
 from ltnb.report import render
 
 TRAPS = ("secrets", "types", "random", "profile", "torch", "json", "ipykernel", "logging", "datasets/__init__")
@@ -55,7 +56,7 @@ def run_it(tmp_path, *cells, config=None):
     "Execute cells as `ltnb run` does"
     out = tmp_path / "out {0} {name}"
     out.mkdir(exist_ok=True)
-    cli.run_notebook(notebook(tmp_path / "toy.ipynb", *cells), config or Toy(), out)
+    headless.run_notebook(notebook(tmp_path / "toy.ipynb", *cells), config or Toy(), out)
     return out
 
 
@@ -72,17 +73,17 @@ def test_the_kernel_is_this_python(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONSTARTUP", str(mine / "nothing.py"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(mine)])
     monkeypatch.chdir(traps(tmp_path / "here"))
-    cell = ("import sys, os, json, secrets, types, random, my_module\nfrom ltnb import core\n"
-            "core.tell('note: left out one')\n"
-            "p = core.Progress('fit', 3); p.step(3); p.close()\n"
+    cell = ("import sys, os, json, secrets, types, random, my_module\nfrom ltnb import core, progress\n"
+            "progress.tell('note: left out one')\n"
+            "p = progress.Progress('fit', 3); p.step(3); p.close()\n"
             "core.write_json('seen.json', [sys.executable, my_module.value, core.__file__, n_epochs, data_root])")
     out = run_it(tmp_path, cell, config=Toy(n_epochs=3, data_root="x"))
     python, value, file, n_epochs, root = json.loads((tmp_path / "here" / "seen.json").read_text())
-    assert python == sys.executable and value == "from PYTHONPATH" and file == cli.check_output.__code__.co_filename
+    assert python == sys.executable and value == "from PYTHONPATH" and file == core.check_output.__code__.co_filename
     assert n_epochs == 3 and root == str(tmp_path / "here" / "x")
     said = capsys.readouterr().err
     assert said.count("note: left out one") == 1 and "fit: done (3)" in said and "Traceback" not in said
-    assert cli.notebook_finished(out / "toy.ipynb")
+    assert headless.notebook_finished(out / "toy.ipynb")
     assert "fit" not in "".join(o.get("text", "") for c in nbformat.read(out / "toy.ipynb", 4).cells for o in c.outputs)
 
 
@@ -97,15 +98,15 @@ def test_the_end_of_a_kernel_is_explained(tmp_path, cell, words):
     with pytest.raises(LtnbError) as e: run_it(tmp_path, cell, "after = 1")
     assert all(w in str(e.value) for w in words), e.value
     assert time.monotonic() - started < 60
-    assert not cli.notebook_finished(tmp_path / "out {0} {name}" / "toy.ipynb")
+    assert not headless.notebook_finished(tmp_path / "out {0} {name}" / "toy.ipynb")
     assert isinstance(e.value, UsageError) == ("UsageError" in cell)
 
 
 def test_quiet_says_nothing(tmp_path, capsys):
     "Bars and notes stay in the notebook"
-    cell = "from ltnb import core\ncore.tell('note: one')\np = core.Progress('fit', 3); p.step(3); p.close()"
+    cell = "from ltnb import progress\nprogress.tell('note: one')\np = progress.Progress('fit', 3); p.step(3); p.close()"
     (tmp_path / "out").mkdir()
-    cli.run_notebook(notebook(tmp_path / "toy.ipynb", cell), Toy(), tmp_path / "out", quiet=True)
+    headless.run_notebook(notebook(tmp_path / "toy.ipynb", cell), Toy(), tmp_path / "out", quiet=True)
     assert capsys.readouterr().err == ""
 
 
@@ -126,7 +127,7 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
     "papermill itself only warns"
     from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
-    cell = ("from dataclasses import dataclass\nfrom ltnb.core import Config\n@dataclass(frozen=True)\n"
+    cell = ("from dataclasses import dataclass\nfrom ltnb.config import Config\n@dataclass(frozen=True)\n"
             "class Toy(Config):\n    n_epochs: int = 80\nconfig = Toy.from_cell(globals())")
     entry = notebook(tmp_path / "toy.ipynb", cell)
     paths, how = (str(entry), str(tmp_path / "o.ipynb")), {"kernel_name": "python3", "progress_bar": False}
@@ -148,17 +149,18 @@ def test_names_of_a_parameters_cell():
 
 COMMAND = """
 import sys, time
-from ltnb import cli
-from ltnb.core import Config, Progress
+from ltnb import cli, core, headless
+from ltnb.config import Config
+from ltnb.progress import Progress
 sys.path.insert(0, {tests!r})
 def fake(args):
     from test_terminal import Toy
     from pathlib import Path
-    cli.run_notebook(Path("toy.ipynb"), Toy(), Path("out"))
+    headless.run_notebook(Path("toy.ipynb"), Toy(), Path("out"))
 cli.COMMANDS["run"] = fake
 sys.exit(cli.main(["run"]))
 """
-WAIT = ("import time, os\nfrom ltnb.core import Progress\np = Progress('seed 0: classifier', 400)\n"
+WAIT = ("import time, os\nfrom ltnb.progress import Progress\np = Progress('seed 0: classifier', 400)\n"
         "open('pid', 'w').write(str(os.getpid()))\nfor i in range(400):\n    time.sleep(.05)\n    p.step()\n"
         "    if os.path.exists('enough'): break\np.close()")
 
@@ -241,7 +243,7 @@ def test_python_m_takes_nothing_from_the_working_folder(tmp_path):
 
 
 def test_a_character_that_the_terminal_lacks(monkeypatch):
-    from ltnb.core import show_text
+    from ltnb.progress import show_text
     shown = {"ascii": b"??: caf? ?", "cp1252": b"??: caf\xe9 ?", "utf-8": "日本: café ?".encode()}
     for encoding, bytes_shown in shown.items():
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2))
@@ -277,7 +279,7 @@ def test_lack_of_memory_in_this_process(main, monkeypatch):
 
 
 def test_columns_is_respected(monkeypatch):
-    from ltnb.core import terminal_width
+    from ltnb.progress import terminal_width
     monkeypatch.setenv("COLUMNS", "44")
     assert terminal_width() == 44
     monkeypatch.setenv("COLUMNS", "many")

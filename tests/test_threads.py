@@ -10,13 +10,18 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from ltnb import core
+from ltnb import progress, threads
 from ltnb.baseline import BaselineConfig
 from ltnb.cli import COMPUTING, main as command, threads_for
-from ltnb.core import (SPIN, Config, Machine, Progress, Run, UsageError, busy_cores, choose_threads, computing_threads,
-                       cpu_quota, look_at_machine, step_work, thread_variables, users_variables, valid_threads)
+from ltnb.core import UsageError
+from ltnb.config import Config, valid_threads
+from ltnb.progress import Progress
+from ltnb.runs import Run
+from ltnb.threads import (SPIN, Machine, busy_cores, choose_threads, computing_threads, cpu_quota, look_at_machine,
+                          thread_variables, users_variables)
+from ltnb.recipe import step_work
 from ltnb.data import LongTail
-from ltnb.generate import DiffusionConfig
+from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr import LDMLRConfig
 
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LTNB_THREADS", "LOCAL_WORLD_SIZE")
@@ -97,7 +102,7 @@ def test_what_others_use_at_this_moment(tmp_path, monkeypatch):
     stat(0, 0, 0, 0)
     def sleep(seconds): written(tmp_path, {"proc/stat": "\n".join(
         f"cpu{n} {100 + 20 - i} 0 0 {i} 0 0 0 0 0 0" for n, i in enumerate((0, 10, 20, 0)))})
-    monkeypatch.setattr(core.time, "sleep", sleep)
+    monkeypatch.setattr(progress.time, "sleep", sleep)
     assert busy_cores([0, 1, 2], root=tmp_path) == 1.5
     assert busy_cores([0, 1, 2], root=tmp_path) is None, "no time has passed: nobody knows"
     assert busy_cores([7], root=tmp_path) is None and busy_cores([0], root=tmp_path / "no") is None
@@ -119,7 +124,7 @@ def test_larger_steps_take_more_threads():
     small = step_work(LDMLRConfig(), digits), step_work(BaselineConfig(), digits), step_work(LDMLRConfig(), features)
     large = step_work(BaselineConfig(), photographs), step_work(DiffusionConfig(diff_bs=512), photographs)
     middle = step_work(DiffusionConfig(), digits)
-    assert max(small) < core.WORK_A_THREAD <= middle // 2 and min(large) > 100 * core.WORK_A_THREAD
+    assert max(small) < threads.WORK_A_THREAD <= middle // 2 and min(large) > 100 * threads.WORK_A_THREAD
     assert step_work(BaselineConfig(), object()) is None
 
 
@@ -143,14 +148,14 @@ def test_what_the_command_set_is_not_the_users(bare):
 
 
 def test_only_commands_that_compute_choose(bare):
-    assert set(COMPUTING) < set(core.sys.modules["ltnb.cli"].COMMANDS)
+    assert set(COMPUTING) < set(progress.sys.modules["ltnb.cli"].COMMANDS)
     def own(*args):
         facts = json.loads(threads_for(list(args)).get("LTNB_THREADS", "{}"))
         return facts.get("own", {}).get("OMP_NUM_THREADS")
     assert own("list") is own("data") is own() is own("run", "--help") is own("demo", "--threads", "none") is None
     for args in (["--threads", "3"], ["--threads=3"], ["--threads", "1", "--threads", "3"]):
         assert own("demo", *args) == "3"
-    bare.setattr(core, "busy_cores", lambda *a: 0.)
+    bare.setattr(threads, "busy_cores", lambda *a: 0.)
     assert int(own("run", "ldmlr")) >= 1
     before = dict(os.environ)
     assert command(["predict"]) == 2 and dict(os.environ) == before
@@ -211,7 +216,7 @@ def idle(out, **settings):
 
 def test_a_run_keeps_its_number(bare, tmp_path, capsys):
     "`auto` goes on as the run began; another number is said; the user's own is recorded"
-    bare.setattr(core, "look_at_machine", lambda *a: TWO)
+    bare.setattr(threads, "look_at_machine", lambda *a: TWO)
     bare.setattr(Progress, "quiet", False)
     there = idle(tmp_path, threads="1")
     assert there["number"] == 1 and there["why"] == "asked for"
@@ -231,7 +236,7 @@ def test_a_run_keeps_its_number(bare, tmp_path, capsys):
 @pytest.mark.parametrize("text, number", [
     ('{"torch_threads": 2}', 2), ('{"torch_threads": 1}', 1), ("[]", 2), ("{", 2), ('{"threads": {"number": "x"}}', 2)])
 def test_an_environment_of_an_earlier_version(bare, tmp_path, text, number):
-    bare.setattr(core, "look_at_machine", lambda *a: TWO)
+    bare.setattr(threads, "look_at_machine", lambda *a: TWO)
     bare.setattr(Progress, "quiet", True)
     idle(tmp_path, threads="1")
     (tmp_path / "environment.json").write_text(text)
@@ -249,7 +254,7 @@ def test_through_the_kernel(tmp_path):
     assert there["torch_threads"] == there["threads"]["number"] == 2 and there["threads"]["asked"] == "2"
     assert there["threads"]["waiting"] == {"OMP_WAIT_POLICY": None, **SPIN, "KMP_BLOCKTIME": "5"}
     assert there["threads"]["user"] == {"KMP_BLOCKTIME": "5"} and there["threads"]["cpus"]
-    notebook = json.loads((tmp_path / "run" / "60_run_baseline.ipynb").read_text())
+    notebook = json.loads((tmp_path / "run" / "91_run_baseline.ipynb").read_text())
     cell = next(c for c in notebook["cells"] if "".join(c["source"]) == "start_threads(threads);")
     assert cell["execution_count"], "it ran, before torch was imported"
 
@@ -259,12 +264,12 @@ def test_a_notebook_of_ones_own():
     code = """
 import os, json
 before = dict(os.environ)
-import ltnb, ltnb.core, ltnb.data
+import ltnb, ltnb.core, ltnb.threads, ltnb.data
 assert dict(os.environ) == before
-early = ltnb.core.start_threads(2)
+early = ltnb.threads.start_threads(2)
 for name in {*os.environ} - {*before}: del os.environ[name]
 import ltnb.baseline
-late = ltnb.core.start_threads(2)
+late = ltnb.threads.start_threads(2)
 print(json.dumps([early, late]))
 """
     env = {k: v for k, v in os.environ.items() if k not in NAMES}
@@ -274,8 +279,8 @@ print(json.dumps([early, late]))
 
 
 def test_files_are_read_by_as_many_threads_as_there_are_processors(monkeypatch):
-    from ltnb import core
+    from ltnb import threads
     for cpus, quota, want in ((range(64), None, 8), (range(2), None, 2), (range(64), 1.5, 2), (range(1), .2, 1)):
-        machine = core.Machine(tuple(cpus), len(cpus), quota)
-        monkeypatch.setattr(core, "look_at_machine", lambda seconds=0, machine=machine: machine)
-        assert core.reading_threads() == want
+        machine = threads.Machine(tuple(cpus), len(cpus), quota)
+        monkeypatch.setattr(threads, "look_at_machine", lambda seconds=0, machine=machine: machine)
+        assert threads.reading_threads() == want

@@ -10,15 +10,23 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ltnb
-from ltnb import core, training
+from conftest import ROOT, everywhere, ltnb
+from ltnb import core, team, training
 from ltnb.augment import Augment
 from ltnb.baseline import BaselineConfig, run
-from ltnb.core import DataError, LtnbError, Progress, Run, UsageError, generator, load_tensors, read_jsonl
-from ltnb.data import ImageFiles, LongTail
+from ltnb.core import DataError, LtnbError, UsageError, generator, load_tensors, read_jsonl
+from ltnb.progress import Progress
+from ltnb.runs import Run
+from ltnb.files import ImageFiles
+from ltnb.data import LongTail
 from ltnb.losses import build_loss
-from ltnb.models import Classifier, build_model, pixel_stats
-from ltnb.training import SCHEDULES, Averages, Batches, Team, balanced_indices, epoch_order, fit, fit_seeds, held_out, lr_factor, train_step, view
+from ltnb.models import build_model
+from ltnb.classifier import Classifier, pixel_stats
+from ltnb.batches import Batches, balanced_indices, epoch_order, held_out
+from ltnb.team import Team, train_step
+from ltnb.checkpoint import Averages
+from ltnb.training import SCHEDULES, fit, lr_factor, view
+from ltnb.together import fit_seeds
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +95,7 @@ SETTINGS = dict(n_epochs=4, bs=64, mixup=.3, augment=Augment("crop+cutout", size
 
 def whole_fit(path, stop=None, monkeypatch=None):
     "One fit in a run; the power fails before optimiser step `stop`"
-    clf, original, count = fresh(), training.train_step, [0]
+    clf, original, count = fresh(), team.train_step, [0]
     with Run(BaselineConfig(out=str(path))) as r:
         r.start(BaselineConfig(), "cpu", "fp32")
         if stop is not None:
@@ -95,9 +103,9 @@ def whole_fit(path, stop=None, monkeypatch=None):
                 if count[0] == stop: raise Stop
                 count[0] += 1
                 return original(*a, **k)
-            monkeypatch.setattr(training, "train_step", step)
+            everywhere(monkeypatch, "train_step", step)
         try: fit(clf, DATA.train.images, DATA.train.labels, run=r, save_every=0., loss=build_loss("cross_entropy_drw", DATA.counts), **SETTINGS)
-        finally: monkeypatch and monkeypatch.setattr(training, "train_step", original)
+        finally: monkeypatch and everywhere(monkeypatch, "train_step", original)
     return clf
 
 
@@ -116,10 +124,10 @@ def test_ten_power_cuts_end_bit_for_bit(tmp_path, monkeypatch):
     for attempt in range(10):
         if attempt == 3: # inside a save: the older checkpoint was moved, the new one not yet written
             original = core.save_tensors
-            monkeypatch.setattr(core, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
+            everywhere(monkeypatch, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
         try: whole_fit(path, n_steps if attempt == 5 else rng.randint(1, 3), monkeypatch)
         except Stop: done += 1
-        if attempt == 3: monkeypatch.setattr(core, "save_tensors", original)
+        if attempt == 3: everywhere(monkeypatch, "save_tensors", original)
     again = whole_fit(path)
     got = left(path)
     assert done > 5
@@ -131,8 +139,8 @@ def test_work_is_not_repeated(tmp_path, monkeypatch):
     "After a cut in the middle of an epoch the next start does the steps that are left, no more"
     n_steps = -(-len(DATA.train) // 64)
     with pytest.raises(Stop): whole_fit(tmp_path, n_steps + 2, monkeypatch)
-    count, original = [0], training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *a, **k: count.__setitem__(0, count[0] + 1) or original(*a, **k))
+    count, original = [0], team.train_step
+    everywhere(monkeypatch, "train_step", lambda *a, **k: count.__setitem__(0, count[0] + 1) or original(*a, **k))
     whole_fit(tmp_path)
     assert count[0] == 4 * n_steps - (n_steps + 2)
 
@@ -161,13 +169,13 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    original, count = training.train_step, [0]
+    original, count = team.train_step, [0]
 
     def step(*a, **k):
         count[0] += 1
         return original(*a, **k) * (float("nan") if count[0] == 9 else 1)
 
-    monkeypatch.setattr(training, "train_step", step)
+    everywhere(monkeypatch, "train_step", step)
     n_steps = -(-len(DATA.train) // 64)
     with pytest.raises(LtnbError, match=f"the loss is nan at step {(9 - 1) % n_steps + 1} of epoch {(9 - 1) // n_steps + 1}: lower --lr"): whole_fit(tmp_path)
     tensors, meta = load_tensors(tmp_path / "checkpoints" / "classifier-seed-0.safetensors")
@@ -186,7 +194,7 @@ def test_bad_settings():
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch):
-    monkeypatch.setattr(training, "train_step", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    everywhere(monkeypatch, "train_step", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(LtnbError, match="lower --bs"): fit(fresh(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=32)
 
 
@@ -259,7 +267,7 @@ def test_a_batch_without_weight_changes_nothing():
 
 
 def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
-    original, count = training.train_step, [0]
+    original, count = team.train_step, [0]
 
     def step(net, *a, **k):
         value = original(net, *a, **k)
@@ -267,7 +275,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
         if count[0] == -(-len(DATA.train) // 64): net.fc.weight.data.fill_(float("nan"))
         return value
 
-    monkeypatch.setattr(training, "train_step", step)
+    everywhere(monkeypatch, "train_step", step)
     with pytest.raises(LtnbError, match="weights are no numbers, or beyond 1e.08, after the last step of epoch 1"): whole_fit(tmp_path)
     assert all(torch.isfinite(v).all() for v in load_tensors(tmp_path / "checkpoints" / "classifier-seed-0.safetensors")[0].values() if v.is_floating_point())
 

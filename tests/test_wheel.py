@@ -12,7 +12,7 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         notebooks = [n for n in names if n.endswith(".ipynb")]
-        assert sorted(notebooks) == ["ltnb/nbs/60_run_baseline.ipynb", "ltnb/nbs/61_run_ldmlr.ipynb", "ltnb/nbs/62_run_diffult.ipynb", "ltnb/nbs/65_run_diffusion.ipynb"], "entry notebooks, and no other"
+        assert sorted(notebooks) == ["ltnb/nbs/91_run_baseline.ipynb", "ltnb/nbs/92_run_ldmlr.ipynb", "ltnb/nbs/93_run_diffult.ipynb", "ltnb/nbs/96_run_diffusion.ipynb"], "entry notebooks, and no other"
         assert not [o for c in json.loads(z.read(notebooks[0]))["cells"] for o in c.get("outputs", [])], "without outputs"
         assert {f"ltnb/{p.name}" for p in (ROOT / "ltnb").glob("*.py")} <= set(names)
         assert not [n for n in names if n.startswith(("tests", "nbs"))]
@@ -27,4 +27,4 @@ def test_runs_outside_the_repository(through_papermill):
     where = subprocess.run([sys.executable, "-c", "import ltnb; print(ltnb.__file__)"], cwd=out.parent, env=env, capture_output=True, text=True).stdout.strip()
     assert where.startswith(env["PYTHONPATH"])
     assert "label shift" in printed
-    assert json.loads((out / "61_run_ldmlr.ipynb").read_text())["metadata"]["papermill"]["input_path"].startswith(env["PYTHONPATH"])
+    assert json.loads((out / "92_run_ldmlr.ipynb").read_text())["metadata"]["papermill"]["input_path"].startswith(env["PYTHONPATH"])
