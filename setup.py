@@ -1,4 +1,5 @@
 "Builds ltnb from settings.ini; the wheel also carries the entry notebooks, stripped of their outputs."
+
 import json
 from configparser import ConfigParser
 from pathlib import Path
@@ -24,14 +25,17 @@ class build_py_with_notebooks(build_py):
 
     def run(self):
         super().run()
-        if getattr(self, "editable_mode", False): return
+        if getattr(self, "editable_mode", False):
+            return
         target = Path(self.build_lib) / "ltnb" / "nbs"
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted((here / cfg["nbs_path"]).glob("*.ipynb")):
-            if not is_entry(path): continue
+            if not is_entry(path):
+                continue
             nb = json.loads(path.read_text(encoding="utf-8"))
             for c in nb["cells"]:
-                if c["cell_type"] == "code": c.update(outputs=[], execution_count=None)
+                if c["cell_type"] == "code":
+                    c.update(outputs=[], execution_count=None)
             (target / path.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -46,9 +50,13 @@ setup(
     keywords=cfg["keywords"].split(),
     url=cfg["git_url"],
     project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
-    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
-                 "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=["ltnb"],
     install_requires=cfg["requirements"].split(),
     extras_require={"lab": lab, "eval": evaluation, "onnx": onnx, "dev": lab + evaluation + onnx + dev},

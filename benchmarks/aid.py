@@ -6,6 +6,7 @@
 Each cell (a seed, a kind of CBDM, a form) is kept in DIR when it is done, and not done again. One process does them in
 order; several may share a DIR if each has other kinds or seeds.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -19,43 +20,63 @@ from ltnb.diffult import DiffuLTConfig, Stages, describe_real, images_wanted, re
 from ltnb.report import render
 from ltnb.team import Team
 
-CBDM = {"prediction": {}, "noise": dict(cb_space="noise"), "none": dict(cb_tau=0.)}
+CBDM = {"prediction": {}, "noise": dict(cb_space="noise"), "none": dict(cb_tau=0.0)}
 FORMS = ("none", "calibrated", "per-time", "x0-band", "feature-match")
-FACTS = ("id", "aid", "ood", "recognised", "recognised_few", "copies", "copies_few", "diversity", "distance", "judge_distance")
+FACTS = (
+    "id",
+    "aid",
+    "ood",
+    "recognised",
+    "recognised_few",
+    "copies",
+    "copies_few",
+    "diversity",
+    "distance",
+    "judge_distance",
+)
 
 
-def generator_cells(s, forms, known): # form -> numbers, of one seed and one kind of CBDM
+def generator_cells(s, forms, known):  # form -> numbers, of one seed and one kind of CBDM
     "Train what is missing, one generator after the other; every form is calibrated on the generator without the loss"
-    def accuracy(z): return float((z.argmax(1).numpy() == s.data.test.labels).mean())
+
+    def accuracy(z):
+        return float((z.argmax(1).numpy() == s.data.test.labels).mean())
+
     eye = step_extract(s.cfg, s.data, s.seed, **s.where)
     judge = s.judge()
     if "real" not in known:
         base = accuracy(eye.clf.logits(s.data.test.images))
         yield "real", {**describe_real(s.data, eye, images_wanted(s.cfg, s.data), judge), "all images": base}
-    if all(form in known for form in forms): return
+    if all(form in known for form in forms):
+        return
     plain, f, facts = s.generator("none", eye, judge)
     calibration = s.calibrate(plain, eye)
     for form in forms:
-        if form in known: continue
+        if form in known:
+            continue
         pull = {}
         if form != "none":
             loss, pull = s.loss(form, plain, eye, calibration, form)
             _, f, facts = s.generator(form, eye, judge, loss)
-        answers = {"all images": s.classify(unfiltered(f), name=f"{form}-all"),
-                   "filter + weight": s.classify(f.kept, s.cfg.syn_weight, name=f"{form}-weight")}
+        answers = {
+            "all images": s.classify(unfiltered(f), name=f"{form}-all"),
+            "filter + weight": s.classify(f.kept, s.cfg.syn_weight, name=f"{form}-weight"),
+        }
         right = {name: accuracy(z) for name, (z, _) in answers.items()}
         yield form, {**facts, **pull, **right}
 
 
 def run_cells(kind, seed, forms, out, **more):
     "All forms with one seed and one kind of CBDM"
-    folder = Path(out)/f"{kind}-seed-{seed}"
-    cfg = DiffuLTConfig(dataset="digits", seed=seed, device="cpu", precision="fp32", out=str(folder), **CBDM[kind], **more)
+    folder = Path(out) / f"{kind}-seed-{seed}"
+    cfg = DiffuLTConfig(
+        dataset="digits", seed=seed, device="cpu", precision="fp32", out=str(folder), **CBDM[kind], **more
+    )
     data = load_data(cfg, cfg.data_seed(seed)).in_memory(2)
     cfg = resolve(cfg, data)
     with Run(cfg) as run:
         run.start(cfg, "cpu", "fp32", train=data.fingerprint())
-        kept = run.path/"cells.json"
+        kept = run.path / "cells.json"
         known = read_json(kept) if kept.exists() else {}
         for form, cell in generator_cells(Stages(cfg, data, seed, "cpu", "fp32", run, Team()), forms, known):
             known[form] = cell
@@ -63,22 +84,26 @@ def run_cells(kind, seed, forms, out, **more):
             print(kind, seed, form, {k: round(v, 3) for k, v in cell.items() if isinstance(v, float)}, flush=True)
 
 
-def table_of(folders): # a header and a line a kind and form
+def table_of(folders):  # a header and a line a kind and form
     "Mean and standard deviation over seeds"
     files = sorted(p for f in folders for p in Path(f).glob("*-seed-*/cells.json"))
     found = {}
     for p in files:
         kind = f"{p.parents[1].name}: {p.parent.name.split('-seed-')[0]}"
-        for form, cell in read_json(p).items(): found.setdefault((kind, form), []).append(cell)
+        for form, cell in read_json(p).items():
+            found.setdefault((kind, form), []).append(cell)
     keys = (*FACTS, "all images", "filter + weight", "alpha")
     lines = [["CBDM", "form", "seeds", *keys]]
     for (kind, form), cells in found.items():
         values = {k: np.array([np.nan if c.get(k) is None else c[k] for c in cells], dtype=float) for k in keys}
+
         def show(k):
             v, factor = values[k], 1 if k in ("diversity", "distance", "judge_distance", "alpha") else 100
-            if np.isnan(v).all(): return "–"
+            if np.isnan(v).all():
+                return "–"
             digits = 1 if factor == 100 and k not in ("all images", "filter + weight") else 2
             return f"{np.nanmean(v) * factor:.{digits}f} ± {np.nanstd(v, ddof=min(len(v) - 1, 1)) * factor:.{digits}f}"
+
         lines.append([kind, form, str(len(cells)), *map(show, keys)])
     return lines
 
@@ -97,8 +122,10 @@ def main():
         more = {k: json.loads(v) for k, v in (s.split("=", 1) for s in a.set)}
         seeds = range(int(a.seeds)) if a.seeds.isdigit() else [int(s) for s in a.seeds.split(",") if s]
         for seed in seeds:
-            for kind in a.cbdm.split(","): run_cells(kind, seed, a.forms.split(","), a.out, **more)
+            for kind in a.cbdm.split(","):
+                run_cells(kind, seed, a.forms.split(","), a.out, **more)
     print(render(table_of(a.table or [a.out]), 240))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

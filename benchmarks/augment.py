@@ -1,4 +1,5 @@
 "Views a second of 32 x 32 images: a batch at once, and torchvision on PIL images one by one, side by side in one run. python benchmarks/augment.py [THREADS]"
+
 import sys
 import time
 
@@ -13,23 +14,32 @@ from torchvision.transforms.functional import pil_to_tensor
 
 BS = 128
 PAD = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
-THEIRS = {"crop+flip": PAD, "crop+flip+autoaugment": [*PAD, T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)], "crop+flip+randaugment": [*PAD, T.RandAugment()]}
+THEIRS = {
+    "crop+flip": PAD,
+    "crop+flip+autoaugment": [*PAD, T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)],
+    "crop+flip+randaugment": [*PAD, T.RandAugment()],
+}
 
 
 def photographs(n):
     "Smooth images with a little noise"
-    x = torch.nn.functional.interpolate(torch.rand(n, 3, 8, 8, generator=generator("bench")), size=32, mode="bilinear") * 220
+    x = (
+        torch.nn.functional.interpolate(torch.rand(n, 3, 8, 8, generator=generator("bench")), size=32, mode="bilinear")
+        * 220
+    )
     return (x + 35 * torch.rand(n, 3, 32, 32, generator=generator("noise"))).clamp(0, 255).to(torch.uint8)
 
 
-def rates(*fs, rounds=7, seconds=.3):
+def rates(*fs, rounds=7, seconds=0.3):
     "Images a second of each function, taking turns; the median of the rounds"
     out = [[] for _ in fs]
-    for f in fs: f()
+    for f in fs:
+        f()
     for _ in range(rounds):
         for f, rate in zip(fs, out):
             k, start = 0, time.perf_counter()
-            while time.perf_counter() - start < seconds: k, _ = k + 1, f()
+            while time.perf_counter() - start < seconds:
+                k, _ = k + 1, f()
             rate.append(k * BS / (time.perf_counter() - start))
     return np.median(out, 1)
 
@@ -41,15 +51,29 @@ if __name__ == "__main__":
     there, labels, g = x.to(device), torch.arange(BS, device=device), generator("views", device=device)
     arrays = list(x.permute(0, 2, 3, 1).contiguous().numpy())
     pictures = [Image.fromarray(a) for a in arrays]
+
     def timed(f):
         f()
-        if device == "cuda": torch.cuda.synchronize()
-    print(f"32 x 32 RGB, batches of {BS} on {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} thread(s), {' '.join(cpu_flags()) or 'no known flags'}; images a second")
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    print(
+        f"32 x 32 RGB, batches of {BS} on {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} thread(s), {' '.join(cpu_flags()) or 'no known flags'}; images a second"
+    )
     print(f"{'policy':34}{'batched':>10}{'PIL':>10}{'ratio':>8}{'array-PIL-tensor':>18}{'ratio':>8}")
     for names, steps in THEIRS.items():
         view, mine = T.Compose(steps), Augment(names)
-        a, b, c = rates(lambda: timed(lambda: mine(there, g)), lambda: [view(p) for p in pictures], lambda: torch.stack([pil_to_tensor(view(Image.fromarray(p))) for p in arrays]))
+        a, b, c = rates(
+            lambda: timed(lambda: mine(there, g)),
+            lambda: [view(p) for p in pictures],
+            lambda: torch.stack([pil_to_tensor(view(Image.fromarray(p))) for p in arrays]),
+        )
         print(f"{names:34}{a:10.0f}{b:10.0f}{a / b:8.1f}{c:18.0f}{a / c:8.1f}")
-    more = {"crop+flip+cutout": Augment("crop+flip+cutout"), "crop+flip+autoaugment+cutout": Augment("crop+flip+autoaugment+cutout"),
-            "mixup": lambda x, g: mixup(x, labels, g, beta_draw(1., 0)), "cutmix": lambda x, g: cutmix(x, labels, g, beta_draw(1., 0))}
-    for names, f in more.items(): print(f"{names:34}{rates(lambda: timed(lambda: f(there, g)))[0]:10.0f}")
+    more = {
+        "crop+flip+cutout": Augment("crop+flip+cutout"),
+        "crop+flip+autoaugment+cutout": Augment("crop+flip+autoaugment+cutout"),
+        "mixup": lambda x, g: mixup(x, labels, g, beta_draw(1.0, 0)),
+        "cutmix": lambda x, g: cutmix(x, labels, g, beta_draw(1.0, 0)),
+    }
+    for names, f in more.items():
+        print(f"{names:34}{rates(lambda: timed(lambda: f(there, g)))[0]:10.0f}")

@@ -10,6 +10,7 @@ printed, with --peak as a share of the chip's own (989 TFLOP/s for an H100 in bf
 `sampling`: `m` is a finished directory of `ltnb run diffusion`. Each sampler makes the same plan from the same noise. FID and KID are those to the test images in the features of the run's judge, and say nothing
 beyond this table; recognised and copied images are printed beside them, and the same for test images. With --inception and the weights of torch-fidelity, the literature's FID and KID are printed too.
 """
+
 import argparse
 import copy
 import statistics
@@ -39,10 +40,15 @@ class PilSet(torch.utils.data.Dataset):
 
     def __init__(self, images, labels):
         self.images, self.labels = images.transpose(0, 2, 3, 1), labels
-        self.transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(.5, .5)])
+        self.transform = transforms.Compose(
+            [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+        )
 
-    def __len__(self): return len(self.labels)
-    def __getitem__(self, i): return self.transform(Image.fromarray(self.images[i].squeeze())), int(self.labels[i])
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i].squeeze())), int(self.labels[i])
 
 
 class Plain:
@@ -50,89 +56,162 @@ class Plain:
 
     def __init__(self, net, data, bs, device):
         self.net, self.device, self.n_classes = net.to(device).train(), device, data.n_classes
-        self.optimizer, self.average = torch.optim.Adam(net.parameters(), lr=2e-4, fused=False, foreach=False), copy.deepcopy(net)
-        self.alpha_bar = (1 - torch.linspace(1e-4, .02, 1000)).cumprod(0).to(device)
-        self.loader = torch.utils.data.DataLoader(PilSet(data.train.images, data.train.labels), bs, shuffle=True, num_workers=2, drop_last=True, pin_memory=device == "cuda", persistent_workers=True)
+        self.optimizer, self.average = (
+            torch.optim.Adam(net.parameters(), lr=2e-4, fused=False, foreach=False),
+            copy.deepcopy(net),
+        )
+        self.alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0).to(device)
+        self.loader = torch.utils.data.DataLoader(
+            PilSet(data.train.images, data.train.labels),
+            bs,
+            shuffle=True,
+            num_workers=2,
+            drop_last=True,
+            pin_memory=device == "cuda",
+            persistent_workers=True,
+        )
         self.batches = iter(self.loader)
 
     def step(self):
-        try: x, y = next(self.batches)
+        try:
+            x, y = next(self.batches)
         except StopIteration:
             self.batches = iter(self.loader)
             x, y = next(self.batches)
         x, y = x.to(self.device), y.to(self.device)
         t, eps = torch.randint(1000, (len(x),), device=self.device), torch.randn_like(x)
         a = self.alpha_bar[t][:, None, None, None]
-        y = torch.where(torch.rand(len(x), device=self.device) < .1, self.n_classes, y)
+        y = torch.where(torch.rand(len(x), device=self.device) < 0.1, self.n_classes, y)
         loss = F.mse_loss(self.net(a.sqrt() * x + (1 - a).sqrt() * eps, t, class_labels=y).sample, eps)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1., foreach=False)
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, foreach=False)
         self.optimizer.step()
         with torch.no_grad():
-            for p, q in zip(self.average.parameters(), self.net.parameters()): p.mul_(.9999).add_(q, alpha=1e-4)
+            for p, q in zip(self.average.parameters(), self.net.parameters()):
+                p.mul_(0.9999).add_(q, alpha=1e-4)
 
 
 class Ours:
     "A step of `train_diffusion`"
 
     def __init__(self, net, data, bs, device, precision, channels_last, compiled):
-        self.t, self.bs, self.n = _Training(net, build_objective("eps"), data.train.images, data.train.labels, data.n_classes, ("bench",), device, precision, compiled, channels_last, 2e-4, Team()), bs, 0
+        self.t, self.bs, self.n = (
+            _Training(
+                net,
+                build_objective("eps"),
+                data.train.images,
+                data.train.labels,
+                data.n_classes,
+                ("bench",),
+                device,
+                precision,
+                compiled,
+                channels_last,
+                2e-4,
+                Team(),
+            ),
+            bs,
+            0,
+        )
 
     def step(self):
-        self.t.step(self.n, self.t.batch(self.n, self.bs, 1., True, 0., .1), 2e-4, .9999, 1., [])
+        self.t.step(self.n, self.t.batch(self.n, self.bs, 1.0, True, 0.0, 0.1), 2e-4, 0.9999, 1.0, [])
         self.n += 1
 
 
-def machine(device): return f"{torch.cuda.get_device_name() if device == 'cuda' else ' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def machine(device):
+    return f"{torch.cuda.get_device_name() if device == 'cuda' else ' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def training(a):
     from torch.utils.flop_counter import FlopCounterMode
+
     data, best = LongTail.digits() if a.data == "digits" else LongTail.npz(a.data), choose_precision("auto", a.device)
     shape = data.train.images.shape[1:]
-    ours = {"images on the device, contiguous, fp32": ("fp32", False, False), "+ channels_last": ("fp32", True, False), f"+ {best}": (best, True, False), f"{best}, contiguous": (best, False, False)}
-    if a.compiled: ours[f"{best}, channels_last, compiled"] = (best, True, True)
+    ours = {
+        "images on the device, contiguous, fp32": ("fp32", False, False),
+        "+ channels_last": ("fp32", True, False),
+        f"+ {best}": (best, True, False),
+        f"{best}, contiguous": (best, False, False),
+    }
+    if a.compiled:
+        ours[f"{best}, channels_last, compiled"] = (best, True, True)
     new = lambda: build_unet(a.unet, shape[1], shape[0], data.n_classes)
-    loops = {"plain: DataLoader, contiguous, fp32": Plain(new(), data, a.bs, a.device)} | {name: Ours(new(), data, a.bs, a.device, *how) for name, how in ours.items()}
-    with FlopCounterMode(display=False) as counter: loops["images on the device, contiguous, fp32"].step()
+    loops = {"plain: DataLoader, contiguous, fp32": Plain(new(), data, a.bs, a.device)} | {
+        name: Ours(new(), data, a.bs, a.device, *how) for name, how in ours.items()
+    }
+    with FlopCounterMode(display=False) as counter:
+        loops["images on the device, contiguous, fp32"].step()
     flops, seconds = counter.get_total_flops(), {n: [] for n in loops}
     for i in range(a.n_steps + 2):
         for name, loop in loops.items():
-            if a.device == "cuda": torch.cuda.synchronize()
+            if a.device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(a.repeat): loop.step()
-            if a.device == "cuda": torch.cuda.synchronize()
-            if i >= 2: seconds[name].append((time.perf_counter() - start) / a.repeat)
-    print(f"unet {a.unet}, {sum(p.numel() for p in new().parameters()) / 1e6:.1f} M parameters, images {shape}, batches of {a.bs}, median of {a.n_steps} x {a.repeat} steps; {machine(a.device)}")
+            for _ in range(a.repeat):
+                loop.step()
+            if a.device == "cuda":
+                torch.cuda.synchronize()
+            if i >= 2:
+                seconds[name].append((time.perf_counter() - start) / a.repeat)
+    print(
+        f"unet {a.unet}, {sum(p.numel() for p in new().parameters()) / 1e6:.1f} M parameters, images {shape}, batches of {a.bs}, median of {a.n_steps} x {a.repeat} steps; {machine(a.device)}"
+    )
     print(f"{flops / a.bs / 1e9:.2f} GFLOP an image and training step")
     rate = {n: a.bs / statistics.median(s) for n, s in seconds.items()}
-    for n, r in rate.items(): print(f"  {n:<40} {r:8.1f} images/s   x {r / rate['plain: DataLoader, contiguous, fp32']:5.2f}   {r * flops / a.bs / 1e12:7.3f} TFLOP/s" + (f"   {r * flops / a.bs / 1e10 / a.peak:5.1f} % of the peak" if a.peak else ""))
-    if a.device == "cuda": print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
+    for n, r in rate.items():
+        print(
+            f"  {n:<40} {r:8.1f} images/s   x {r / rate['plain: DataLoader, contiguous, fp32']:5.2f}   {r * flops / a.bs / 1e12:7.3f} TFLOP/s"
+            + (f"   {r * flops / a.bs / 1e10 / a.peak:5.1f} % of the peak" if a.peak else "")
+        )
+    if a.device == "cuda":
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
 
 
 def sampling(a):
     model, run = find_model(a.run)
     data, why = training_data(run)
-    if data is None: raise SystemExit(why)
+    if data is None:
+        raise SystemExit(why)
     judge, precision = Judge(Classifier.load(run / "judge"), data, a.device), choose_precision("auto", a.device)
     plan = make_plan(np.where(model.counts > 0, a.per_class, 0))
-    print(f"{run.name}: {len(plan):,} images of {model.image_shape}, guidance {a.guidance_scale:g}, {precision}; {machine(a.device)}")
-    real, first, features = judge(data.test.images, data.test.labels, "test", 0), None, {"judge": lambda x: encode(judge.clf, x, device=a.device).numpy()}
-    if a.inception: features["inception"] = lambda x: inception_features(x, a.inception, device=a.device)
+    print(
+        f"{run.name}: {len(plan):,} images of {model.image_shape}, guidance {a.guidance_scale:g}, {precision}; {machine(a.device)}"
+    )
+    real, first, features = (
+        judge(data.test.images, data.test.labels, "test", 0),
+        None,
+        {"judge": lambda x: encode(judge.clf, x, device=a.device).numpy()},
+    )
+    if a.inception:
+        features["inception"] = lambda x: inception_features(x, a.inception, device=a.device)
     real_features = {name: f(data.test.images) for name, f in features.items()}
     for sampler, steps in [(s.split(":")[0], int(s.split(":")[1])) for s in a.samplers.split(",")]:
-        sample_images(model, plan[:256], sampler, 2, a.guidance_scale, device=a.device, precision=precision) # warm
+        sample_images(model, plan[:256], sampler, 2, a.guidance_scale, device=a.device, precision=precision)  # warm
         start = time.perf_counter()
         images, _ = sample_images(model, plan, sampler, steps, a.guidance_scale, device=a.device, precision=precision)
         spent = time.perf_counter() - start
         first = first or spent
         row = judge(images, plan[:, 0], "made", 0)
-        more = "   ".join(f"   {name}: FID {g.fid:.2f}, KID {g.kid:.4f}" for name, f in features.items() for g in [generative_scores(real_features[name], f(images.numpy()), name)])
-        print(f"  {sampler:<6} {steps:5} steps  {spent:8.1f} s  x {first / spent:6.1f}   recognised {row['all']:6.1%}   copies {row['copies']:6.1%}{more}", flush=True)
+        more = "   ".join(
+            f"   {name}: FID {g.fid:.2f}, KID {g.kid:.4f}"
+            for name, f in features.items()
+            for g in [generative_scores(real_features[name], f(images.numpy()), name)]
+        )
+        print(
+            f"  {sampler:<6} {steps:5} steps  {spent:8.1f} s  x {first / spent:6.1f}   recognised {row['all']:6.1%}   copies {row['copies']:6.1%}{more}",
+            flush=True,
+        )
     half = np.arange(len(data.test)) % 2 == 0
-    floor = "".join(f"   {name}: FID {g.fid:.2f}, KID {g.kid:.4f}" for name, x in real_features.items() for g in [generative_scores(x[half], x[~half], name)])
-    print(f"  {'test images, half against half':<36}   recognised {real['all']:6.1%}   copies {real['copies']:6.1%}{floor}")
+    floor = "".join(
+        f"   {name}: FID {g.fid:.2f}, KID {g.kid:.4f}"
+        for name, x in real_features.items()
+        for g in [generative_scores(x[half], x[~half], name)]
+    )
+    print(
+        f"  {'test images, half against half':<36}   recognised {real['all']:6.1%}   copies {real['copies']:6.1%}{floor}"
+    )
 
 
 if __name__ == "__main__":
@@ -151,9 +230,10 @@ if __name__ == "__main__":
     s.set_defaults(call=sampling)
     s.add_argument("run")
     s.add_argument("--per-class", type=int, default=60)
-    s.add_argument("--guidance-scale", type=float, default=1.)
+    s.add_argument("--guidance-scale", type=float, default=1.0)
     s.add_argument("--samplers", default="ddpm:1000,ddpm:100,ddpm:20,ddim:20,dpm++:20,heun:10,dpm++:10,dpm++:5")
     s.add_argument("--inception", metavar="PATH", help="file of torch-fidelity's Inception weights")
-    for p in (t, s): p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for p in (t, s):
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.parse_args()
     a.call(a)

@@ -7,40 +7,50 @@ The features are made here: class means and noise behind a ReLU, with class coun
 class to its smallest one. Accuracy on them says nothing; what is measured is the wall time of each stage of the whole
 recipe (label shift, LDMLR and every control) and the peak of resident memory.
 """
+
 import argparse, datetime, json, os, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
 
-SETS = {"imagenet": dict(n=115846, d=2048, k=1000, most=1280, least=5, test=50000, per_class=100),
-        "inaturalist": dict(n=437513, d=64, k=8142, most=1000, least=2, test=24426, per_class=0)}
+SETS = {
+    "imagenet": dict(n=115846, d=2048, k=1000, most=1280, least=5, test=50000, per_class=100),
+    "inaturalist": dict(n=437513, d=64, k=8142, most=1000, least=2, test=24426, per_class=0),
+}
 
 
-def profile(n:int, k:int, most:int, least:int):
+def profile(n: int, k: int, most: int, least: int):
     "Class counts that fall from most to least and add up to n: least (most / least)^(u^q), u from 1 to 0"
-    low, high = 0., 100. # the q that gives the asked total
+    low, high = 0.0, 100.0  # the q that gives the asked total
     for _ in range(60):
         q = (low + high) / 2
         counts = np.rint(least * (most / least) ** (np.linspace(1, 0, k) ** q)).astype(int)
         low, high = (q, high) if counts.sum() > n else (low, q)
-    room = np.flatnonzero((counts > least) & (counts < most)) # the few that rounding left over
-    counts[room[:abs(n - counts.sum())]] += np.sign(n - counts.sum())
+    room = np.flatnonzero((counts > least) & (counts < most))  # the few that rounding left over
+    counts[room[: abs(n - counts.sum())]] += np.sign(n - counts.sum())
     return counts
 
 
-def make(path:Path, n:int, d:int, k:int, most:int, least:int, n_test:int):
+def make(path: Path, n: int, d: int, k: int, most: int, least: int, n_test: int):
     "An npz of features with their head"
     rng = np.random.default_rng(0)
     counts = profile(n, k, most, least)
     means = rng.standard_normal((k, d), dtype=np.float32)
     labels, test = np.repeat(np.arange(k), counts), np.repeat(np.arange(k), n_test // k)
-    draw = lambda y: np.maximum(means[y] * .5 + rng.standard_normal((len(y), d), dtype=np.float32), 0)
+    draw = lambda y: np.maximum(means[y] * 0.5 + rng.standard_normal((len(y), d), dtype=np.float32), 0)
     train = draw(labels)
     weight = np.add.reduceat(train, counts.cumsum() - counts) / counts[:, None].astype("f4")
     weight -= weight.mean(0)
     bias = np.log(counts / counts.sum()).astype("f4") - (weight**2).sum(1) / 2
-    np.savez(path, train_features=train, train_labels=labels, test_features=draw(test), test_labels=test,
-             fc_weight=weight, fc_bias=bias)
+    np.savez(
+        path,
+        train_features=train,
+        train_labels=labels,
+        test_features=draw(test),
+        test_labels=test,
+        fc_weight=weight,
+        fc_bias=bias,
+    )
     return counts
 
 
@@ -58,7 +68,8 @@ def hardware():
         lines = Path("/proc/cpuinfo").read_text().split("\n")
         cpu = next(l.split(":")[1].strip() for l in lines if l.startswith("model name"))
         memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    except (OSError, StopIteration): return "unknown"
+    except (OSError, StopIteration):
+        return "unknown"
     return f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GB, load {os.getloadavg()[0]:.1f} at the start"
 
 
@@ -76,20 +87,27 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         counts = make(folder / "f.npz", s["n"], s["d"], s["k"], s["most"], s["least"], s["test"])
-        print(f"{counts.sum():,} x {s['d']} features, {s['k']} classes, {counts.max()} to {counts.min()} items; "
-              f"{s['test']:,} test features", flush=True)
+        print(
+            f"{counts.sum():,} x {s['d']} features, {s['k']} classes, {counts.max()} to {counts.min()} items; "
+            f"{s['test']:,} test features",
+            flush=True,
+        )
         per_class = ["--per-class", str(s["per_class"])] if s["per_class"] else []
         t = time.perf_counter()
         command = [sys.executable, "-m", "ltnb", "run", "ldmlr", "--plain", "--quiet", "--features", folder / "f.npz"]
         done = subprocess.run([*command, *per_class, "--out", folder / "run", *a.more], capture_output=True, text=True)
         seconds = time.perf_counter() - t
-        if done.returncode: sys.exit(done.stderr)
+        if done.returncode:
+            sys.exit(done.stderr)
         stages = [json.loads(l) for l in (folder / "run" / "timing.jsonl").read_text().splitlines()]
         print("\n".join(f"{s['stage']:16} {s['seconds']:8.1f} s" for s in stages))
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor "
-              f"(the rest waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end")
+        print(
+            f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor "
+            f"(the rest waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end"
+        )
         print(f"machine: {json.loads((folder / 'run' / 'environment.json').read_text())}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ The corrected form is run to its end (one seed: train, sample, refit). The relea
 which stands in for the authors' code) would take hours on a CPU: its training steps, sampling steps and head epochs are
 timed and extrapolated to 201 passes, 1000 steps and 400 epochs. Its accuracy is not measured here.
 """
+
 import argparse, math, statistics, time
 
 import torch
@@ -29,41 +30,85 @@ def seconds(f):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("features")
-    ap.add_argument("--steps", type=int, default=10, help="training steps of the released network to time, after 2 that are not counted")
+    ap.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        help="training steps of the released network to time, after 2 that are not counted",
+    )
     a = ap.parse_args()
     Progress.quiet = True
     f, precision = Features.npz(a.features), choose_precision()
     n = len(f.train)
 
     import tempfile
+
     cfg = resolve(LDMLRConfig(features=a.features), f.counts, None, f.train.shape[1], f.head is not None)
     base = base_head(f, cfg, 0)
-    t_train, model = seconds(lambda: train_latent(f.train, f.train_labels, f.n_classes, cfg.n_steps, cfg.diff_bs, cfg.diff_lr, cfg.diff_width, precision=precision))
+    t_train, model = seconds(
+        lambda: train_latent(
+            f.train,
+            f.train_labels,
+            f.n_classes,
+            cfg.n_steps,
+            cfg.diff_bs,
+            cfg.diff_lr,
+            cfg.diff_width,
+            precision=precision,
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
-        t_sample, made = seconds(lambda: stage_sample(cfg, model, make_plan(planned_counts(f.counts, cfg.per_class)), f, base, 0, folder))
+        t_sample, made = seconds(
+            lambda: stage_sample(cfg, model, make_plan(planned_counts(f.counts, cfg.per_class)), f, base, 0, folder)
+        )
     t_head, heads = seconds(lambda: fit_heads(cfg, f, base, made.items, made.labels, 0))
     ours = t_train + t_sample + t_head
-    accuracy = {k: score(z.argmax(1), f.test_labels, f.counts).all for k, z in (("label shift", base.corrected(f.test)), ("ldmlr + label shift", heads["label shift"].corrected(f.test)))}
+    accuracy = {
+        k: score(z.argmax(1), f.test_labels, f.counts).all
+        for k, z in (
+            ("label shift", base.corrected(f.test)),
+            ("ldmlr + label shift", heads["label shift"].corrected(f.test)),
+        )
+    }
 
     times = []
-    def timed_steps(): # the difference of two trainings leaves out what happens once
-        few, many = (seconds(lambda: train_published(f.train, f.train_labels, f.n_classes, k, precision="fp32"))[0] for k in (2, 2 + a.steps))
+
+    def timed_steps():  # the difference of two trainings leaves out what happens once
+        few, many = (
+            seconds(lambda: train_published(f.train, f.train_labels, f.n_classes, k, precision="fp32"))[0]
+            for k in (2, 2 + a.steps)
+        )
         times.append((many - few) / a.steps)
-    for _ in range(2): timed_steps()
+
+    for _ in range(2):
+        timed_steps()
     step = statistics.median(times)
     net = train_published(f.train, f.train_labels, f.n_classes, 1)
     plan = make_plan(planned_counts(f.counts, ratio=0.2))
     few, many = (seconds(lambda: sample_published(net, plan[:256], k))[0] for k in (1, 4))
     per_item_step = (many - few) / 3 / 256
-    x, y = torch.cat([f.train, torch.rand(len(plan), f.train.shape[1])]), torch.cat([f.train_labels, torch.from_numpy(plan[:, 0])])
+    x, y = (
+        torch.cat([f.train, torch.rand(len(plan), f.train.shape[1])]),
+        torch.cat([f.train_labels, torch.from_numpy(plan[:, 0])]),
+    )
     epoch = seconds(lambda: published_head(x, y, base, 5))[0] / 5
     steps = 201 * math.ceil(n / 256)
     released = steps * step + 1000 * len(plan) * per_item_step + 400 * epoch
 
-    print(f"{a.features}: {n:,} x {f.train.shape[1]}, {f.n_classes} classes; CPU {' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}; ours {precision}, released fp32")
-    print(f"corrected, measured:    train {t_train:6.1f} s ({cfg.n_steps} steps), sample {t_sample:5.1f} s ({len(made):,} items), two heads {t_head:5.1f} s: {ours:.1f} s")
-    print(f"released, extrapolated: train {steps * step / 3600:6.2f} h ({steps:,} steps of {step * 1000:.0f} ms), sample {1000 * len(plan) * per_item_step / 3600:.2f} h ({len(plan):,} items, 1000 steps), head {400 * epoch:.0f} s: {released / 3600:.2f} h")
-    print(f"ratio {released / ours:.0f}; accuracy of the corrected form " + ", ".join(f"{k} {v * 100:.2f}" for k, v in accuracy.items()))
+    print(
+        f"{a.features}: {n:,} x {f.train.shape[1]}, {f.n_classes} classes; CPU {' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}; ours {precision}, released fp32"
+    )
+    print(
+        f"corrected, measured:    train {t_train:6.1f} s ({cfg.n_steps} steps), sample {t_sample:5.1f} s ({len(made):,} items), two heads {t_head:5.1f} s: {ours:.1f} s"
+    )
+    print(
+        f"released, extrapolated: train {steps * step / 3600:6.2f} h ({steps:,} steps of {step * 1000:.0f} ms), sample {1000 * len(plan) * per_item_step / 3600:.2f} h ({len(plan):,} items, 1000 steps), head {400 * epoch:.0f} s: {released / 3600:.2f} h"
+    )
+    print(
+        f"ratio {released / ours:.0f}; accuracy of the corrected form "
+        + ", ".join(f"{k} {v * 100:.2f}" for k, v in accuracy.items())
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

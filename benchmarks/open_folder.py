@@ -1,4 +1,5 @@
 "Opens generated class folders of 10,000 and 100,000 images, each in a fresh process: seconds and peak memory. python benchmarks/open_folder.py [FOLDER]"
+
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def generate(root, n, n_classes=1000):
     "n different PNG files in class folders: nine tenths train, one tenth test"
     import numpy as np
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for i in range(n):
         folder = root / ("test" if i % 10 == 0 else "train") / f"class{i // 10 % n_classes:04}"
@@ -38,6 +40,14 @@ if __name__ == "__main__":
         rows = []
         for n in (10_000, 100_000):
             root = generate(Path(folder) / str(n), n)
-            rows.append(json.loads(subprocess.run([sys.executable, "-c", PROBE, str(root)], check=True, capture_output=True, text=True).stdout))
+            rows.append(
+                json.loads(
+                    subprocess.run(
+                        [sys.executable, "-c", PROBE, str(root)], check=True, capture_output=True, text=True
+                    ).stdout
+                )
+            )
             print(rows[-1])
-        print(f"ten times the images: {rows[1]['open_s'] / max(rows[0]['open_s'], .01):.1f} x the time to open, {rows[1]['mb_open'] - rows[0]['mb_open']} MB more")
+        print(
+            f"ten times the images: {rows[1]['open_s'] / max(rows[0]['open_s'], 0.01):.1f} x the time to open, {rows[1]['mb_open'] - rows[0]['mb_open']} MB more"
+        )

@@ -1,4 +1,5 @@
 "What the tests share: the command as a process, the demo (run once), and data beside the project, where it exists."
+
 import os
 import shutil
 import subprocess
@@ -7,27 +8,51 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1") # two workers on two cores; subprocesses inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; subprocesses inherit it
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--n-epochs", "3", "--n-steps", "60", "--per-class", "20", "--head-steps", "10", "--scratch-steps", "10", "--device", "cpu", "--precision", "fp32"]
+TINY = [
+    "--n-epochs",
+    "3",
+    "--n-steps",
+    "60",
+    "--per-class",
+    "20",
+    "--head-steps",
+    "10",
+    "--scratch-steps",
+    "10",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
 SHARED = Path(os.environ.get("LTNB_SHARED", ROOT.parent / "shared"))
 
 
 def ltnb(*args, cwd=None, env=None, timeout=900):
     "Run `python -m ltnb` as a user would; gives the finished process with its text output"
-    return subprocess.run([sys.executable, "-m", "ltnb", *map(str, args)], cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "ltnb", *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def shared(name):
     "A file beside the project, or a skip that says so"
     path = SHARED / "data" / name
-    if not path.exists(): pytest.skip(f"{path} is not on this machine")
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
     return path
 
 
 def cifar_pack():
     "Real CIFAR-10 images: the pack beside the project, through its own reader"
     from importlib.util import module_from_spec, spec_from_file_location
+
     spec = spec_from_file_location("load", shared("load.py"))
     spec.loader.exec_module(load := module_from_spec(spec))
     return load.load(shared("cifar10_lt.npz"))
@@ -37,12 +62,14 @@ def everywhere(patch, name, value):
     "Replace what a name stands for in every room that has imported it (`patch`: a MonkeyPatch)"
     rooms = [m for n, m in sorted(sys.modules.items()) if n.startswith("ltnb.") and hasattr(m, name)]
     assert rooms, f"no room knows {name}"
-    for room in rooms: patch.setattr(room, name, value)
+    for room in rooms:
+        patch.setattr(room, name, value)
 
 
 def once(tmp_path_factory, name, make):
     "Make a folder once for all workers; the others wait for it"
     from ltnb.runs import lock_file, unlock_file
+
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     lock = lock_file(folder.with_suffix(".lock"), wait=1200)
@@ -51,18 +78,21 @@ def once(tmp_path_factory, name, make):
             folder.mkdir(exist_ok=True)
             make(folder)
             (folder / "made").touch()
-    finally: unlock_file(folder.with_suffix(".lock"), lock)
+    finally:
+        unlock_file(folder.with_suffix(".lock"), lock)
     return folder
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     "A finished `ltnb demo`: (run directory, stdout, stderr)"
+
     def make(folder):
         done = ltnb("demo", "--out", folder / "run", env={"COLUMNS": "150"})
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
         (folder / "stderr").write_text(done.stderr)
+
     folder = once(tmp_path_factory, "demo", make)
     return folder / "run", (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
@@ -70,23 +100,66 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "The wheel, built from a copy of the project"
+
     def make(folder):
-        shutil.copytree(ROOT, folder / "src", ignore=shutil.ignore_patterns(".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu"), symlinks=True)
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(folder / "src")], check=True, capture_output=True)
+        shutil.copytree(
+            ROOT,
+            folder / "src",
+            ignore=shutil.ignore_patterns(
+                ".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu"
+            ),
+            symlinks=True,
+        )
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "-q",
+                "--no-deps",
+                "--no-build-isolation",
+                "-w",
+                str(folder),
+                str(folder / "src"),
+            ],
+            check=True,
+            capture_output=True,
+        )
+
     return next(once(tmp_path_factory, "wheel", make).glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
 def through_papermill(wheel, tmp_path_factory):
     "A finished `ltnb run ldmlr`, from the installed wheel and outside the repository: (run directory, stdout, stderr, environment)"
+
     def make(folder):
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, capture_output=True)
-        done = ltnb("run", "ldmlr", *TINY, "--out", "here", cwd=folder, env={"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"})
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site"), str(wheel)],
+            check=True,
+            capture_output=True,
+        )
+        done = ltnb(
+            "run",
+            "ldmlr",
+            *TINY,
+            "--out",
+            "here",
+            cwd=folder,
+            env={"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"},
+        )
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
         (folder / "stderr").write_text(done.stderr)
+
     folder = once(tmp_path_factory, "papermill", make)
-    return folder / "here", (folder / "stdout").read_text(), (folder / "stderr").read_text(), {"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"}
+    return (
+        folder / "here",
+        (folder / "stdout").read_text(),
+        (folder / "stderr").read_text(),
+        {"PYTHONPATH": str(folder / "site"), "COLUMNS": "150"},
+    )
 
 
 @pytest.fixture
@@ -97,8 +170,10 @@ def main(capsys):
 
     def call(*args):
         capsys.readouterr()
-        try: code = cli.main([str(a) for a in args])
-        finally: Progress.quiet = False
+        try:
+            code = cli.main([str(a) for a in args])
+        finally:
+            Progress.quiet = False
         out = capsys.readouterr()
         return code, out.out, out.err
 
@@ -120,5 +195,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_terminal_summary(terminalreporter):
     "Whole sentences of the lessons that failed: the short summary cuts lines at the terminal's width"
     failed = [r for r in terminalreporter.stats.get("failed", ()) if "test_notebooks" in r.nodeid]
-    if failed: terminalreporter.section("lessons that failed", sep="-")
-    for r in failed: terminalreporter.write_line(f"{r.nodeid.split('::')[-1]}: {str(r.longrepr).splitlines()[-1]}")
+    if failed:
+        terminalreporter.section("lessons that failed", sep="-")
+    for r in failed:
+        terminalreporter.write_line(f"{r.nodeid.split('::')[-1]}: {str(r.longrepr).splitlines()[-1]}")

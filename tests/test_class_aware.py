@@ -47,9 +47,9 @@ def test_an_epoch_shows_every_image_of_the_largest_class():
 
 def test_other_powers_draw_classes_and_cycle_items():
     y = torch.arange(2).repeat_interleave(torch.tensor([900, 100]))
-    i = class_aware(y, 1000, generator(0), power=1.)
+    i = class_aware(y, 1000, generator(0), power=1.0)
     share = (y[i] == 0).float().mean()
-    assert .85 < share < .95 and torch.bincount(i, minlength=1000).max() <= 2
+    assert 0.85 < share < 0.95 and torch.bincount(i, minlength=1000).max() <= 2
     one = cycled(torch.tensor([4, 4, 2]), torch.tensor([2, 2, 4, 4]), generator(0))
     assert one.tolist()[:2] == [2, 2] and sorted(one.tolist()[2:]) == [0, 1]
 
@@ -57,15 +57,20 @@ def test_other_powers_draw_classes_and_cycle_items():
 @pytest.mark.parametrize("fit", ["crt", "lws"])
 def test_heads_see_each_image_of_the_largest_class_once_an_epoch(fit, monkeypatch):
     from ltnb import decoupled, heads
+
     y, seen = torch.arange(3).repeat_interleave(torch.tensor([40, 10, 2])), []
     z = torch.randn(52, 4, generator=generator(0)) + y[:, None]
     steps = decoupled.sgd_steps
+
     def record(logits, parameters, features, labels, order, *more):
         seen.append(torch.bincount(order, minlength=52))
         return steps(logits, parameters, features, labels, order, *more)
+
     monkeypatch.setattr(decoupled, "sgd_steps", record)
-    if fit == "crt": crt(z, y, n_epochs=1)
-    else: lws(heads.fit_head(z, y, [40, 10, 2], steps=5), z, y, n_epochs=1)
+    if fit == "crt":
+        crt(z, y, n_epochs=1)
+    else:
+        lws(heads.fit_head(z, y, [40, 10, 2], steps=5), z, y, n_epochs=1)
     assert seen[0].tolist() == [1] * 40 + [4] * 10 + [20] * 2
 
 
@@ -94,7 +99,8 @@ def test_statistics_become_those_of_balanced_batches(encoder):
         x = clf.prepare(torch.from_numpy(data.train.images[i]))
         seen = {}
         hook = was.register_forward_hook(lambda m, a, b: seen.update(mean=a[0].mean((0, 2, 3))))
-        with torch.no_grad(): clf.net.features(x)
+        with torch.no_grad():
+            clf.net.features(x)
         hook.remove()
         off = [(m - seen["mean"]).norm() for m in (first.running_mean, was.running_mean)]
         assert off[0] < off[1] / 3, name
@@ -109,6 +115,7 @@ def test_statistics_become_those_of_balanced_batches(encoder):
 def test_files_give_what_arrays_give(tmp_path):
     "Photographs that are read on demand move the same statistics"
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for part, n in (("train", 6), ("test", 2)):
         for k in range(2):
@@ -131,8 +138,16 @@ def test_baseline_prints_both_readings(tmp_path, monkeypatch):
     plain = run(BaselineConfig(**quick, out=str(tmp_path / "a")))
     both = run(BaselineConfig(**quick, shifted_bn=True, out=str(tmp_path / "b")))
     names = [r["method"] for r in both.scores()]
-    assert names == ["cross-entropy", "label shift", "crt", "lws", "crt, shifted bn", "lws, shifted bn", "tau-norm",
-                     "nearest mean"]
+    assert names == [
+        "cross-entropy",
+        "label shift",
+        "crt",
+        "lws",
+        "crt, shifted bn",
+        "lws, shifted bn",
+        "tau-norm",
+        "nearest mean",
+    ]
     rows = {r["method"]: r for r in both.scores()}
     assert all(r == rows[r["method"]] for r in plain.scores()), "the other rows do not change"
     said = [(tmp_path / n / "report.html").read_text() for n in ("a", "b")]
@@ -140,16 +155,20 @@ def test_baseline_prints_both_readings(tmp_path, monkeypatch):
     assert read_json(tmp_path / "b" / "config.json")["shifted_bn"] is True
 
 
-@pytest.mark.parametrize("more, why", [(dict(heads=False), "heads=False"), (dict(norm="group"), "norm='group'"),
-                                       (dict(loss="ldam"), "no linear head")])
+@pytest.mark.parametrize(
+    "more, why",
+    [(dict(heads=False), "heads=False"), (dict(norm="group"), "norm='group'"), (dict(loss="ldam"), "no linear head")],
+)
 def test_shifted_bn_where_nothing_can_shift(more, why):
-    with pytest.raises(UsageError, match=why): check_settings(BaselineConfig(shifted_bn=True, **more))
+    with pytest.raises(UsageError, match=why):
+        check_settings(BaselineConfig(shifted_bn=True, **more))
 
 
 def test_network_without_batch_norm_is_refused_before_training():
     pytest.importorskip("timm")
     config = BaselineConfig(shifted_bn=True, arch="timm:test_vit")
-    with pytest.raises(UsageError, match="no BatchNorm statistics"): resolve(config, LongTail.digits())
+    with pytest.raises(UsageError, match="no BatchNorm statistics"):
+        resolve(config, LongTail.digits())
 
 
 def test_digests_of_runs_from_before_stay():

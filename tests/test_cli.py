@@ -1,4 +1,5 @@
 "The command as it is used: names, refusals, exit codes, finished and foreign directories."
+
 import json
 import os
 import re
@@ -14,13 +15,18 @@ from ltnb.cli import RECIPES, Parser, add_settings, entry_notebook, help_of
 from ltnb.ldmlr import METHODS
 
 
-def tree(path): return {str(p.relative_to(path)): (p.stat().st_mtime_ns, p.stat().st_size) for p in path.rglob("*")}
+def tree(path):
+    return {str(p.relative_to(path)): (p.stat().st_mtime_ns, p.stat().st_size) for p in path.rglob("*")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_cell_config_and_flags_are_equal(name):
     _, config_class = RECIPES[name].load()
-    cells = [c for c in json.loads(entry_notebook(RECIPES[name].notebook).read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    cells = [
+        c
+        for c in json.loads(entry_notebook(RECIPES[name].notebook).read_text())["cells"]
+        if "parameters" in c["metadata"].get("tags", [])
+    ]
     source = "".join(cells[0]["source"])
     scope = {}
     exec(source, scope)
@@ -34,18 +40,46 @@ def test_parameters_cell_config_and_flags_are_equal(name):
     helps = help_of(config_class)
     for line in source.strip().split("\n"):
         field, text = line.split(":")[0], line.split("  # ")[1]
-        assert helps[field] and helps[field].split(" (")[0].split(":")[0].split(";")[0] == text.split(" (")[0].split(":")[0].split(";")[0], field
+        assert (
+            helps[field]
+            and helps[field].split(" (")[0].split(":")[0].split(";")[0]
+            == text.split(" (")[0].split(":")[0].split(";")[0]
+        ), field
         kind, _, _ = config_class.hints()[field]
         assert f"{field}: {kind.__name__} = " in line, f"papermill reads the type of {field} from this line"
 
 
-@pytest.mark.parametrize("args, word", [
-    ([], "a command is needed"), (["dmeo"], "Did you mean 'demo'"), (["run"], "ldmlr"), (["run", "ldlmr"], "Did you mean 'ldmlr'"), (["run", "ldmlr", "--n-epoch", "3"], "--n-epochs"),
-    (["run", "ldmlr", "--n_epochs", "3"], "--n-epochs"), (["run", "ldmlr", "--n-epochs", "1.5"], "whole number"), (["run", "ldmlr", "--n-epochs", "0"], "at least 1"), (["run", "ldmlr", "--n-epochs"], "expected one argument"),
-    (["run", "ldmlr", "--imb-ratio", "0.01"], "did you mean 100"), (["run", "ldmlr", "--imb-ratio", "-3"], "at least 1"), (["run", "ldmlr", "--imb-ratio", "nan"], "finite"), (["run", "ldmlr", "--imb-ratio", "500"], "at most 114"),
-    (["run", "ldmlr", "--dataset", "cifar"], "cifar10"), (["run", "ldmlr", "--dataset", "npz"], "--data-root"), (["run", "ldmlr", "--dataset", "npz", "--data-root", "no.npz"], "no.npz does not exist"), (["run", "ldmlr", "--arch", "resnet31"], "resnet32"),
-    (["run", "ldmlr", "--features", "no.npz"], "no.npz does not exist"), (["run", "ldmlr", "--features", "no.npz", "--imb-ratio", "10"], "imb_ratio cannot be used with features"), (["run", "ldmlr", "digits"], "options begin with --"), (["run", "--plain", "ldmlr"], "name first"),
-    (["run", "ldmlr", "--dataset", "cifar10", "--data-root", "nowhere"], "--download"), (["demo", "--seeds", "0"], "at least 1"), (["demo", "--sed", "1"], "--seed"), (["list", "--all"], "not an option"), (["run", "ldmlr", "--download", "perhaps"], "true or false")])
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        ([], "a command is needed"),
+        (["dmeo"], "Did you mean 'demo'"),
+        (["run"], "ldmlr"),
+        (["run", "ldlmr"], "Did you mean 'ldmlr'"),
+        (["run", "ldmlr", "--n-epoch", "3"], "--n-epochs"),
+        (["run", "ldmlr", "--n_epochs", "3"], "--n-epochs"),
+        (["run", "ldmlr", "--n-epochs", "1.5"], "whole number"),
+        (["run", "ldmlr", "--n-epochs", "0"], "at least 1"),
+        (["run", "ldmlr", "--n-epochs"], "expected one argument"),
+        (["run", "ldmlr", "--imb-ratio", "0.01"], "did you mean 100"),
+        (["run", "ldmlr", "--imb-ratio", "-3"], "at least 1"),
+        (["run", "ldmlr", "--imb-ratio", "nan"], "finite"),
+        (["run", "ldmlr", "--imb-ratio", "500"], "at most 114"),
+        (["run", "ldmlr", "--dataset", "cifar"], "cifar10"),
+        (["run", "ldmlr", "--dataset", "npz"], "--data-root"),
+        (["run", "ldmlr", "--dataset", "npz", "--data-root", "no.npz"], "no.npz does not exist"),
+        (["run", "ldmlr", "--arch", "resnet31"], "resnet32"),
+        (["run", "ldmlr", "--features", "no.npz"], "no.npz does not exist"),
+        (["run", "ldmlr", "--features", "no.npz", "--imb-ratio", "10"], "imb_ratio cannot be used with features"),
+        (["run", "ldmlr", "digits"], "options begin with --"),
+        (["run", "--plain", "ldmlr"], "name first"),
+        (["run", "ldmlr", "--dataset", "cifar10", "--data-root", "nowhere"], "--download"),
+        (["demo", "--seeds", "0"], "at least 1"),
+        (["demo", "--sed", "1"], "--seed"),
+        (["list", "--all"], "not an option"),
+        (["run", "ldmlr", "--download", "perhaps"], "true or false"),
+    ],
+)
 def test_usage_errors(main, args, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = main(*args)
@@ -56,14 +90,25 @@ def test_usage_errors(main, args, word, tmp_path, monkeypatch):
 
 def test_cuda_that_is_not_there(main):
     import torch
-    if torch.cuda.is_available(): pytest.skip("this machine has CUDA")
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
     code, _, err = main("run", "ldmlr", "--device", "cuda", "--plain")
     assert code == 2 and "--device cpu" in err
 
 
 def test_data_errors_are_one_sentence_and_exit_1(main, tmp_path):
-    good = dict(train_features=np.ones((6, 3), "f4"), train_labels=np.array([0, 0, 1, 1, 2, 2]), test_features=np.ones((4, 3), "f4"), test_labels=np.array([0, 1, 2, 2]))
-    for change, word in ((dict(train_features=np.full((6, 3), np.nan, "f4")), "NaN"), (dict(test_features=np.ones((4, 2), "f4")), "width"), (dict(train_labels=np.array([0, 0, 0, 0, 2, 2])), "no training feature")):
+    good = dict(
+        train_features=np.ones((6, 3), "f4"),
+        train_labels=np.array([0, 0, 1, 1, 2, 2]),
+        test_features=np.ones((4, 3), "f4"),
+        test_labels=np.array([0, 1, 2, 2]),
+    )
+    for change, word in (
+        (dict(train_features=np.full((6, 3), np.nan, "f4")), "NaN"),
+        (dict(test_features=np.ones((4, 2), "f4")), "width"),
+        (dict(train_labels=np.array([0, 0, 0, 0, 2, 2])), "no training feature"),
+    ):
         np.savez(tmp_path / "f.npz", **{**good, **change})
         for more in ([], ["--plain"]):
             code, _, err = main("run", "ldmlr", "--features", tmp_path / "f.npz", "--out", tmp_path / "run", *more)
@@ -89,7 +134,8 @@ def test_full_disk_is_one_sentence(main, tmp_path, monkeypatch):
 
     def fsync(fd):
         calls.append(fd)
-        if len(calls) > 6: raise OSError(28, "No space left on device")
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
         original(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -102,14 +148,42 @@ def test_full_disk_is_one_sentence(main, tmp_path, monkeypatch):
 def test_demo(demo):
     out, text, log = demo
     assert [m for m in METHODS if re.search(rf"^{re.escape(m)}  ", text, flags=re.M)] == list(METHODS)
-    for column in ("all", "many", "medium", "few", "top third", "middle third", "last third", "vs label shift", "all, from scratch", "from scratch vs label shift"): assert column in text
+    for column in (
+        "all",
+        "many",
+        "medium",
+        "few",
+        "top third",
+        "middle third",
+        "last third",
+        "vs label shift",
+        "all, from scratch",
+        "from scratch vs label shift",
+    ):
+        assert column in text
     rows = json.loads((out / "scores.json").read_text())
-    assert len(rows) == 5 * len(METHODS) and {r["seed"] for r in rows} == set(range(5)) and {r["method"] for r in rows} == set(METHODS)
-    assert {"config.json", "environment.json", "scores.json", "metrics.jsonl", "timing.jsonl", "figures", "model", "report.html", "synthetic"} == {p.name for p in out.iterdir()}
+    assert (
+        len(rows) == 5 * len(METHODS)
+        and {r["seed"] for r in rows} == set(range(5))
+        and {r["method"] for r in rows} == set(METHODS)
+    )
+    assert {
+        "config.json",
+        "environment.json",
+        "scores.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "figures",
+        "model",
+        "report.html",
+        "synthetic",
+    } == {p.name for p in out.iterdir()}
     mean = lambda m, k: np.mean([r[k] for r in rows if r["method"] == m])
-    assert mean("label shift", "all") > mean("cross-entropy", "all") + .02
-    assert mean("ldmlr + label shift", "scratch_all") - mean("garbage", "scratch_all") > .1, "from scratch, garbage shows"
-    assert abs(mean("ldmlr + label shift", "all") - mean("garbage", "all")) < .05, "the warm start hides it"
+    assert mean("label shift", "all") > mean("cross-entropy", "all") + 0.02
+    assert mean("ldmlr + label shift", "scratch_all") - mean("garbage", "scratch_all") > 0.1, (
+        "from scratch, garbage shows"
+    )
+    assert abs(mean("ldmlr + label shift", "all") - mean("garbage", "all")) < 0.05, "the warm start hides it"
     assert "seed 4: heads: done" in log
 
 
@@ -151,8 +225,11 @@ def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, m
     out = through_papermill[0]
     assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "plain")[0] == 0
     files = lambda p: {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
-    assert files(out) - files(tmp_path / "plain") == {"92_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(out)
-    for name in ("scores.json", "metrics.jsonl", "model/model.safetensors", "synthetic/seed-0/manifest.jsonl"): assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    assert files(out) - files(tmp_path / "plain") == {"92_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(
+        out
+    )
+    for name in ("scores.json", "metrics.jsonl", "model/model.safetensors", "synthetic/seed-0/manifest.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
 
 
 def test_finished_notebook_run_is_unchanged(through_papermill):
@@ -167,7 +244,8 @@ def test_killed_command_is_continued_at_once(tmp_path):
     args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "60", "--out", "run"]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     end = time.monotonic() + 600
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end: time.sleep(.05)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = subprocess.run(args, capture_output=True, text=True, timeout=900, cwd=tmp_path)
@@ -178,10 +256,29 @@ def test_killed_command_is_continued_at_once(tmp_path):
 def test_papermill_alone(tmp_path):
     "papermill nbs/92_run_ldmlr.ipynb out.ipynb -p n_epochs 1 works too"
     values = ["-p", "n_epochs", "1", "-p", "n_steps", "50", "-p", "per_class", "20"]
-    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "92_run_ldmlr.ipynb"), "out.ipynb", *values, "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(ROOT / "nbs" / "92_run_ldmlr.ipynb"),
+            "out.ipynb",
+            *values,
+            "--no-progress-bar",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     runs = list((tmp_path / "runs").iterdir())
-    assert len(runs) == 1 and re.fullmatch(r"ldmlr-digits-[0-9a-f]{6}", runs[0].name) and (runs[0] / "scores.json").exists()
+    assert (
+        len(runs) == 1
+        and re.fullmatch(r"ldmlr-digits-[0-9a-f]{6}", runs[0].name)
+        and (runs[0] / "scores.json").exists()
+    )
 
 
 def test_finished_plain_run_is_left_alone(main, tmp_path):
@@ -195,7 +292,12 @@ def test_the_notebook_works_where_the_command_was_given(main, tmp_path, monkeypa
     "Default data folders are those of the command: the kernel is told to work in the same place"
     seen = {}
     import papermill.execute
-    monkeypatch.setattr(papermill.execute, "execute_notebook", lambda *a, **k: seen.update(k) or (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    monkeypatch.setattr(
+        papermill.execute,
+        "execute_notebook",
+        lambda *a, **k: seen.update(k) or (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     monkeypatch.chdir(tmp_path)
     code, _, err = main("run", "ldmlr", *TINY, "--out", "run")
     assert seen["cwd"] == str(tmp_path) and code == 1 and "disk is full" in err
@@ -204,15 +306,24 @@ def test_the_notebook_works_where_the_command_was_given(main, tmp_path, monkeypa
 def test_default_directory_is_found_again(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LTNB_RUNS", raising=False)
-    for _ in range(2): assert main("run", "ldmlr", "--plain", "--quiet", *TINY)[0] == 0
+    for _ in range(2):
+        assert main("run", "ldmlr", "--plain", "--quiet", *TINY)[0] == 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_list_and_help(main):
     code, out, _ = main("list")
     assert code == 0 and "ltnb run ldmlr" in out
-    for flag in ("--dataset", "--imb-ratio", "--n-steps", "--shrink-n0"): assert flag in out
-    for args in (["--help"], ["demo", "--help"], ["run", "--help"], ["run", "ldmlr", "--help"], ["list", "--help"], ["--version"]):
+    for flag in ("--dataset", "--imb-ratio", "--n-steps", "--shrink-n0"):
+        assert flag in out
+    for args in (
+        ["--help"],
+        ["demo", "--help"],
+        ["run", "--help"],
+        ["run", "ldmlr", "--help"],
+        ["list", "--help"],
+        ["--version"],
+    ):
         code, out, err = main(*args)
         assert code == 0 and out and not err
     code, out, _ = main("run", "ldmlr", "--help")

@@ -1,4 +1,5 @@
 "DiffuLT as a whole: its four steps, its controls, and a run that a kill does not harm."
+
 import copy
 import json
 
@@ -11,27 +12,66 @@ from ltnb.aid_loss import FORMS
 from ltnb.core import UsageError, read_json, read_jsonl
 from ltnb.progress import Progress
 from ltnb.data import LongTail
-from ltnb.diffult import (COMPARED, PUBLISHED, DiffuLTConfig, OverBatch, ablations, classifier_config, control_rows,
-                          fit_budget, less_head, main_table, noise_images, published, real_repeated, resolve, run,
-                          step_classify, step_extract, step_generate, summary, tail_classes, unfiltered, verdict)
+from ltnb.diffult import (
+    COMPARED,
+    PUBLISHED,
+    DiffuLTConfig,
+    OverBatch,
+    ablations,
+    classifier_config,
+    control_rows,
+    fit_budget,
+    less_head,
+    main_table,
+    noise_images,
+    published,
+    real_repeated,
+    resolve,
+    run,
+    step_classify,
+    step_extract,
+    step_generate,
+    summary,
+    tail_classes,
+    unfiltered,
+    verdict,
+)
 from ltnb.losses import effective_counts
 from ltnb.classifier import Classifier
 
-QUICK = dict(n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2., pipelines=False) # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
-CORE = ["cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "noise images", "generation", "generation + filter", "generation + weight", "aid loss", "aid loss + filter", "diffult",
-        "diffult + label shift"]
+QUICK = dict(
+    n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2.0, pipelines=False
+)  # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
+CORE = [
+    "cross-entropy",
+    "label shift",
+    "equal iterations",
+    "balanced softmax",
+    "real repeated",
+    "noise images",
+    "generation",
+    "generation + filter",
+    "generation + weight",
+    "aid loss",
+    "aid loss + filter",
+    "diffult",
+    "diffult + label shift",
+]
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(Progress, "quiet", True)
 
 
 @pytest.fixture(scope="module")
-def data(): return LongTail.digits()
+def data():
+    return LongTail.digits()
 
 
 @pytest.fixture(scope="module")
-def cfg(data): return resolve(DiffuLTConfig(**QUICK), data)
+def cfg(data):
+    return resolve(DiffuLTConfig(**QUICK), data)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +87,11 @@ def done(tmp_path_factory):
     return run(DiffuLTConfig(**QUICK, out=str(tmp_path_factory.mktemp("diffult") / "run")))
 
 
-for_all_time = lambda path: {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name not in ("environment.json", "timing.jsonl")}
+for_all_time = lambda path: {
+    str(p.relative_to(path)): p.read_bytes()
+    for p in path.rglob("*")
+    if p.is_file() and p.suffix != ".lock" and p.name not in ("environment.json", "timing.jsonl")
+}
 
 
 # the run
@@ -56,11 +100,35 @@ def test_what_a_run_leaves(done):
     assert [r["method"] for r in rows] == CORE
     assert not [m for m in CORE[:-2] if "diffult" in m], "no control's name contains that of the method"
     names = set(for_all_time(done.path))
-    assert {"model/model.json", "generator/ltnb.json", "phi/model.json", "classes-seed-0.json", "report.html", "figures/classes.png", "figures/samples.png", "made/cbdm-seed-0/manifest.jsonl", "made/aid-seed-0/manifest.jsonl"} <= names
+    assert {
+        "model/model.json",
+        "generator/ltnb.json",
+        "phi/model.json",
+        "classes-seed-0.json",
+        "report.html",
+        "figures/classes.png",
+        "figures/samples.png",
+        "made/cbdm-seed-0/manifest.jsonl",
+        "made/aid-seed-0/manifest.jsonl",
+    } <= names
     assert not [n for n in names if n.startswith("checkpoints")]
     assert set(next(r for r in rows if r["method"] == "diffult")["se"]) == set(COMPARED)
-    assert {"id", "aid", "ood", "drawn", "kept", "copies", "distance", "recognised", "diversity", "alpha", "gradients"} <= set(rows[-1]) and "drawn" not in rows[0]
-    assert rows[0]["id"] + rows[0]["aid"] + rows[0]["ood"] == pytest.approx(1) and rows[0]["diversity"] == 1, "unseen real images, beside the generators"
+    assert {
+        "id",
+        "aid",
+        "ood",
+        "drawn",
+        "kept",
+        "copies",
+        "distance",
+        "recognised",
+        "diversity",
+        "alpha",
+        "gradients",
+    } <= set(rows[-1]) and "drawn" not in rows[0]
+    assert rows[0]["id"] + rows[0]["aid"] + rows[0]["ood"] == pytest.approx(1) and rows[0]["diversity"] == 1, (
+        "unseen real images, beside the generators"
+    )
     said = summary(done)
     assert all(m in said for m in CORE) and "CBDM + AID loss" in said and "diffult against label shift" in said
     assert json.loads((done.path / "classes-seed-0.json").read_text())[9]["images"] == 1
@@ -70,22 +138,26 @@ def test_the_classifier_that_is_kept(done, data):
     clf, rows = Classifier.load(done.path / "model"), done.scores()
     made = [r["class"] for r in read_jsonl(done.path / "made" / "aid-seed-0" / "manifest.jsonl")]
     accuracy = (clf.predict(data.test.images).argmax(1) == data.test.labels).mean()
-    assert abs(accuracy - next(r["all"] for r in rows if r["method"] == "diffult + label shift")) < .02 and len(made) > 0
+    assert (
+        abs(accuracy - next(r["all"] for r in rows if r["method"] == "diffult + label shift")) < 0.02 and len(made) > 0
+    )
     info = json.loads((done.path / "model" / "model.json").read_text())
     counts = np.array(info["effective_counts"])
     kept = [d["kept"] or 0 for d in read_json(done.path / "classes-seed-0.json")]
-    assert np.allclose(counts, data.counts + .3 * np.array(kept)), "the effective prior, once"
+    assert np.allclose(counts, data.counts + 0.3 * np.array(kept)), "the effective prior, once"
     assert np.allclose(clf.log_prior, np.log(counts / counts.sum()), atol=1e-5)
 
 
-class Stop(Exception): "A stand-in for a power cut"
+class Stop(Exception):
+    "A stand-in for a power cut"
 
 
 @pytest.mark.parametrize("stage", ["step_calibrate", "keep_first"])
 def test_a_run_that_was_killed_goes_on(tmp_path, done, monkeypatch, stage):
     with monkeypatch.context() as m:
         m.setattr(diffult, stage, lambda *a, **k: (_ for _ in ()).throw(Stop()))
-        with pytest.raises(Stop): run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
+        with pytest.raises(Stop):
+            run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
     calls, real = [], training.fit
     monkeypatch.setattr(diffult, "fit", lambda *a, **k: calls.append(k.get("name")) or real(*a, **k))
     again = run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
@@ -101,8 +173,10 @@ def test_a_finished_run_is_left_alone(done):
 
 
 def test_the_sweeps(tmp_path, monkeypatch, eye):
-    monkeypatch.setattr(diffult, "control_rows", lambda *a: {}) # they are tested elsewhere
-    monkeypatch.setattr(diffult, "step_extract", lambda *a, **k: eye) # so that the classifiers may be trained for two epochs
+    monkeypatch.setattr(diffult, "control_rows", lambda *a: {})  # they are tested elsewhere
+    monkeypatch.setattr(
+        diffult, "step_extract", lambda *a, **k: eye
+    )  # so that the classifiers may be trained for two epochs
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
     forms = [f"form: {form}" for form in FORMS if form != "per-time"]
@@ -110,8 +184,14 @@ def test_the_sweeps(tmp_path, monkeypatch, eye):
     assert set(rows) - set(CORE) == {"ddpm", *forms, *(f"{form} + filter + weight" for form in forms), *shares}
     assert all(rows[form]["form"] == form[6:] and len(rows[form]["gradients"]["cosines"]) == 10 for form in forms)
     alphas = {form: rows[form]["alpha"] for form in ("aid loss", "form: x0-band", "form: calibrated")}
-    assert alphas["aid loss"] <= .1 == alphas["form: calibrated"] and alphas["form: x0-band"] <= 1, "lowered where the gradient is too long"
-    assert rows["ddpm"]["ablation"] == "ddpm" and rows["tail only, 0 % of the head"]["tail_aid"] is not None and rows["tail only, 100 % of the head"]["tail"] >= 0
+    assert alphas["aid loss"] <= 0.1 == alphas["form: calibrated"] and alphas["form: x0-band"] <= 1, (
+        "lowered where the gradient is too long"
+    )
+    assert (
+        rows["ddpm"]["ablation"] == "ddpm"
+        and rows["tail only, 0 % of the head"]["tail_aid"] is not None
+        and rows["tail only, 100 % of the head"]["tail"] >= 0
+    )
     assert "What was swept" in (r.path / "report.html").read_text()
 
 
@@ -121,9 +201,25 @@ def test_pipelines(cfg, data, eye, monkeypatch):
     made = real_repeated(data, np.maximum(5 - data.counts, 0))
     f = type("F", (), {"kept": made, "made": made, "classes": []})()
     monkeypatch.setattr(diffult, "unfiltered", lambda f: made)
-    out = diffult.generator_rows(DiffuLTConfig(**{**QUICK, "pipelines": True, "augment": "crop+flip"}), data, 0, f, "aid loss", lambda m, w=1., **k: seen.append((k, w)) or None)
-    assert list(out) == ["aid loss", "aid loss + filter", "diffult", "diffult, balanced softmax", "diffult, autoaugment + cutout", "diffult, ldam-drw"]
-    assert [k.get("augment") for k, _ in seen] == [None] * 4 + ["crop+flip+autoaugment+cutout", None] and [w for _, w in seen] == [1., 1., .3, .3, .3, .3]
+    out = diffult.generator_rows(
+        DiffuLTConfig(**{**QUICK, "pipelines": True, "augment": "crop+flip"}),
+        data,
+        0,
+        f,
+        "aid loss",
+        lambda m, w=1.0, **k: seen.append((k, w)) or None,
+    )
+    assert list(out) == [
+        "aid loss",
+        "aid loss + filter",
+        "diffult",
+        "diffult, balanced softmax",
+        "diffult, autoaugment + cutout",
+        "diffult, ldam-drw",
+    ]
+    assert [k.get("augment") for k, _ in seen] == [None] * 4 + ["crop+flip+autoaugment+cutout", None] and [
+        w for _, w in seen
+    ] == [1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
     sizes, short = [], resolve(DiffuLTConfig(**{**QUICK, "n_epochs": 1}), data)
     monkeypatch.setattr(diffult, "Augment", lambda names, size=16: sizes.append(size) or (lambda x, g: x))
     step_classify(short, data, 0, augment="cutout")
@@ -132,8 +228,12 @@ def test_pipelines(cfg, data, eye, monkeypatch):
 
 # the steps
 def test_weighted_cross_entropy_is_divided_by_the_batch():
-    loss, z, y = OverBatch([3., 2.]), torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 0, 1])
-    w = torch.tensor([1., .3, 1., .3, .3])
+    loss, z, y = (
+        OverBatch([3.0, 2.0]),
+        torch.randn(5, 2, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 0, 0, 1]),
+    )
+    w = torch.tensor([1.0, 0.3, 1.0, 0.3, 0.3])
     assert torch.allclose(loss(z, y, w), (w * F.cross_entropy(z, y, reduction="none")).sum() / 5)
     assert torch.allclose(loss(z, y), F.cross_entropy(z, y))
 
@@ -143,7 +243,8 @@ def test_the_filter_fills_up(cfg, data, eye, tmp_path):
     f = step_generate(cfg, data, 0, model, eye, tmp_path)
     wanted = np.maximum(5 - data.counts, 0)
     assert unfiltered(f).counts(10).tolist() == wanted.tolist()
-    for d in f.classes: assert d["kept"] == d["wanted"] or d["capped"]
+    for d in f.classes:
+        assert d["kept"] == d["wanted"] or d["capped"]
     assert (f.kept.counts(10) <= wanted).all() and len(f.made) <= 2 * wanted.sum() + 10
 
 
@@ -154,11 +255,11 @@ def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, 
     far.diameters[9] = 1e-6
     f = step_generate(cfg, data, 0, model, diffult.Eye(eye.clf, eye.phi, far), tmp_path)
     last = next(d for d in f.classes if d["class"] == 9)
-    assert (last["kept"], last["capped"], last["drawn"], last["ood"]) == (0, True, 8, 1.)
-    rows = [{"method": m, "per_class": [.5] * 10} for m in ("cross-entropy", "diffult")]
+    assert (last["kept"], last["capped"], last["drawn"], last["ood"]) == (0, True, 8, 1.0)
+    rows = [{"method": m, "per_class": [0.5] * 10} for m in ("cross-entropy", "diffult")]
     lines = diffult.classes_table(diffult.class_table(data, f, f, rows))
     assert lines[-1][-1] == "capped" and lines[-1][4] == "0"
-    assert len(step_classify(cfg, data, 0, f.kept, .3)[0]) == len(data.test)
+    assert len(step_classify(cfg, data, 0, f.kept, 0.3)[0]) == len(data.test)
 
 
 def test_controls_make_the_same_number(data):
@@ -172,38 +273,64 @@ def test_controls_make_the_same_number(data):
 
 def test_equal_iterations_are_equal(cfg, data):
     seen = {}
-    control_rows(cfg, data, 0, lambda made=None, w=1., **k: seen.setdefault(k["name"], (made, k)))
+    control_rows(cfg, data, 0, lambda made=None, w=1.0, **k: seen.setdefault(k["name"], (made, k)))
     made, k = seen["equal-iterations"]
     total = len(data.train) + np.maximum(5 - data.counts, 0).sum()
     assert made is None and abs(k["epochs"] * len(data.train) - total) < 1e-6
-    assert len(seen["real-repeated"][0]) + len(data.train) == total and seen["balanced-softmax"][1]["loss"] == "balanced_softmax"
+    assert (
+        len(seen["real-repeated"][0]) + len(data.train) == total
+        and seen["balanced-softmax"][1]["loss"] == "balanced_softmax"
+    )
 
 
 def test_the_prior_of_the_answers(cfg, data):
     made = real_repeated(data, np.maximum(5 - data.counts, 0))
-    _, counts = step_classify(cfg, data, 0, made, .3)
-    assert torch.allclose(counts, effective_counts(data.counts, made.counts(10), .3))
+    _, counts = step_classify(cfg, data, 0, made, 0.3)
+    assert torch.allclose(counts, effective_counts(data.counts, made.counts(10), 0.3))
     assert torch.allclose(step_classify(cfg, data, 0)[1], torch.from_numpy(data.counts).double())
 
 
 def test_less_of_the_head(data):
     tail = tail_classes(data)
     assert tail.tolist() == [9, 8, 7, 6, 5] or set(tail.tolist()) == {5, 6, 7, 8, 9}
-    part = less_head(data, .4, 0)
-    assert (part.counts[5:] == data.counts[5:]).all() and part.counts[:5].tolist() == [round(.4 * n) for n in data.counts[:5]]
-    assert (less_head(data, 0., 0).counts[:5] == 0).all()
+    part = less_head(data, 0.4, 0)
+    assert (part.counts[5:] == data.counts[5:]).all() and part.counts[:5].tolist() == [
+        round(0.4 * n) for n in data.counts[:5]
+    ]
+    assert (less_head(data, 0.0, 0).counts[:5] == 0).all()
 
 
 # settings
-@pytest.mark.parametrize("change,text", [
-    (dict(target_per_class=1), "nothing to generate"), (dict(ablate="aid-form"), "Did you mean 'aid-forms'"), (dict(syn_weight=0.), "ignores every generated image"), (dict(objective="edm", min_snr=5.), "own weights"), (dict(augment="crops"), "crop")])
+@pytest.mark.parametrize(
+    "change,text",
+    [
+        (dict(target_per_class=1), "nothing to generate"),
+        (dict(ablate="aid-form"), "Did you mean 'aid-forms'"),
+        (dict(syn_weight=0.0), "ignores every generated image"),
+        (dict(objective="edm", min_snr=5.0), "own weights"),
+        (dict(augment="crops"), "crop"),
+    ],
+)
 def test_settings_that_cannot_be_run(data, change, text):
-    with pytest.raises(UsageError, match=text): resolve(DiffuLTConfig(**{**QUICK, **change}), data)
+    with pytest.raises(UsageError, match=text):
+        resolve(DiffuLTConfig(**{**QUICK, **change}), data)
 
 
-@pytest.mark.parametrize("change", [dict(syn_weight=1.5), dict(syn_weight=-.1), dict(cap=.5), dict(keep="all"), dict(aid_form="literally"), dict(target_per_class=0), dict(budget_minutes=0.)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(syn_weight=1.5),
+        dict(syn_weight=-0.1),
+        dict(cap=0.5),
+        dict(keep="all"),
+        dict(aid_form="literally"),
+        dict(target_per_class=0),
+        dict(budget_minutes=0.0),
+    ],
+)
 def test_values_out_of_range(change):
-    with pytest.raises(UsageError): DiffuLTConfig(**change)
+    with pytest.raises(UsageError):
+        DiffuLTConfig(**change)
 
 
 def test_a_phi_at_chance_stops_the_run_early(tmp_path, main):
@@ -212,59 +339,100 @@ def test_a_phi_at_chance_stops_the_run_early(tmp_path, main):
 
 
 def test_a_class_without_images(data, tmp_path, main):
-    np.savez(tmp_path / "d.npz", train_images=np.zeros((6, 8, 8), np.uint8), train_labels=[0, 0, 0, 0, 2, 2], test_images=np.zeros((3, 8, 8), np.uint8), test_labels=[0, 1, 2])
-    code, _, err = main("run", "diffult", "--plain", "--dataset", "npz", "--data-root", tmp_path / "d.npz", "--out", tmp_path / "run")
+    np.savez(
+        tmp_path / "d.npz",
+        train_images=np.zeros((6, 8, 8), np.uint8),
+        train_labels=[0, 0, 0, 0, 2, 2],
+        test_images=np.zeros((3, 8, 8), np.uint8),
+        test_labels=[0, 1, 2],
+    )
+    code, _, err = main(
+        "run", "diffult", "--plain", "--dataset", "npz", "--data-root", tmp_path / "d.npz", "--out", tmp_path / "run"
+    )
     assert code in (1, 2) and "no training image" in err, err
 
 
 def test_the_defaults_are_the_papers():
     c = DiffuLTConfig()
-    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (1., .25, None, .3, 5., "id+aid", "per-time", 0.)
-    assert ablations(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not classifier_config(c).heads
+    assert (c.cb_tau, c.cb_gamma, c.aid_alpha, c.syn_weight, c.cap, c.keep, c.aid_form, c.shrink) == (
+        1.0,
+        0.25,
+        None,
+        0.3,
+        5.0,
+        "id+aid",
+        "per-time",
+        0.0,
+    )
+    assert (
+        ablations(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not classifier_config(c).heads
+    )
 
 
 def test_published_numbers_stand_beside_ours():
-    c = DiffuLTConfig(dataset="cifar100", imb_ratio=100.)
-    assert published(c)["diffult"] == 51.5 and published(DiffuLTConfig()) == {} == published(DiffuLTConfig(dataset="cifar100", imb_ratio=100., n_max=300)) and PUBLISHED["cifar10", 100]["diffult"] == 84.7
-    rows = [{"method": m, "seed": 0, "all": .4, "many": .4, "medium": .4, "few": .4} for m in ("cross-entropy", "diffult")]
+    c = DiffuLTConfig(dataset="cifar100", imb_ratio=100.0)
+    assert (
+        published(c)["diffult"] == 51.5
+        and published(DiffuLTConfig()) == {} == published(DiffuLTConfig(dataset="cifar100", imb_ratio=100.0, n_max=300))
+        and PUBLISHED["cifar10", 100]["diffult"] == 84.7
+    )
+    rows = [
+        {"method": m, "seed": 0, "all": 0.4, "many": 0.4, "medium": 0.4, "few": 0.4}
+        for m in ("cross-entropy", "diffult")
+    ]
     cells = main_table(rows, c)
     assert cells[0][-1] == "published" and [x[-1] for x in cells[1:]] == ["38.3", "51.5"]
 
 
 def test_the_verdict_is_made_from_intervals():
     row = lambda m, v, **se: {"method": m, "seed": 0, "all": v, "many": v, "medium": v, "few": v, "se": se}
-    rows = [row("label shift", .8), row("diffult", .9, **{"label shift": .01}), row("generation", .7, **{"cross-entropy": .5}), row("cross-entropy", .69)]
+    rows = [
+        row("label shift", 0.8),
+        row("diffult", 0.9, **{"label shift": 0.01}),
+        row("generation", 0.7, **{"cross-entropy": 0.5}),
+        row("cross-entropy", 0.69),
+    ]
     said = verdict(rows)
-    assert any("diffult against label shift" in s and "a gain" in s for s in said) and any("generation against cross-entropy" in s and "no clear difference" in s for s in said)
+    assert any("diffult against label shift" in s and "a gain" in s for s in said) and any(
+        "generation against cross-entropy" in s and "no clear difference" in s for s in said
+    )
 
 
 def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch, eye):
     calls = []
     monkeypatch.setattr(diffult, "step_extract", lambda *a, **k: eye)
     monkeypatch.setattr(diffult, "control_rows", lambda *a: {})
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0., 120.))
-    few = {**QUICK, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.}
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 120.0))
+    few = {**QUICK, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.0}
     with monkeypatch.context() as m:
         m.setattr(diffult, "step_calibrate", lambda *a, **k: (_ for _ in ()).throw(Stop()))
-        with pytest.raises(Stop): run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
+        with pytest.raises(Stop):
+            run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     kept = read_json(tmp_path / "run" / "config.json")
     assert (kept["n_steps"], kept["n_epochs"]) == (10, 2) and calls == [1]
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0., 600.))
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 600.0))
     monkeypatch.setattr(diffult, "keep_first", lambda *a, **k: (_ for _ in ()).throw(Stop()))
-    with pytest.raises(Stop): run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
+    with pytest.raises(Stop):
+        run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     assert calls == [1] and read_json(tmp_path / "run" / "config.json") == kept, "a restart keeps what was measured"
 
 
 def test_the_budget_is_estimated_from_the_machine(cfg, data):
-    one = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1., "n_steps": 40000, "n_epochs": 8000}), data, "cpu", "fp32")
+    one = fit_budget(
+        DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1.0, "n_steps": 40000, "n_epochs": 8000}),
+        data,
+        "cpu",
+        "fp32",
+    )
     two = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1e4}), data, "cpu", "fp32")
     assert one.n_steps < 40000 and one.n_epochs < 8000 and (two.n_steps, two.n_epochs) == (cfg.n_steps, cfg.n_epochs)
-    assert abs(one.n_steps / 40000 - one.n_epochs / 8000) < .02
+    assert abs(one.n_steps / 40000 - one.n_epochs / 8000) < 0.02
 
 
 def test_a_budget_below_what_the_images_take(cfg, data, monkeypatch):
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: (600., 600.))
-    with pytest.raises(UsageError, match="about 10.0 minutes"): fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 5.}), data, "cpu", "fp32")
+    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: (600.0, 600.0))
+    with pytest.raises(UsageError, match="about 10.0 minutes"):
+        fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 5.0}), data, "cpu", "fp32")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

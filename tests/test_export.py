@@ -1,4 +1,5 @@
 "A classifier as one ONNX file: what is in it, what it is checked on, and what is refused before anything is written."
+
 import json
 import sys
 
@@ -29,15 +30,17 @@ def run(tmp_path_factory):
     "A run directory as the recipes leave it, without a training"
     folder = tmp_path_factory.mktemp("run")
     classifier().save(folder / "model")
-    write_json(folder / "config.json", {"recipe": "baseline", "dataset": "digits", "seed": 0, "imb_ratio": 100.})
+    write_json(folder / "config.json", {"recipe": "baseline", "dataset": "digits", "seed": 0, "imb_ratio": 100.0})
     return folder
 
 
 @pytest.fixture(scope="module")
-def graph(run): return to_onnx(Classifier.load(run / "model")).SerializeToString()
+def graph(run):
+    return to_onnx(Classifier.load(run / "model")).SerializeToString()
 
 
-def ask(graph, x, name="images"): return ort.InferenceSession(graph).run(["probabilities", "logits"], {name: x})
+def ask(graph, x, name="images"):
+    return ort.InferenceSession(graph).run(["probabilities", "logits"], {name: x})
 
 
 def test_the_command(run, main, tmp_path):
@@ -47,6 +50,7 @@ def test_the_command(run, main, tmp_path):
     assert code == 0, err
     assert "10 classes, with a correction of the prior" in said and "32 test images of digits" in said and "e-0" in said
     import onnx
+
     about = {p.key: p.value for p in onnx.load(out).metadata_props}
     clf = Classifier.load(run / "model")
     assert tuple(json.loads(about["classes"])) == clf.class_names and json.loads(about["input_size"]) == [1, 8, 8]
@@ -64,13 +68,16 @@ def test_what_is_refused(run, main, tmp_path, monkeypatch):
     (tmp_path / "theirs.onnx").write_bytes(b"theirs")
     (tmp_path / "folder.onnx").mkdir()
     new, theirs = tmp_path / "m.onnx", tmp_path / "theirs.onnx"
-    refused = {("--out", theirs): "did not write it", ("--out", tmp_path / "m.pt"): ".onnx",
-               (): "--out",
-               ("--out", tmp_path / "folder.onnx"): "is a folder",
-               ("--out", theirs / "m.onnx"): "not a folder",
-               ("--out", tmp_path / f"{'n' * 252}.onnx"): "too long",
-               ("--out", new, "--images", tmp_path / "none"): "is no folder",
-               ("--out", new, "--images", tmp_path): "no image that can be read"}
+    refused = {
+        ("--out", theirs): "did not write it",
+        ("--out", tmp_path / "m.pt"): ".onnx",
+        (): "--out",
+        ("--out", tmp_path / "folder.onnx"): "is a folder",
+        ("--out", theirs / "m.onnx"): "not a folder",
+        ("--out", tmp_path / f"{'n' * 252}.onnx"): "too long",
+        ("--out", new, "--images", tmp_path / "none"): "is no folder",
+        ("--out", new, "--images", tmp_path): "no image that can be read",
+    }
     for args, says in refused.items():
         code, out, err = main("export", "--model", run, *args)
         assert code == 2 and says in err and err.count("\n") == 1, (args, err)
@@ -89,12 +96,14 @@ def test_a_missing_package_is_one_sentence(run, main, tmp_path, monkeypatch):
 def test_a_wrong_graph_is_not_kept(run, graph, tmp_path, monkeypatch):
     clf = Classifier.load(run / "model")
     assert max(largest_differences(graph, clf, DATA.test.images[:20])) < 1e-5
-    clf.log_prior = None # forgotten
-    assert largest_differences(graph, clf, DATA.test.images[:20])[0] > .01
+    clf.log_prior = None  # forgotten
+    assert largest_differences(graph, clf, DATA.test.images[:20])[0] > 0.01
     import onnx
+
     monkeypatch.setattr(room, "to_onnx", lambda clf: onnx.load_from_string(graph))
     monkeypatch.setattr(room, "load_classifier", lambda run: clf)
-    with pytest.raises(LtnbError, match="differs from the classifier"): export(run, tmp_path / "m.onnx")
+    with pytest.raises(LtnbError, match="differs from the classifier"):
+        export(run, tmp_path / "m.onnx")
     assert not any(tmp_path.iterdir())
 
 
@@ -114,8 +123,10 @@ def test_frozen_features_and_no_prior(tmp_path):
 def test_what_it_is_checked_on(run, tmp_path):
     "Photographs, the run's own test images, digits where they fit, and noise that is called noise"
     from PIL import Image
+
     (tmp_path / "b").mkdir()
-    for i in range(3): Image.fromarray(np.full((20, 30, 3), 80 * i, np.uint8)).save(tmp_path / "b" / f"{i}.png")
+    for i in range(3):
+        Image.fromarray(np.full((20, 30, 3), 80 * i, np.uint8)).save(tmp_path / "b" / f"{i}.png")
     (tmp_path / "a.jpg").write_bytes(b"no image")
     grey, colour = classifier(), classifier((3, 16, 16))
     x, what = check_inputs(run, grey, tmp_path)
@@ -125,8 +136,9 @@ def test_what_it_is_checked_on(run, tmp_path):
     x, what = check_inputs(run, grey)
     assert np.array_equal(x[0], DATA.test.images[0]) and "test images of digits" in what
     assert "bundled digits and 32 images of noise" in check_inputs(tmp_path, grey)[1]
-    x, what = check_inputs(run, colour) # not the set of this run
+    x, what = check_inputs(run, colour)  # not the set of this run
     assert x.shape == (32, 3, 16, 16) and "noise alone" in what and "--images" in what
     write_json(tmp_path / "config.json", {"dataset": "folder", "data_root": str(tmp_path / "gone"), "seed": 0})
     assert "noise alone" in check_inputs(tmp_path, colour)[1]
-    with pytest.raises(UsageError, match="takes 6"): photographs(tmp_path, Classifier(LinearNet(3, 6), "abc", (6,)), 2)
+    with pytest.raises(UsageError, match="takes 6"):
+        photographs(tmp_path, Classifier(LinearNet(3, 6), "abc", (6,)), 2)

@@ -1,4 +1,5 @@
 "The two commands of image diffusion: a run that a kill does not harm, and images that come out byte for byte the same."
+
 import os
 import signal
 import subprocess
@@ -26,7 +27,8 @@ FLAGS = [f for k, v in QUICK.items() for f in (f"--{k.replace('_', '-')}", str(v
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(Progress, "quiet", True)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +42,32 @@ def trained(tmp_path_factory):
 def folder_run(tmp_path_factory):
     "A run on photographs of three classes, one with a single image and one that only the test set has"
     from PIL import Image
+
     Progress.quiet, root, rng = True, tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for part, counts in (("train", (9, 1)), ("test", (3, 3))):
         for k, n in enumerate(counts):
             (root / "data" / part / f"class {k}").mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(root / "data" / part / f"class {k}" / f"{i}.png")
-    return run(DiffusionConfig(**QUICK, dataset="folder", data_root=str(root / "data"), image_size=12, diff_flip=True, diff_nudge=.5, cb_tau=1., out=str(root / "run")))
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(
+                    root / "data" / part / f"class {k}" / f"{i}.png"
+                )
+    return run(
+        DiffusionConfig(
+            **QUICK,
+            dataset="folder",
+            data_root=str(root / "data"),
+            image_size=12,
+            diff_flip=True,
+            diff_nudge=0.5,
+            cb_tau=1.0,
+            out=str(root / "run"),
+        )
+    )
 
 
-files = lambda path: {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock"}
+files = lambda path: {
+    str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock"
+}
 same_for_all_time = lambda path: {k: v for k, v in files(path).items() if k not in ("environment.json", "timing.jsonl")}
 
 
@@ -57,10 +76,19 @@ def test_what_a_run_leaves(trained):
     rows = trained.scores()
     assert [r["method"] for r in rows] == ["diffusion", "noise", "training images repeated", "test images"]
     assert {"seed", "all", "many", "medium", "few", "per_class", "copies", "copies_few", "distance"} <= set(rows[0])
-    assert rows[1]["copies"] == 0 and rows[2]["copies"] == 1 and abs(rows[3]["copies"] - .05) < .01
+    assert rows[1]["copies"] == 0 and rows[2]["copies"] == 1 and abs(rows[3]["copies"] - 0.05) < 0.01
     assert rows[3]["distance"] < rows[2]["distance"] < rows[1]["distance"]
     names = set(files(trained.path))
-    assert {"model/config.json", "model/ltnb.json", "model/diffusion_pytorch_model.safetensors", "judge/model.json", "report.html", "figures/samples.png", "figures/samples-000006.png", "figures/samples-000012.png"} <= names
+    assert {
+        "model/config.json",
+        "model/ltnb.json",
+        "model/diffusion_pytorch_model.safetensors",
+        "judge/model.json",
+        "report.html",
+        "figures/samples.png",
+        "figures/samples-000006.png",
+        "figures/samples-000012.png",
+    } <= names
     assert not [n for n in names if n.startswith("checkpoints")]
     again = (trained.path / "scores.json").stat().st_mtime_ns
     run(trained.config)
@@ -70,11 +98,16 @@ def test_what_a_run_leaves(trained):
 
 def test_diffusers_opens_the_folder_of_a_run(trained):
     from diffusers import DDIMScheduler, UNet2DModel
-    net, scheduler = UNet2DModel.from_pretrained(trained.path / "model"), DDIMScheduler.from_pretrained(trained.path / "model")
+
+    net, scheduler = (
+        UNet2DModel.from_pretrained(trained.path / "model"),
+        DDIMScheduler.from_pretrained(trained.path / "model"),
+    )
     assert net.config.num_class_embeds == 11 and scheduler.config.prediction_type == "v_prediction"
 
 
-class Stop(Exception): "A stand-in for a power cut"
+class Stop(Exception):
+    "A stand-in for a power cut"
 
 
 @pytest.mark.parametrize("stage", ["train", "save", "sample", "judge"])
@@ -82,11 +115,16 @@ def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
     "Cut in each of its stages, it ends with the same bytes"
     stop = lambda *a, **k: (_ for _ in ()).throw(Stop())
     with monkeypatch.context() as m:
-        if stage == "train": m.setattr(generator, "sample_grid", stop)
-        if stage == "save": m.setattr(diffusion, "write_json", stop)
-        if stage == "sample": m.setattr("ltnb.jobs._Job.finish", stop)
-        if stage == "judge": everywhere(m, "references", stop)
-        with pytest.raises(Stop): run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
+        if stage == "train":
+            m.setattr(generator, "sample_grid", stop)
+        if stage == "save":
+            m.setattr(diffusion, "write_json", stop)
+        if stage == "sample":
+            m.setattr("ltnb.jobs._Job.finish", stop)
+        if stage == "judge":
+            everywhere(m, "references", stop)
+        with pytest.raises(Stop):
+            run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
     again = run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
     assert same_for_all_time(again.path) == same_for_all_time(trained.path)
 
@@ -104,39 +142,91 @@ def test_without_a_judge(tmp_path):
     assert "–" in generator.summary(r) and "report.html" in files(r.path)
 
 
-@pytest.mark.parametrize("args,text", [
-    (["--unet", "tinny"], "Did you mean 'tiny'"), (["--objective", "edm", "--min-snr", "5"], "own weights"), (["--n-steps", "0"], "at least 1"), (["--label-drop", "2"], "at most 1"), (["--sampler", "dpm+"], "Did you mean 'dpm++'"),
-    (["--per-class", "1"], "at least 2"), (["--guidance", "2"], "--guidance-scale")])
+@pytest.mark.parametrize(
+    "args,text",
+    [
+        (["--unet", "tinny"], "Did you mean 'tiny'"),
+        (["--objective", "edm", "--min-snr", "5"], "own weights"),
+        (["--n-steps", "0"], "at least 1"),
+        (["--label-drop", "2"], "at most 1"),
+        (["--sampler", "dpm+"], "Did you mean 'dpm++'"),
+        (["--per-class", "1"], "at least 2"),
+        (["--guidance", "2"], "--guidance-scale"),
+    ],
+)
 def test_wrong_settings_stop_before_anything_runs(tmp_path, main, args, text):
     code, _, err = main("run", "diffusion", "--plain", *args, "--out", tmp_path / "run")
     assert code == 2 and text in err and not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_images_that_cannot_be_halved(tmp_path, main):
-    np.savez(tmp_path / "odd.npz", train_images=np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8), train_labels=[0, 0, 0, 0, 1, 1], test_images=np.zeros((2, 20, 20, 3), np.uint8), test_labels=[0, 1])
-    code, _, err = main("run", "diffusion", "--plain", "--dataset", "npz", "--data-root", tmp_path / "odd.npz", "--out", tmp_path / "run")
+    np.savez(
+        tmp_path / "odd.npz",
+        train_images=np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8),
+        train_labels=[0, 0, 0, 0, 1, 1],
+        test_images=np.zeros((2, 20, 20, 3), np.uint8),
+        test_labels=[0, 1],
+    )
+    code, _, err = main(
+        "run",
+        "diffusion",
+        "--plain",
+        "--dataset",
+        "npz",
+        "--data-root",
+        tmp_path / "odd.npz",
+        "--out",
+        tmp_path / "run",
+    )
     assert code == 2 and "16 or 24 pixels" in err, err
 
 
 # the command
-def ltnb(*args, **env): return subprocess.run([sys.executable, "-m", "ltnb", *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=900)
+def ltnb(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "ltnb", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def test_killed_twice_and_resumed(tmp_path, trained):
     "The issue's own scene: kill the command at random moments; the manifest has the same bytes as that of an undisturbed one"
-    args = ["generate", "--model", trained.path, "--per-class", "40", "--sample-steps", "30", "--shard-size", "16", "--quiet"]
+    args = [
+        "generate",
+        "--model",
+        trained.path,
+        "--per-class",
+        "40",
+        "--sample-steps",
+        "30",
+        "--shard-size",
+        "16",
+        "--quiet",
+    ]
     whole = ltnb(*args, "--out", tmp_path / "whole")
     assert whole.returncode == 0 and "400 images" in whole.stdout, whole.stderr
     for kill in range(2):
-        p = subprocess.Popen([sys.executable, "-m", "ltnb", *map(str, args), "--out", str(tmp_path / "cut")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while p.poll() is None and len(list((tmp_path / "cut").glob("shard-*.safetensors"))) < 5 + 8 * kill: time.sleep(.02)
+        p = subprocess.Popen(
+            [sys.executable, "-m", "ltnb", *map(str, args), "--out", str(tmp_path / "cut")],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while p.poll() is None and len(list((tmp_path / "cut").glob("shard-*.safetensors"))) < 5 + 8 * kill:
+            time.sleep(0.02)
         assert p.poll() is None, "it was to be killed at work"
         p.send_signal(signal.SIGKILL)
         p.wait()
         assert not (tmp_path / "cut" / "manifest.jsonl").exists()
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard-*.safetensors")}
     assert ltnb(*args, "--out", tmp_path / "cut").returncode == 0
-    for p, t in times.items(): assert (tmp_path / "cut" / p).stat().st_mtime_ns == t, "what was made is not made again"
+    for p, t in times.items():
+        assert (tmp_path / "cut" / p).stat().st_mtime_ns == t, "what was made is not made again"
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -144,8 +234,17 @@ def test_two_processes_share_a_plan(tmp_path, trained):
     args = ["--model", trained.path, "--per-class", "20", "--shard-size", "16", "--quiet"]
     one = ltnb("generate", *args, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
-    both = [subprocess.Popen([sys.executable, "-m", "ltnb", "generate", *map(str, args), "--out", str(tmp_path / "two")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"}) for r in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ltnb", "generate", *map(str, args), "--out", str(tmp_path / "two")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"},
+        )
+        for r in range(2)
+    ]
     said = [p.communicate(timeout=900) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert "200 images" in said[0][0] and said[1][0] == "", "the first process alone speaks"
@@ -153,28 +252,83 @@ def test_two_processes_share_a_plan(tmp_path, trained):
 
 
 def test_two_processes_train_one_model(tmp_path, trained):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb", "run", "diffusion", "--plain", "--quiet", "--precision", "fp32", *FLAGS, "--out", str(tmp_path / "run")],
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "ltnb",
+            "run",
+            "diffusion",
+            "--plain",
+            "--quiet",
+            "--precision",
+            "fp32",
+            *FLAGS,
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
     data = LongTail.digits()
-    one, two = train_model(resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(), DiffusionModel.load(tmp_path / "run" / "model").unet.state_dict()
-    assert max((one[k] - two[k]).abs().max().item() for k in one) < 2e-3, "the same up to the order of sums; the first weights are 0.013 away, those of half the batch 0.023"
+    one, two = (
+        train_model(resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),
+        DiffusionModel.load(tmp_path / "run" / "model").unet.state_dict(),
+    )
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 2e-3, (
+        "the same up to the order of sums; the first weights are 0.013 away, those of half the batch 0.023"
+    )
 
 
 def test_a_finished_folder_is_left_alone_and_another_job_refused(tmp_path, trained, main):
-    args = ["generate", "--model", trained.path / "model", "--per-class", "4", "--sample-steps", "3", "--out", tmp_path / "g"]
+    args = [
+        "generate",
+        "--model",
+        trained.path / "model",
+        "--per-class",
+        "4",
+        "--sample-steps",
+        "3",
+        "--out",
+        tmp_path / "g",
+    ]
     assert main(*args)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "g").rglob("*")}
     code, out, _ = main(*args)
     assert code == 0 and "40 images" in out and before == {p: p.stat().st_mtime_ns for p in (tmp_path / "g").rglob("*")}
-    for more, text in ((["--guidance-scale", "3"], "guidance_scale"), (["--seed", "1"], "seed"), (["--sampler", "ddim"], "sampler")):
+    for more, text in (
+        (["--guidance-scale", "3"], "guidance_scale"),
+        (["--seed", "1"], "seed"),
+        (["--sampler", "ddim"], "sampler"),
+    ):
         code, _, err = main(*args, *more)
         assert code == 2 and text in err and "another folder" in err
 
 
 def test_a_lost_shard_of_a_finished_folder_is_made_again(tmp_path, trained, main):
-    args = ["generate", "--model", trained.path, "--per-class", "4", "--sample-steps", "3", "--shard-size", "16", "--out", tmp_path / "g"]
+    args = [
+        "generate",
+        "--model",
+        trained.path,
+        "--per-class",
+        "4",
+        "--sample-steps",
+        "3",
+        "--shard-size",
+        "16",
+        "--out",
+        tmp_path / "g",
+    ]
     assert main(*args)[0] == 0
     before = files(tmp_path / "g")
     (tmp_path / "g" / "shard-00001.safetensors").unlink()
@@ -183,7 +337,8 @@ def test_a_lost_shard_of_a_finished_folder_is_made_again(tmp_path, trained, main
 
 def test_without_out_the_same_settings_find_their_folder(tmp_path, trained, main, monkeypatch):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path / "runs"))
-    for more in ([], [], ["--seed", "1"]): assert main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", *more)[0] == 0
+    for more in ([], [], ["--seed", "1"]):
+        assert main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", *more)[0] == 0
     assert len(list((tmp_path / "runs").glob("generate-run-*"))) == 2
 
 
@@ -194,37 +349,64 @@ def test_a_longer_plan_makes_nothing_again(tmp_path, trained, main):
     before, rows = shard.stat().st_mtime_ns, read_jsonl(tmp_path / "g" / "manifest.jsonl")
     assert main(*args, "--per-class", "6")[0] == 0
     after = {r["id"]: r for r in read_jsonl(tmp_path / "g" / "manifest.jsonl")}
-    assert shard.stat().st_mtime_ns == before and len(after) == 60 and all(after[r["id"]]["sha"] == r["sha"] for r in rows)
+    assert (
+        shard.stat().st_mtime_ns == before and len(after) == 60 and all(after[r["id"]]["sha"] == r["sha"] for r in rows)
+    )
 
 
 def test_another_model_is_refused(tmp_path, trained, main):
-    assert main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g")[0] == 0
+    assert (
+        main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g")[0]
+        == 0
+    )
     other = train_model(resolve(DiffusionConfig(**QUICK), data := LongTail.digits()), data, 5)
     other.save(tmp_path / "other")
-    code, _, err = main("generate", "--model", tmp_path / "other", "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g")
+    code, _, err = main(
+        "generate", "--model", tmp_path / "other", "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g"
+    )
     assert code == 2 and "another job" in err and other.fingerprint in err
 
 
 def test_near_copies_are_in_the_manifest(tmp_path, trained, main):
-    code, out, _ = main("generate", "--model", trained.path, "--per-class", "5", "--sample-steps", "3", "--png", "--out", tmp_path / "g")
+    code, out, _ = main(
+        "generate", "--model", trained.path, "--per-class", "5", "--sample-steps", "3", "--png", "--out", tmp_path / "g"
+    )
     rows, facts = read_jsonl(tmp_path / "g" / "manifest.jsonl"), read_json(tmp_path / "g" / "generated.json")
     assert code == 0 and "near copies by pixel" in out and "near copies by feature" in out
     assert set(rows[0]["scores"]) == {"pixel_distance", "feature_distance", "nearest_id", "leak"}
     data = LongTail.digits()
     made, at = Synthetic.open(tmp_path / "g"), 7
     d = np.sqrt(((made.items[at].numpy().astype(float) - data.train.images.astype(float)) ** 2).mean((1, 2, 3)))
-    assert abs(d.min() - rows[at]["scores"]["pixel_distance"]) < 1e-3 and data.train.ids[d.argmin()] == rows[at]["scores"]["nearest_id"]
+    assert (
+        abs(d.min() - rows[at]["scores"]["pixel_distance"]) < 1e-3
+        and data.train.ids[d.argmin()] == rows[at]["scores"]["nearest_id"]
+    )
     share = np.mean([r["scores"]["pixel_distance"] <= facts["copies"]["thresholds"]["pixel_distance"] for r in rows])
     assert abs(share - facts["copies"]["pixel"]["all"]) < 1e-9
     from PIL import Image
+
     pngs = sorted((tmp_path / "g" / "png").rglob("*.png"))
-    assert len(pngs) == 50 and (np.asarray(Image.open(next(p for p in pngs if p.stem == rows[at]["id"]))) == made.items[at][0].numpy()).all()
+    assert (
+        len(pngs) == 50
+        and (
+            np.asarray(Image.open(next(p for p in pngs if p.stem == rows[at]["id"]))) == made.items[at][0].numpy()
+        ).all()
+    )
 
 
-@pytest.mark.parametrize("args,code,text", [
-    (["--per-class", "3"], 2, "--model"), (["--model", "RUN"], 2, "one of --per-class"), (["--model", "RUN", "--out", "g", "--per-class", "3", "--target-per-class", "5"], 2, "one of --per-class"),
-    (["--model", "RUN", "--out", "g", "--target-per-class", "1"], 2, "nothing to make"), (["--model", "nowhere", "--out", "g", "--per-class", "3"], 2, "nowhere does not exist"), (["--model", ".", "--out", "g", "--per-class", "3"], 2, "no diffusion model"),
-    (["--model", "RUN", "--out", "g", "--per-class", "0"], 2, "at least 1"), (["--model", "RUN", "--out", "g", "--per-clas", "3"], 2, "--per-class")])
+@pytest.mark.parametrize(
+    "args,code,text",
+    [
+        (["--per-class", "3"], 2, "--model"),
+        (["--model", "RUN"], 2, "one of --per-class"),
+        (["--model", "RUN", "--out", "g", "--per-class", "3", "--target-per-class", "5"], 2, "one of --per-class"),
+        (["--model", "RUN", "--out", "g", "--target-per-class", "1"], 2, "nothing to make"),
+        (["--model", "nowhere", "--out", "g", "--per-class", "3"], 2, "nowhere does not exist"),
+        (["--model", ".", "--out", "g", "--per-class", "3"], 2, "no diffusion model"),
+        (["--model", "RUN", "--out", "g", "--per-class", "0"], 2, "at least 1"),
+        (["--model", "RUN", "--out", "g", "--per-clas", "3"], 2, "--per-class"),
+    ],
+)
 def test_wrong_use(tmp_path, trained, main, monkeypatch, args, code, text):
     monkeypatch.chdir(tmp_path)
     found, _, err = main("generate", *[str(trained.path) if a == "RUN" else a for a in args])
@@ -234,6 +416,7 @@ def test_wrong_use(tmp_path, trained, main, monkeypatch, args, code, text):
 
 def test_a_damaged_model_is_refused(tmp_path, trained, main):
     import shutil
+
     shutil.copytree(trained.path / "model", tmp_path / "m")
     path = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
@@ -256,7 +439,10 @@ def test_a_class_without_images_is_left_out(tmp_path):
 
 class Unlucky(torch.nn.Module):
     "A network that gives NaN for class 1, and for class 0 at its first try"
-    def __init__(self, net): super().__init__(); self.net, self.calls = net, 0
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
 
     def forward(self, x, t, class_labels, return_dict=False):
         self.calls += 1
@@ -271,23 +457,40 @@ def test_broken_samples_are_tried_again_counted_and_never_kept(tmp_path, trained
     made = make_images(broken, make_plan([3, 3, 3]), tmp_path / "g", sample_steps=2)
     assert made.counts(3).tolist() == [3, 0, 3] and [r["attempt"] for r in made.manifest] == [1] * 3 + [0] * 3
     assert [r["class"] for r in read_jsonl(tmp_path / "g" / "failed.jsonl")] == [1] * 3
-    how = dict(sampler="dpm++", sample_steps=2, guidance_scale=1., precision="fp32")
-    facts = {**synthetic.job_summary(tmp_path / "g"), "left_out": [], "copies": {"not_looked_for": "no"}, "settings": how}
-    assert "3 made again" in describe(facts, model.class_names, "g") and "3 given up" in describe(facts, model.class_names, "g")
+    how = dict(sampler="dpm++", sample_steps=2, guidance_scale=1.0, precision="fp32")
+    facts = {
+        **synthetic.job_summary(tmp_path / "g"),
+        "left_out": [],
+        "copies": {"not_looked_for": "no"},
+        "settings": how,
+    }
+    assert "3 made again" in describe(facts, model.class_names, "g") and "3 given up" in describe(
+        facts, model.class_names, "g"
+    )
 
 
 def test_a_full_disk_in_the_middle(tmp_path, trained, monkeypatch):
     from ltnb import core, jobs
+
     real, calls = core.save_tensors, []
+
     def full(path, *a, **k):
         calls.append(path)
-        if len(calls) == 3: raise LtnbError("writing shard: no space left on the disk")
+        if len(calls) == 3:
+            raise LtnbError("writing shard: no space left on the disk")
         return real(path, *a, **k)
-    config = GenerateConfig(model=str(trained.path), out=str(tmp_path / "g"), per_class=4, sample_steps=2, shard_size=8, copies=False)
+
+    config = GenerateConfig(
+        model=str(trained.path), out=str(tmp_path / "g"), per_class=4, sample_steps=2, shard_size=8, copies=False
+    )
     with monkeypatch.context() as m:
         m.setattr(jobs, "save_tensors", full)
-        with pytest.raises(LtnbError, match="no space left"): generate(config)
-    assert len(list((tmp_path / "g").glob("shard-*.safetensors"))) == 2 and not (tmp_path / "g" / "manifest.jsonl").exists()
+        with pytest.raises(LtnbError, match="no space left"):
+            generate(config)
+    assert (
+        len(list((tmp_path / "g").glob("shard-*.safetensors"))) == 2
+        and not (tmp_path / "g" / "manifest.jsonl").exists()
+    )
     assert generate(config)["items"] == 40
 
 
@@ -297,10 +500,10 @@ def test_the_judge_is_fair():
     cfg = resolve(DiffusionConfig(judge_epochs=8), data)
     judge = Judge(train_judge(cfg, data, 0), data)
     noise, repeated, test = references(judge, 10, 0)
-    assert test["all"] > .95 and repeated["all"] > .95 and noise["all"] < .35
+    assert test["all"] > 0.95 and repeated["all"] > 0.95 and noise["all"] < 0.35
     assert noise["distance"] > 5 * repeated["distance"] and repeated["copies_few"] == 1
     row = judge(data.test.images, data.test.labels[::-1].copy(), "wrong labels", 0)
-    assert row["all"] < .6, "the class that was asked for counts, not any class"
+    assert row["all"] < 0.6, "the class that was asked for counts, not any class"
 
 
 def test_target_fills_up(trained):
@@ -312,4 +515,6 @@ def test_target_fills_up(trained):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path):
     r = run(DiffusionConfig(**QUICK, device="cuda", compiled=False, out=str(tmp_path / "run")))
-    assert generate(GenerateConfig(model=str(r.path), out=str(tmp_path / "g"), per_class=3, device="cuda"))["items"] == 30
+    assert (
+        generate(GenerateConfig(model=str(r.path), out=str(tmp_path / "g"), per_class=3, device="cuda"))["items"] == 30
+    )

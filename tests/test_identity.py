@@ -25,7 +25,8 @@ CONFIGS = {"baseline": BaselineConfig, "ldmlr": LDMLRConfig, "diffusion": Diffus
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(Progress, "quiet", True)
 
 
 def photographs(root, counts=(5, 3, 2), n_test=2, side=8):
@@ -48,20 +49,27 @@ def sources(tmp_path_factory):
     for part, s in data.parts.items():
         lines = [f"{p} {y}" for p, y in zip(s.ids, s.labels)]
         (root.parent / f"{part}.txt").write_text("\n".join(lines) + "\n")
-    arrays = {f"{p}_{n}": v for p, s in data.parts.items()
-              for n, v in (("images", np.asarray(s.images).transpose(0, 2, 3, 1)), ("labels", s.labels))}
+    arrays = {
+        f"{p}_{n}": v
+        for p, s in data.parts.items()
+        for n, v in (("images", np.asarray(s.images).transpose(0, 2, 3, 1)), ("labels", s.labels))
+    }
     np.savez(root.parent / "set.npz", **arrays)
     lists = {f"{p}_list": str(root.parent / f"{p}.txt") for p in ("train", "test")}
-    return {"digits": dict(dataset="digits"), "folder": dict(dataset="folder", data_root=str(root), image_size=8),
-            "lists": dict(dataset="lists", data_root=str(root), image_size=8, **lists),
-            "npz": dict(dataset="npz", data_root=str(root.parent / "set.npz"))}
+    return {
+        "digits": dict(dataset="digits"),
+        "folder": dict(dataset="folder", data_root=str(root), image_size=8),
+        "lists": dict(dataset="lists", data_root=str(root), image_size=8, **lists),
+        "npz": dict(dataset="npz", data_root=str(root.parent / "set.npz")),
+    }
 
 
 @pytest.mark.parametrize("source", ["digits", "folder", "lists", "npz"])
 @pytest.mark.parametrize("cut", [{}, {"val_per_class": 1}])
 def test_every_recipe_calls_the_same_data_the_same(sources, source, cut):
     "However a recipe holds its images: read on demand, decoded where there is room, or decoded always"
-    if source == "digits" and cut: pytest.skip("Digits-LT takes no validation images")
+    if source == "digits" and cut:
+        pytest.skip("Digits-LT takes no validation images")
     seen = set()
     for config in CONFIGS.values():
         data = load_data(config(**sources[source], **cut), 0)
@@ -146,6 +154,7 @@ def test_run_and_generate_agree_about_the_training_images(sources, tmp_path):
     "The manifest of a run, and the copies of `ltnb generate`, name files; the data is found to be the same"
     from ltnb.generator import run
     from ltnb.generate import GenerateConfig, generate, training_data
+
     quick = dict(n_steps=2, diff_bs=4, sample_steps=1, per_class=2, judge_epochs=0, unet="tiny", device="cpu")
     r = run(DiffusionConfig(**sources["folder"], **quick, precision="fp32", out=str(tmp_path / "run")))
     data, why = training_data(r.path)

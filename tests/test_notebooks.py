@@ -1,4 +1,5 @@
 "Every notebook runs from top to bottom, and reads as the rules of CONTRIBUTING.md ask."
+
 import ast
 import json
 import re
@@ -15,22 +16,27 @@ source = lambda cell: "".join(cell["source"])
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=IDS)
-def path(request): return request.param
+def path(request):
+    return request.param
 
 
 @pytest.fixture
-def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
 def values(node, names):
     "Every comparison in a piece of code that is false now, with what stands on its sides"
     found = []
     for n in ast.walk(node):
-        if not isinstance(n, ast.Compare): continue
+        if not isinstance(n, ast.Compare):
+            continue
         try:
-            if eval(compile(ast.Expression(n), "cell", "eval"), names): continue
+            if eval(compile(ast.Expression(n), "cell", "eval"), names):
+                continue
             sides = [repr(eval(compile(ast.Expression(s), "cell", "eval"), names)) for s in (n.left, *n.comparators)]
-        except Exception: continue # a name of a comprehension
+        except Exception:
+            continue  # a name of a comprehension
         found.append(f"{ast.unparse(n)} with {' and '.join(s[:80] for s in sides)}")
     return found
 
@@ -39,10 +45,19 @@ def explain(cell, number, shell):
     "Which cell failed, and with which values, in one line"
     error, text = shell.exc, f"cell {number} ({cell.id})"
     failed = []
-    try: tree = ast.parse(source(cell))
-    except SyntaxError: tree = ast.parse("") # a magic
+    try:
+        tree = ast.parse(source(cell))
+    except SyntaxError:
+        tree = ast.parse("")  # a magic
     if isinstance(error, AssertionError):
-        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if "ipython-input" in f.filename or "ipykernel" in f.filename), None)
+        line = next(
+            (
+                f.lineno
+                for f in reversed(traceback.extract_tb(error.__traceback__))
+                if "ipython-input" in f.filename or "ipykernel" in f.filename
+            ),
+            None,
+        )
         at = [s for s in tree.body if line is None or s.lineno <= line <= s.end_lineno]
         failed = [v for s in at for v in values(s, shell.user_ns)]
     said = " ".join(str(error).split())
@@ -54,12 +69,14 @@ def run_lesson(path, skip=("slow", "cuda")):
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
+
     shell = CaptureShell(path)
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
         for cell in nb_test_cells(path, skip_flags=list(skip)):
             shell.cell(cell, timeout=600)
-            if shell.exc is None: continue
+            if shell.exc is None:
+                continue
             print(shell.prettytb(fname=path))
             pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
     shell.close()
@@ -69,21 +86,32 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    monkeypatch.setattr(Progress, "quiet", False) # and what the notebook does to it is undone
+    monkeypatch.setattr(Progress, "quiet", False)  # and what the notebook does to it is undone
     run_lesson(path)
 
 
 def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
     import nbformat.v4 as v4
-    lesson = ["from fastcore.test import test_eq", "better, worse = .81, .84", "test_eq([better > worse, worse < 1], [True] * 2)"]
+
+    lesson = [
+        "from fastcore.test import test_eq",
+        "better, worse = .81, .84",
+        "test_eq([better > worse, worse < 1], [True] * 2)",
+    ]
     cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, lesson)]
     (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
-    with pytest.raises(pytest.fail.Exception) as failed: run_lesson(tmp_path / "lesson.ipynb")
+    with pytest.raises(pytest.fail.Exception) as failed:
+        run_lesson(tmp_path / "lesson.ipynb")
     assert re.fullmatch(r"cell 3 \(\w+\): better > worse with 0.81 and 0.84", str(failed.value))
-    for broken, said in (("assert {}['x']", "KeyError: 'x'"), ("1 +", "SyntaxError"), ("test_eq(2, 3)", "AssertionError: ==: 2 3")):
+    for broken, said in (
+        ("assert {}['x']", "KeyError: 'x'"),
+        ("1 +", "SyntaxError"),
+        ("test_eq(2, 3)", "AssertionError: ==: 2 3"),
+    ):
         cells[-1]["source"] = broken
         (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
-        with pytest.raises(pytest.fail.Exception) as failed: run_lesson(tmp_path / "lesson.ipynb")
+        with pytest.raises(pytest.fail.Exception) as failed:
+            run_lesson(tmp_path / "lesson.ipynb")
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
 
 
@@ -91,7 +119,8 @@ def test_opening_and_end(cells):
     first = [c for c in cells if c["cell_type"] == "markdown"][0]
     assert re.match(r"# .+\n\n> .+", source(first)), "a notebook opens with a title and a subtitle"
     text = "\n".join(source(c) for c in cells if c["cell_type"] == "markdown")
-    if "# ltnb" not in source(first): assert "## Summary" in text and "### Exercises" in text
+    if "# ltnb" not in source(first):
+        assert "## Summary" in text and "### Exercises" in text
 
 
 def test_cells_are_small(cells):
@@ -103,7 +132,11 @@ def test_cells_are_small(cells):
 def test_imports_stand_alone(cells):
     for c in (c for c in cells if c["cell_type"] == "code"):
         body = ast.parse(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.M)).body
-        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in body if not isinstance(n, ast.Expr) or not isinstance(n.value, ast.Constant)}
+        kinds = {
+            isinstance(n, (ast.Import, ast.ImportFrom))
+            for n in body
+            if not isinstance(n, ast.Expr) or not isinstance(n.value, ast.Constant)
+        }
         assert len(kinds) < 2, f"imports and code share a cell: {source(c)[:80]}"
 
 
@@ -113,7 +146,13 @@ def test_stored_outputs(path, cells):
     assert any(c["outputs"] for c in code), "no stored output"
     kinds = {o["output_type"] for c in code for o in c["outputs"]}
     assert "error" not in kinds
-    text = json.dumps([{k: v for k, v in o.get("data", {"text": o.get("text")}).items() if k.startswith("text")} for c in code for o in c["outputs"]])
+    text = json.dumps(
+        [
+            {k: v for k, v in o.get("data", {"text": o.get("text")}).items() if k.startswith("text")}
+            for c in code
+            for o in c["outputs"]
+        ]
+    )
     assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of a machine in an output"
     assert "it/s]" not in text, "a progress bar in an output"
     streams = [o for c in code for o in c["outputs"] if o["output_type"] == "stream" and o["name"] == "stderr"]

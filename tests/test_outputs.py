@@ -1,4 +1,5 @@
 "An output never replaces an input or a foreign file, and one that cannot be written is found before the work."
+
 import os
 
 import numpy as np
@@ -14,6 +15,7 @@ def made(tmp_path_factory):
     "Photographs in two classes, an archive of images, and an untrained classifier"
     from ltnb.data import LongTail
     from ltnb.classifier import new_encoder
+
     root, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
     for name in ("cat", "dog"):
         (root / "photos" / name).mkdir(parents=True)
@@ -21,8 +23,13 @@ def made(tmp_path_factory):
             image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             image.save(root / "photos" / name / f"{name}{i}.png")
     images, labels = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), np.arange(24) % 2
-    np.savez(root / "set.npz", train_images=images[:16], train_labels=labels[:16],
-             test_images=images[16:], test_labels=labels[16:])
+    np.savez(
+        root / "set.npz",
+        train_images=images[:16],
+        train_labels=labels[:16],
+        test_images=images[16:],
+        test_labels=labels[16:],
+    )
     new_encoder("resnet8", LongTail.npz(root / "set.npz"), False).save(root / "run" / "model")
     return root
 
@@ -31,6 +38,7 @@ def made(tmp_path_factory):
 def place(made, tmp_path, monkeypatch):
     "A copy of them, the working folder, with other spellings of its files"
     import shutil
+
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / "labels.csv").write_text("path,label\na.png,cat\n")
     (tmp_path / "link").symlink_to(tmp_path / "photos")
@@ -52,19 +60,44 @@ CARD = ["data", "--dataset", "folder", "--data-root", "photos"]
 GENERATE = ["generate", "--model", "run", "--per-class", "1"]
 LONG = "x" * 300
 REFUSED = [
-    (ENCODE, "set.npz", "input"), (ENCODE, "photos/../set.npz", "input"), (ENCODE, "./link.npz", "input"),
-    (ENCODE, "hard.npz", "input"), (ENCODE, "f.npy", "name it f.npz"), (ENCODE, "f", "name it f.npz"),
-    (ENCODE, "photos", "is a folder"), (ENCODE, "new/", "is a folder"),
-    (PREDICT, "photos/cat/cat0.png", "does not end in .csv"), (PREDICT, "labels.csv", "did not write it"),
-    (PREDICT, "photos", "is a folder"), (PREDICT, "run", "is a folder"), (PREDICT, ".", "is a folder"),
-    (PREDICT, "labels.csv/p.csv", "not a folder"), (PREDICT, "/proc/p.csv", "cannot be written"),
-    (PREDICT, "/dev/null", "device"), (PREDICT, LONG + ".csv", "too long"), (PREDICT, LONG + "/p.csv", "too long"),
-    (PREDICT, "", "empty"), (RUN, "photos", "input"), (RUN, "link", "input"), (RUN, ".", "holds the input"),
-    (RUN, "photos/cat/../out", "lies in"), (RUN, "link/out", "lies in"), (RUN, "labels.csv", "is a file"),
-    (RUN, "labels.csv/out", "not a folder"), (RUN, "/proc/out", "cannot be written"), (RUN, LONG, "too long"),
-    (RUN, "", "empty"), ([*RUN, "--plain"], "link/out", "lies in"), ([*RUN, "--plain"], ".", "holds the input"),
-    (["demo"], "labels.csv", "is a file"), (CARD, "photos", "input"), (CARD, ".", "holds the input"),
-    (CARD, "link/card", "lies in"), (CARD, "labels.csv", "is a file"), (CARD, "", "empty"), (CARD, LONG, "too long"),
+    (ENCODE, "set.npz", "input"),
+    (ENCODE, "photos/../set.npz", "input"),
+    (ENCODE, "./link.npz", "input"),
+    (ENCODE, "hard.npz", "input"),
+    (ENCODE, "f.npy", "name it f.npz"),
+    (ENCODE, "f", "name it f.npz"),
+    (ENCODE, "photos", "is a folder"),
+    (ENCODE, "new/", "is a folder"),
+    (PREDICT, "photos/cat/cat0.png", "does not end in .csv"),
+    (PREDICT, "labels.csv", "did not write it"),
+    (PREDICT, "photos", "is a folder"),
+    (PREDICT, "run", "is a folder"),
+    (PREDICT, ".", "is a folder"),
+    (PREDICT, "labels.csv/p.csv", "not a folder"),
+    (PREDICT, "/proc/p.csv", "cannot be written"),
+    (PREDICT, "/dev/null", "device"),
+    (PREDICT, LONG + ".csv", "too long"),
+    (PREDICT, LONG + "/p.csv", "too long"),
+    (PREDICT, "", "empty"),
+    (RUN, "photos", "input"),
+    (RUN, "link", "input"),
+    (RUN, ".", "holds the input"),
+    (RUN, "photos/cat/../out", "lies in"),
+    (RUN, "link/out", "lies in"),
+    (RUN, "labels.csv", "is a file"),
+    (RUN, "labels.csv/out", "not a folder"),
+    (RUN, "/proc/out", "cannot be written"),
+    (RUN, LONG, "too long"),
+    (RUN, "", "empty"),
+    ([*RUN, "--plain"], "link/out", "lies in"),
+    ([*RUN, "--plain"], ".", "holds the input"),
+    (["demo"], "labels.csv", "is a file"),
+    (CARD, "photos", "input"),
+    (CARD, ".", "holds the input"),
+    (CARD, "link/card", "lies in"),
+    (CARD, "labels.csv", "is a file"),
+    (CARD, "", "empty"),
+    (CARD, LONG, "too long"),
     (GENERATE, "run", "input"),
     (GENERATE, "labels.csv", "is a file"),
 ]
@@ -85,8 +118,14 @@ def test_files_of_other_commands_are_foreign(place, main):
     (place / "theirs" / "figures" / "counts.png").write_bytes(b"theirs")
     (place / "theirs" / "png").mkdir()
     (place / "theirs" / "91_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
-    np.savez(place / "theirs" / "f.npz", train_features=np.ones((2, 2)), train_labels=[0, 1],
-             test_features=np.ones((2, 2)), test_labels=[0, 1], class_names=["a", "b"])
+    np.savez(
+        place / "theirs" / "f.npz",
+        train_features=np.ones((2, 2)),
+        train_labels=[0, 1],
+        test_features=np.ones((2, 2)),
+        test_labels=[0, 1],
+        class_names=["a", "b"],
+    )
     (place / "entry").mkdir()
     (place / "entry" / "91_run_baseline.ipynb").write_text('{"cells": [], "metadata": {}}')
     before = contents(place)
@@ -106,29 +145,37 @@ def test_ones_own_is_replaced_without_a_question(place, main):
     assert (place / "p.csv").is_symlink()
     assert (place / "elsewhere.csv").read_text() == (place / "run" / "p.csv").read_text()
     from ltnb.heads import Features
+
     assert len(Features.npz(place / "deep" / "er" / "f.npz").train) == 16
 
 
 def test_a_promise_is_true_for_its_command(place, main, monkeypatch):
     "What encode computed is not kept, and it does not say so"
-    def full(fd): raise OSError(28, "No space left on device")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     code, _, said = main(*ENCODE, "--out", "f.npz")
     assert code == 1 and "disk is full" in said and "same command" in said and "kept" not in said
-    with core.work_is_kept(): said = str(core.os_error(OSError(28, ""), "writing"))
+    with core.work_is_kept():
+        said = str(core.os_error(OSError(28, ""), "writing"))
     assert "what was computed before is kept" in said
 
 
 def test_the_same_holds_in_python(place):
     "A recipe that is called from Python or by papermill"
     from ltnb.baseline import BaselineConfig, run
+
     before = contents(place)
     for out, word in (("photos", "input"), ("link/out", "lies in"), ("labels.csv", "is a file")):
         config = BaselineConfig(dataset="folder", data_root="photos", n_epochs=1, out=out)
-        with pytest.raises(UsageError, match=word): run(config)
+        with pytest.raises(UsageError, match=word):
+            run(config)
     assert contents(place) == before
     for values in (dict(out=""), dict(data_root=""), dict(out="a\0b")):
-        with pytest.raises(UsageError, match="empty"): BaselineConfig(**values)
+        with pytest.raises(UsageError, match="empty"):
+            BaselineConfig(**values)
 
 
 def test_inputs_that_a_folder_would_swallow(tmp_path):
@@ -142,7 +189,8 @@ def test_inputs_that_a_folder_would_swallow(tmp_path):
 
 def test_names_that_fill_the_file_system(tmp_path):
     "The temporary name beside a file is longer than its own"
-    with atomic_write(tmp_path / ("y" * 251 + ".csv")) as f: f.write("whole")
+    with atomic_write(tmp_path / ("y" * 251 + ".csv")) as f:
+        f.write("whole")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
 
 
@@ -153,12 +201,14 @@ def test_names_in_another_encoding(tmp_path):
     assert core.read_json(tmp_path / "a.json") == {"name": name, "other": "日本"}
     core.write_jsonl(tmp_path / "a.jsonl", [{"name": name}])
     assert core.read_jsonl(tmp_path / "a.jsonl") == [{"name": name}]
-    with atomic_write(tmp_path / name) as f: f.write(name)
+    with atomic_write(tmp_path / name) as f:
+        f.write(name)
     assert (tmp_path / name).read_bytes() == b"caf\\udce9"
 
 
 def test_commands_know_their_inputs():
     from ltnb.cli import EncodeConfig, PredictConfig
+
     predict = PredictConfig(model="m", images="i", out="o.csv")
     assert predict.inputs() == [("--model", "m", False), ("--images", "i", False)]
     assert ("--data-root", "d", True) in EncodeConfig(dataset="folder", data_root="d").inputs()

@@ -277,7 +277,20 @@ def test_the_run_of_the_command_in_the_data_folder(main, tmp_path, monkeypatch):
     root = photos(tmp_path / "p")
     monkeypatch.chdir(root)
     monkeypatch.setenv("LTNB_RUNS", "runs")
-    args = ["run", "baseline", "--dataset", "folder", "--data-root", ".", "--n-epochs", "1", "--bs", "8", "--heads", "false"]
+    args = [
+        "run",
+        "baseline",
+        "--dataset",
+        "folder",
+        "--data-root",
+        ".",
+        "--n-epochs",
+        "1",
+        "--bs",
+        "8",
+        "--heads",
+        "false",
+    ]
     for _ in range(2):
         code, out, err = main(*args, "--device", "cpu")
         assert code == 0 and "cross-entropy" in out, err
@@ -618,9 +631,7 @@ def test_predict_one_file_and_bad_ones(tmp_path, main, model):
     for name, raw in (("whole.jpg", whole), ("torn.jpg", whole[: len(whole) * 2 // 3]), ("none.jpg", b"")):
         (album / name).write_bytes(raw)
     code, out, err = ask(album)
-    assert (
-        code == 0 and "1 photograph, 2 left out" in out and "left out none.jpg" in err and "left out torn.jpg" in err
-    )
+    assert code == 0 and "1 photograph, 2 left out" in out and "left out none.jpg" in err and "left out torn.jpg" in err
     code, out, err = ask(album, "--bad-images", "tolerate")
     assert code == 0 and "2 photographs, 1 left out" in out and "1 truncated" in err, err
     assert rows()[0] == ["path", "class", "probability", "note", "cat", "dog"] and {

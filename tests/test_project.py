@@ -1,4 +1,5 @@
 "The repository holds together: doubled metadata, README, site, rooms, imports."
+
 import ast
 import json
 import re
@@ -20,18 +21,30 @@ INDEX = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
 
 def test_doubled_keys_agree():
     import ltnb
+
     nbdev = TOML["tool"]["nbdev"]
     assert TOML["project"]["name"] == CFG["lib_name"] and TOML["project"]["requires-python"] == f">={CFG['min_python']}"
     assert ltnb.__version__ == CFG["version"]
-    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags", "branch", "title", "readme_nb", "allowed_cell_metadata_keys"):
+    for key in (
+        "lib_path",
+        "nbs_path",
+        "doc_path",
+        "tst_flags",
+        "branch",
+        "title",
+        "readme_nb",
+        "allowed_cell_metadata_keys",
+    ):
         want = nbdev[key] if not isinstance(nbdev[key], list) else " ".join(nbdev[key])
         assert want == CFG[key], key
-    for key in ("recursive", "custom_sidebar", "put_version_in_init", "clean_ids", "jupyter_hooks", "update_pyproject"): assert str(nbdev[key]) == CFG[key], key
+    for key in ("recursive", "custom_sidebar", "put_version_in_init", "clean_ids", "jupyter_hooks", "update_pyproject"):
+        assert str(nbdev[key]) == CFG[key], key
 
 
 def test_constraints_hold_the_pins():
     pins = dict(re.findall(r"^(\w+)==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-    for name, version in re.findall(r"(\w+)==([\d.]+)", CFG["dev_requirements"]): assert pins[name] == version
+    for name, version in re.findall(r"(\w+)==([\d.]+)", CFG["dev_requirements"]):
+        assert pins[name] == version
 
 
 def test_readme_is_the_index():
@@ -40,29 +53,51 @@ def test_readme_is_the_index():
 
 def test_readme_opens_with_the_two_commands():
     head = (ROOT / "README.md").read_text().split("## ")[1]
-    lines = ["python3 -m venv .venv && . .venv/bin/activate", "pip install . && ltnb demo", 'pip install -e ".[dev]" && pytest']
+    lines = [
+        "python3 -m venv .venv && . .venv/bin/activate",
+        "pip install . && ltnb demo",
+        'pip install -e ".[dev]" && pytest',
+    ]
     assert [head.index(line) for line in lines] == sorted(head.index(line) for line in lines)
 
 
 def test_site_lists_every_notebook():
     import yaml
+
     assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    listed = [c for e in site["website"]["sidebar"]["contents"] for c in (e["contents"] if isinstance(e, dict) else [e])]
+    listed = [
+        c for e in site["website"]["sidebar"]["contents"] for c in (e["contents"] if isinstance(e, dict) else [e])
+    ]
     assert sorted(listed) == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
 
 
 def test_links_resolve():
     for path in [*(ROOT / "nbs").glob("*.ipynb"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
-        text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        text = (
+            path.read_text(encoding="utf-8")
+            if path.suffix == ".md"
+            else "\n".join(
+                "".join(c["source"])
+                for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+                if c["cell_type"] == "markdown"
+            )
+        )
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-            if not re.match(r"\w+:", target): assert (path.parent / target).exists(), f"{path.name} links to {target}"
+            if not re.match(r"\w+:", target):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
 def test_site_pages_can_be_processed(tmp_path):
     "What `nbdev-docs` does before it calls Quarto, in a copy"
     import shutil
-    shutil.copytree(ROOT, tmp_path / "p", ignore=shutil.ignore_patterns(".git", "runs", "_proc", "*.egg-info", ".venv", "build"), symlinks=True)
+
+    shutil.copytree(
+        ROOT,
+        tmp_path / "p",
+        ignore=shutil.ignore_patterns(".git", "runs", "_proc", "*.egg-info", ".venv", "build"),
+        symlinks=True,
+    )
     code = "from nbdev.serve import proc_nbs; proc_nbs()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "p", capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -74,12 +109,18 @@ def test_imports_run_one_way():
     "A module imports only from rooms above its own"
     rooms = {}
     for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        if found := re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8")): rooms[found[1]] = p.stem # the order of the file names
+        if found := re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8")):
+            rooms[found[1]] = p.stem  # the order of the file names
     for name, number in rooms.items():
         for node in ast.walk(ast.parse((ROOT / "ltnb" / f"{name}.py").read_text())):
             module = getattr(node, "module", None)
-            for room in ([module.split(".")[-1]] if isinstance(node, ast.ImportFrom) and module and (node.level or module.startswith("ltnb")) else []):
-                if room in rooms: assert rooms[room] < number, f"{name} imports {room}"
+            for room in (
+                [module.split(".")[-1]]
+                if isinstance(node, ast.ImportFrom) and module and (node.level or module.startswith("ltnb"))
+                else []
+            ):
+                if room in rooms:
+                    assert rooms[room] < number, f"{name} imports {room}"
 
 
 @pytest.mark.parametrize("code", ["import ltnb", "import ltnb.core", "import ltnb.cli"])
@@ -92,7 +133,9 @@ def test_light_imports(code):
 
 
 def test_heavy_imports_touch_no_state():
-    probe = ("import torch, numpy as np; s = torch.random.get_rng_state(); n = np.random.get_state()[1].copy(); import ltnb.ldmlr, sys; "
-             "assert torch.equal(s, torch.random.get_rng_state()) and (n == np.random.get_state()[1]).all(); assert 'matplotlib.pyplot' not in sys.modules; assert not torch.cuda.is_initialized()")
+    probe = (
+        "import torch, numpy as np; s = torch.random.get_rng_state(); n = np.random.get_state()[1].copy(); import ltnb.ldmlr, sys; "
+        "assert torch.equal(s, torch.random.get_rng_state()) and (n == np.random.get_state()[1]).all(); assert 'matplotlib.pyplot' not in sys.modules; assert not torch.cuda.is_initialized()"
+    )
     done = subprocess.run([sys.executable, "-c", probe], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

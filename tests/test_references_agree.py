@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import references as R  # noqa: E402
 
 TABLE = ROOT / "results" / "references" / "README.md"
-PEERS = os.environ.get("LTNB_PEERS") # a folder of their repositories, as benchmarks/references.py takes it
+PEERS = os.environ.get("LTNB_PEERS")  # a folder of their repositories, as benchmarks/references.py takes it
 
 
 def test_nothing_there_is_said_and_not_an_error(tmp_path):
@@ -25,10 +25,10 @@ def test_nothing_there_is_said_and_not_an_error(tmp_path):
 
 def test_a_difference_is_seen():
     "The measure itself: of values, of gradients, and what counts as rounding"
-    x = torch.arange(3.)
-    assert R.both(lambda v: v ** 2, lambda v: v ** 2 + 1, x) == (1., 0., 5.)
-    assert R.both(lambda v: v, lambda v: 2 * v - v.detach(), x)[:2] == (0., 1.5)
-    assert R.Row("q", "o", "r", "t", 1e-3, None, 100.).agrees and not R.Row("q", "o", "r", "t", 0., 1e-3, 1.).agrees
+    x = torch.arange(3.0)
+    assert R.both(lambda v: v**2, lambda v: v**2 + 1, x) == (1.0, 0.0, 5.0)
+    assert R.both(lambda v: v, lambda v: 2 * v - v.detach(), x)[:2] == (0.0, 1.5)
+    assert R.Row("q", "o", "r", "t", 1e-3, None, 100.0).agrees and not R.Row("q", "o", "r", "t", 0.0, 1e-3, 1.0).agrees
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason="results/ is not part of a wheel")
@@ -42,7 +42,8 @@ def test_every_row_that_parts_says_how():
 
 def test_the_authors_code_still_agrees():
     "All rows again; only those that the table says so may part"
-    if not PEERS: pytest.skip("LTNB_PEERS names no folder of the authors' repositories")
+    if not PEERS:
+        pytest.skip("LTNB_PEERS names no folder of the authors' repositories")
     rows, skipped, _ = R.measure(Path(PEERS))
     assert rows, skipped
     assert all(r.agrees or len(r.note) > 20 for r in rows), [r for r in rows if not r.agrees and not r.note]

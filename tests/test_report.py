@@ -1,4 +1,5 @@
 "The report opens offline, in a parser and in a browser, and its table says what the rows say."
+
 import re
 import shutil
 import subprocess
@@ -24,9 +25,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.tags.append((tag, a))
-        if tag not in ("img", "meta", "link", "br"): self.open.append(tag)
+        if tag not in ("img", "meta", "link", "br"):
+            self.open.append(tag)
         for key in ("src", "href", "srcset", "data", "action", "poster"):
-            if key in a and tag != "a": self.loads.append(a[key])
+            if key in a and tag != "a":
+                self.loads.append(a[key])
         self.bad += [k for k in a if k.startswith("on")]
 
     def handle_endtag(self, tag):
@@ -42,7 +45,14 @@ def test_report_is_one_self_contained_page(demo):
     images = [a for t, a in page.tags if t == "img"]
     assert len(images) == 4 and all(len(a["alt"]) > 20 and len(a["src"]) > 5000 for a in images)
     assert dict(page.tags)["html"]["lang"] == "en" and len(text) < 2_000_000
-    for words in ("Training images per class", "Real and generated features", "Accuracy per class", "from scratch", "garbage", "no clear difference"):
+    for words in (
+        "Training images per class",
+        "Real and generated features",
+        "Accuracy per class",
+        "from scratch",
+        "garbage",
+        "no clear difference",
+    ):
         assert words in text, words
     assert not re.search(r"/(home|tmp|root)/", text)
 
@@ -50,8 +60,27 @@ def test_report_is_one_self_contained_page(demo):
 def browse(path, picture=None):
     "Open a page in headless Chromium; gives what its console said"
     with tempfile.TemporaryDirectory() as profile:
-        done = subprocess.run([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
-                               "--enable-logging=stderr", "--log-level=0", "--window-size=1100,3400", f"--screenshot={picture}", path.as_uri()], capture_output=True, text=True, timeout=90)
+        done = subprocess.run(
+            [
+                BROWSER,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={profile}",
+                "--enable-logging=stderr",
+                "--log-level=0",
+                "--window-size=1100,3400",
+                f"--screenshot={picture}",
+                path.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
     assert done.returncode == 0, done.stderr[-1000:]
     return [line for line in done.stderr.split("\n") if ":CONSOLE" in line]
 
@@ -62,37 +91,53 @@ def test_report_in_a_browser(demo, tmp_path):
     assert len(browse(tmp_path / "broken.html", tmp_path / "b.png")) == 2, "this test would see a console error"
     assert browse(demo[0] / "report.html", tmp_path / "report.png") == []
     from matplotlib.image import imread
+
     picture = imread(tmp_path / "report.png")[..., :3]
-    assert picture.shape[0] > 3000 and picture[:2500].std() > .05, "the page is not blank"
+    assert picture.shape[0] > 3000 and picture[:2500].std() > 0.05, "the page is not blank"
     colours = {tuple((c * 255).astype(int)) for c in picture[::3, ::3].reshape(-1, 3)}
     assert {(0, 114, 178), (213, 94, 0)} <= colours, "the charts are drawn"
 
 
 def rows(seeds, **methods):
     rng = np.random.default_rng(0)
-    base = rng.normal(.8, .02, seeds)
-    return [{"method": m, "seed": s, "all": base[s] + g, "few": None, "se": {"label shift": .004}, "per_class": [base[s] + g]} for m, g in methods.items() for s in range(seeds)]
+    base = rng.normal(0.8, 0.02, seeds)
+    return [
+        {
+            "method": m,
+            "seed": s,
+            "all": base[s] + g,
+            "few": None,
+            "se": {"label shift": 0.004},
+            "per_class": [base[s] + g],
+        }
+        for m, g in methods.items()
+        for s in range(seeds)
+    ]
 
 
 def test_verdict_follows_the_interval():
-    for gain, word in ((.05, "wins"), (-.05, "loses"), (0., "no clear difference")):
-        r = rows(1, **{"label shift": 0., "ldmlr + label shift": gain})
+    for gain, word in ((0.05, "wins"), (-0.05, "loses"), (0.0, "no clear difference")):
+        r = rows(1, **{"label shift": 0.0, "ldmlr + label shift": gain})
         assert word in verdict(r)[0] and "test images" in verdict(r)[0]
-    noisy = rows(3, **{"label shift": 0., "ldmlr + label shift": .01})
+    noisy = rows(3, **{"label shift": 0.0, "ldmlr + label shift": 0.01})
     assert "test images" in verdict(noisy)[0], "seeds that agree do not make test images certain"
-    noisy[3]["all"] += .1
+    noisy[3]["all"] += 0.1
     assert "over seeds" in verdict(noisy)[0]
 
 
 def test_missing_seeds_have_no_difference():
-    r = rows(3, **{"label shift": 0., "a": .1})
+    r = rows(3, **{"label shift": 0.0, "a": 0.1})
     assert difference([x for x in r if (x["method"], x["seed"]) != ("a", 2)], "a") is None
 
 
 def test_numbers_as_printed():
-    assert percent(np.array([.72494])) == "72.49" and percent(np.array([.5, .6])) == "55.0 ± 7.1" and percent(np.array([np.nan, np.nan])) == "–"
+    assert (
+        percent(np.array([0.72494])) == "72.49"
+        and percent(np.array([0.5, 0.6])) == "55.0 ± 7.1"
+        and percent(np.array([np.nan, np.nan])) == "–"
+    )
     assert show_difference(None) == "–"
-    cells = table(rows(2, **{"label shift": 0., "a": .1}))
+    cells = table(rows(2, **{"label shift": 0.0, "a": 0.1}))
     assert all(len(line) == len(cells[0]) for line in cells)
     for width in (40, 80, 200):
         text = render(cells, width)

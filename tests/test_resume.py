@@ -1,4 +1,5 @@
 "Nothing lost: stopped anywhere, continued, the end is bit for bit the same (on the CPU)."
+
 import hashlib
 import os
 import random
@@ -27,16 +28,22 @@ from ltnb.synthetic import make_synthetic
 from ltnb.training import fit
 
 
-class Stop(Exception): "A stand-in for a power cut"
+class Stop(Exception):
+    "A stand-in for a power cut"
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(Progress, "quiet", True)
 
 
 def content(folder, leave=("timing.jsonl", "environment.json", "config.json", "report.html")):
     "Hashes of all files that two equal runs must share"
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in leave and p.suffix not in (".png", ".ipynb")}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in leave and p.suffix not in (".png", ".ipynb")
+    }
 
 
 @contextmanager
@@ -48,37 +55,58 @@ def open_run(path, stop_at=None):
 
         def save(name, tensors, **meta):
             original(name, tensors, **meta)
-            if meta["step"] == stop_at: raise Stop
+            if meta["step"] == stop_at:
+                raise Stop
+
         r.save = save
         yield r
 
 
 def classifier_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
-    clf = Classifier(build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet")
-    with open_run(path, stop_at) as r: return fit(clf, data.train.images, data.train.labels, n_epochs=6, bs=64, mixup=.5, augment=Augment("crop+flip"), run=r, save_every=0)
+    clf = Classifier(
+        build_model("convnet", 10, 1), data.class_names, (1, 8, 8), *pixel_stats(data.train.images), "convnet"
+    )
+    with open_run(path, stop_at) as r:
+        return fit(
+            clf,
+            data.train.images,
+            data.train.labels,
+            n_epochs=6,
+            bs=64,
+            mixup=0.5,
+            augment=Augment("crop+flip"),
+            run=r,
+            save_every=0,
+        )
 
 
 def latent_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
-    with open_run(path, stop_at) as r: return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
+    with open_run(path, stop_at) as r:
+        return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
 
 
 @pytest.mark.parametrize("train, stops", [(classifier_training, (1, 4, 6)), (latent_training, (50, 200, 220))])
 def test_stage_continues_bit_for_bit(tmp_path, train, stops):
     whole = train(tmp_path / "whole").net.state_dict()
     for stop in stops:
-        with pytest.raises(Stop): train(tmp_path / str(stop), stop_at=stop)
+        with pytest.raises(Stop):
+            train(tmp_path / str(stop), stop_at=stop)
         again = train(tmp_path / str(stop)).net.state_dict()
         assert all(torch.equal(whole[k], again[k]) for k in whole)
-        assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / str(stop) / "metrics.jsonl").read_bytes()
+        assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (
+            tmp_path / str(stop) / "metrics.jsonl"
+        ).read_bytes()
 
 
 def test_metrics_newer_than_the_checkpoint_are_cut(tmp_path):
     classifier_training(tmp_path / "whole")
-    with pytest.raises(Stop): classifier_training(tmp_path / "cut", stop_at=3)
-    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f: f.write('{"stage": "classifier", "seed": 0, "step": 4, "lr": 9, "loss": 9}\n{"stage": "cla')
+    with pytest.raises(Stop):
+        classifier_training(tmp_path / "cut", stop_at=3)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
+        f.write('{"stage": "classifier", "seed": 0, "step": 4, "lr": 9, "loss": 9}\n{"stage": "cla')
     classifier_training(tmp_path / "cut")
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
 
@@ -92,7 +120,26 @@ def whole(tmp_path_factory):
 
 
 def start(path):
-    return subprocess.Popen([sys.executable, "-m", "ltnb", "run", "ldmlr", "--plain", "--quiet", "--seeds", "2", *TINY, "--n-steps", "200", "--out", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "ltnb",
+            "run",
+            "ldmlr",
+            "--plain",
+            "--quiet",
+            "--seeds",
+            "2",
+            *TINY,
+            "--n-steps",
+            "200",
+            "--out",
+            str(path),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def test_sigkill_anywhere(whole, tmp_path):
@@ -100,10 +147,12 @@ def test_sigkill_anywhere(whole, tmp_path):
     rng, path, kills = random.Random(0), tmp_path / "run", 0
     for attempt in range(10):
         process, lock = start(path), path / "run.lock"
-        while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}"): time.sleep(.005)
+        while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}"):
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
-        if process.wait() == 0: break
+        if process.wait() == 0:
+            break
         kills += 1
         if kills == 3:
             assert start(path).wait(120) == 0
@@ -113,18 +162,30 @@ def test_sigkill_anywhere(whole, tmp_path):
 
 def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
     "The n-th file that is written finds the disk full; the next start goes on, and no more than its work is repeated"
-    cfg = LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))
+    cfg = LDMLRConfig(
+        seeds=2,
+        n_epochs=3,
+        n_steps=200,
+        per_class=20,
+        head_steps=10,
+        scratch_steps=10,
+        device="cpu",
+        precision="fp32",
+        out=str(tmp_path / "run"),
+    )
     original, state = os.replace, {"left": 0}
 
     def replace(a, b):
-        if state["left"] == 0: raise OSError(28, "No space left on device")
+        if state["left"] == 0:
+            raise OSError(28, "No space left on device")
         state["left"] -= 1
         original(a, b)
 
     monkeypatch.setattr(os, "replace", replace)
     for left in (0, 2, 7):
         state["left"] = left
-        with pytest.raises(LtnbError, match="disk is full"): run(cfg)
+        with pytest.raises(LtnbError, match="disk is full"):
+            run(cfg)
     state["left"] = 10**9
     run(cfg)
     assert content(tmp_path / "run") == content(whole)
@@ -132,9 +193,20 @@ def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
 
 def test_a_lost_stage_is_made_again(whole, tmp_path, monkeypatch, capsys):
     "Damage the classifier's checkpoint after a later stage failed"
-    cfg = LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))
+    cfg = LDMLRConfig(
+        seeds=2,
+        n_epochs=3,
+        n_steps=200,
+        per_class=20,
+        head_steps=10,
+        scratch_steps=10,
+        device="cpu",
+        precision="fp32",
+        out=str(tmp_path / "run"),
+    )
     monkeypatch.setattr("ltnb.ldmlr.stage_classify", lambda *a: (_ for _ in ()).throw(Stop()))
-    with pytest.raises(Stop): run(cfg)
+    with pytest.raises(Stop):
+        run(cfg)
     monkeypatch.undo()
     monkeypatch.setattr(Progress, "quiet", True)
     torn = tmp_path / "run" / "checkpoints" / "classifier-seed-0.safetensors"
@@ -144,7 +216,9 @@ def test_a_lost_stage_is_made_again(whole, tmp_path, monkeypatch, capsys):
     same = content(tmp_path / "run")
     assert same.pop("metrics.jsonl") and {**same, "metrics.jsonl": 0} == {**content(whole), "metrics.jsonl": 0}
     key = lambda r: (r["seed"], r["stage"], r["step"])
-    assert sorted(read_jsonl(tmp_path / "run" / "metrics.jsonl"), key=key) == sorted(read_jsonl(whole / "metrics.jsonl"), key=key)
+    assert sorted(read_jsonl(tmp_path / "run" / "metrics.jsonl"), key=key) == sorted(
+        read_jsonl(whole / "metrics.jsonl"), key=key
+    )
 
 
 def test_shards_do_not_depend_on_who_makes_them(tmp_path):
@@ -152,14 +226,17 @@ def test_shards_do_not_depend_on_who_makes_them(tmp_path):
     make = lambda part: item_noise(("m",), part, (3,))
     whole = make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4)
     for lost in ([0], [2, 3], [5]):
-        for s in lost: (tmp_path / "a" / f"shard-{s:05d}.safetensors").unlink()
+        for s in lost:
+            (tmp_path / "a" / f"shard-{s:05d}.safetensors").unlink()
         again = make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4)
         assert torch.equal(again.items, whole.items)
     other = make_synthetic(tmp_path / "b", plan, make, "m", shard_size=5)
     assert torch.equal(other.items, whole.items) and other.manifest == whole.manifest
     longer = make_synthetic(tmp_path / "a", make_plan([7, 2, 5, 9]), make, "m", shard_size=4)
     at = {r["id"]: x for r, x in zip(longer.manifest, longer.items)}
-    assert all(torch.equal(at[r["id"]], x) for r, x in zip(whole.manifest, whole.items)), "an item keeps its noise in a longer plan"
+    assert all(torch.equal(at[r["id"]], x) for r, x in zip(whole.manifest, whole.items)), (
+        "an item keeps its noise in a longer plan"
+    )
 
 
 def test_a_stale_shard_is_not_taken_for_a_new_one(tmp_path):
@@ -167,23 +244,40 @@ def test_a_stale_shard_is_not_taken_for_a_new_one(tmp_path):
     make_synthetic(tmp_path, plan, lambda p: torch.zeros(len(p), 2), "old model", shard_size=2)
     new = make_synthetic(tmp_path, plan, lambda p: torch.ones(len(p), 2), "new model", shard_size=2)
     assert new.items.eq(1).all() and {r["model"] for r in new.manifest} == {"new model"}
-    other = make_synthetic(tmp_path, plan, lambda p: torch.full((len(p), 2), 2.), "new model", settings=(1.4,), shard_size=2)
+    other = make_synthetic(
+        tmp_path, plan, lambda p: torch.full((len(p), 2), 2.0), "new model", settings=(1.4,), shard_size=2
+    )
     assert other.items.eq(2).all(), "other settings make other items"
     assert len(make_synthetic(tmp_path / "none", make_plan([0, 0]), lambda p: torch.zeros(len(p), 2), "m")) == 0
 
 
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    with pytest.raises(Stop): classifier_training(tmp_path, stop_at=2)
+    with pytest.raises(Stop):
+        classifier_training(tmp_path, stop_at=2)
     original = core.save_tensors
     everywhere(monkeypatch, "save_tensors", lambda *a: (_ for _ in ()).throw(Stop()))
-    with pytest.raises(Stop): classifier_training(tmp_path)
+    with pytest.raises(Stop):
+        classifier_training(tmp_path)
     everywhere(monkeypatch, "save_tensors", original)
-    with Run(LDMLRConfig(out=str(tmp_path))) as r: assert r.load("classifier-seed-0")[1]["step"] == 2
+    with Run(LDMLRConfig(out=str(tmp_path))) as r:
+        assert r.load("classifier-seed-0")[1]["step"] == 2
 
 
 def test_a_kill_between_scores_and_sweep(whole, tmp_path):
     "A finished run that still has its checkpoints loses them, and nothing else changes"
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir()
-    assert run(LDMLRConfig(seeds=2, n_epochs=3, n_steps=200, per_class=20, head_steps=10, scratch_steps=10, device="cpu", precision="fp32", out=str(tmp_path / "run"))).finished
+    assert run(
+        LDMLRConfig(
+            seeds=2,
+            n_epochs=3,
+            n_steps=200,
+            per_class=20,
+            head_steps=10,
+            scratch_steps=10,
+            device="cpu",
+            precision="fp32",
+            out=str(tmp_path / "run"),
+        )
+    ).finished
     assert not (tmp_path / "run" / "checkpoints").exists() and content(tmp_path / "run") == content(whole)

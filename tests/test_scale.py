@@ -1,4 +1,5 @@
 "Many classes: blocks give what the plain formula gives, class-balanced draws have a budget, memory stays small."
+
 import json
 import os
 import subprocess
@@ -44,7 +45,8 @@ def test_score_is_what_the_confusion_matrix_says(with_logits):
     assert s.macro_f1 == pytest.approx((2 * m.diagonal() / (m.sum(0) + m.sum(1))).mean())
     last, top = groups["last_third"], groups["top_third"]
     assert s.tail_to_head == m[np.ix_(last, top)].sum() / m[last].sum()
-    if not with_logits: return
+    if not with_logits:
+        return
     log_p = log_softmax(logits)
     assert s.nll == -log_p[np.arange(len(y)), y].mean() and s.ece == calibration(np.exp(log_p), y).ece
 
@@ -54,9 +56,12 @@ def test_logits_read_in_parts():
     logits, y = head.logits(z).numpy(), y.numpy()
     whole, parts = read_logits(logits, y), read_logits(logits, y, entries=100)
     assert all(map(np.array_equal, whole, parts)) and np.array_equal(whole[0], logits.argmax(1))
-    with pytest.raises(DataError, match="shape"): read_logits(logits[:5], y)
-    with pytest.raises(DataError, match="label 11"): read_logits(logits[:, :10], y)
-    with pytest.raises(DataError, match="labels must be"): score(None, y + 1, np.ones(12), logits=logits)
+    with pytest.raises(DataError, match="shape"):
+        read_logits(logits[:5], y)
+    with pytest.raises(DataError, match="label 11"):
+        read_logits(logits[:, :10], y)
+    with pytest.raises(DataError, match="labels must be"):
+        score(None, y + 1, np.ones(12), logits=logits)
 
 
 def test_confusion_flow_is_what_the_matrix_says():
@@ -81,7 +86,7 @@ def test_logits_made_in_parts():
 def test_neighbours_row_by_row(monkeypatch):
     z, y, head = cloud()
     means = class_means(z, y, 12)
-    want = (head.logits(means).double() / .5).fill_diagonal_(-torch.inf).softmax(1).float()
+    want = (head.logits(means).double() / 0.5).fill_diagonal_(-torch.inf).softmax(1).float()
     assert torch.equal(neighbour_classes(head, means), want)
     p = label_shift(head.logits(z), head.counts).softmax(1)[torch.arange(len(y)), y]
     assert np.allclose(memorised(head, z, y, 12), [p[y == k].mean() for k in range(12)], atol=1e-6)
@@ -96,11 +101,11 @@ def test_class_by_class_without_a_pass_a_class():
     z, y, _ = cloud()
     means = torch.stack([z[y == k].mean(0) for k in range(12)])
     assert torch.equal(nearest_mean(z, y).weight, 2 * means)
-    fit, held = held_out(y, generator("held"), .3)
+    fit, held = held_out(y, generator("held"), 0.3)
     g, want = generator("held"), torch.zeros(len(y), dtype=torch.bool)
     for k in range(12):
         i = (y == k).nonzero()[:, 0]
-        want[i[torch.randperm(len(i), generator=g)[:int(len(i) * .3)]]] = True
+        want[i[torch.randperm(len(i), generator=g)[: int(len(i) * 0.3)]]] = True
     assert torch.equal(held, want.nonzero()[:, 0]) and torch.equal(fit, (~want).nonzero()[:, 0])
 
 
@@ -113,7 +118,7 @@ def test_lws_with_and_without_its_table(monkeypatch):
 
 def test_tau_is_chosen_in_parts():
     z, y, head = cloud()
-    long = Head(head.weight * torch.linspace(3, .3, 12)[:, None], head.bias, head.counts)
+    long = Head(head.weight * torch.linspace(3, 0.3, 12)[:, None], head.bias, head.counts)
     said = [tau_norm(long, t / 10).logits(z).argmax(1) == y for t in range(21)]
     right = [np.mean([hit[y == k].double().mean().item() for k in range(12)]) for hit in said]
     assert choose_tau(long, z, y) == pytest.approx(int(np.round(right, 12).argmax()) / 10)
@@ -168,9 +173,14 @@ print(json.dumps(grown))
 
 def test_memory_with_many_classes():
     "40,000 features of 4,000 classes: a table of all logits has 640 MB, one of all pairs of classes 128 MB in int64"
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
-    limits = {"nearest mean": 60, "memorised": 300, "lws": 150, "logits": 200, "flow": 60, "score": 150} # MB
+    limits = {"nearest mean": 60, "memorised": 300, "lws": 150, "logits": 200, "flow": 60, "score": 150}  # MB
     assert all(grown[name] < mb for name, mb in limits.items()), grown

@@ -13,8 +13,7 @@ from ltnb.data import ImageSet, LongTail
 from ltnb.diffult import DiffuLTConfig
 from ltnb.noise import NoiseModel, build_objective, diffusion_loss, noisy_batch
 from ltnb.diffusion import build_unet
-from ltnb.generator import (DiffusionConfig, activation_bytes, check_side, fit_memory, resolve_generator,
-                            training_bytes)
+from ltnb.generator import DiffusionConfig, activation_bytes, check_side, fit_memory, resolve_generator, training_bytes
 from ltnb.generate import GenerateConfig, as_the_run, images_folder, same_precision
 from ltnb.pictures import plot_by_rank
 from PIL import Image
@@ -24,7 +23,8 @@ FOLDER = dict(dataset="folder", data_root="photos")
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch): monkeypatch.setattr(Progress, "quiet", True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(Progress, "quiet", True)
 
 
 def images(side, channels=3, n=20, k=4):
@@ -51,10 +51,13 @@ def test_count_is_that_of_a_real_step():
     for unet, side, channels in (("tiny", 8, 1), ("tiny", 16, 3), ("medium", 8, 3)):
         net, kept, bs = build_unet(unet, side, channels, 4).train(), {}, 2
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
         def keep(v, weights=weights, kept=kept):
             s = v.untyped_storage()
-            if s.data_ptr() not in weights: kept[s.data_ptr()] = (s.nbytes(), v)
+            if s.data_ptr() not in weights:
+                kept[s.data_ptr()] = (s.nbytes(), v)
             return v
+
         objective, g = build_objective("v"), torch.Generator().manual_seed(0)
         x = torch.zeros(bs, channels, side, side, dtype=torch.uint8)
         batch = noisy_batch(objective, x, torch.zeros(bs).long(), 4, g)
@@ -63,7 +66,7 @@ def test_count_is_that_of_a_real_step():
         real = sum(n for n, _ in kept.values()) / bs
         counted, weights = activation_bytes(unet, side, channels, 4)
         assert weights == sum(p.numel() for p in net.parameters())
-        assert .9 < counted / real < 1.25, (unet, side, counted, real)
+        assert 0.9 < counted / real < 1.25, (unet, side, counted, real)
         loss.backward()
 
 
@@ -71,13 +74,21 @@ def test_memory_grows_with_pixels_batch_and_second_pass():
     each = {side: activation_bytes("cifar", side, 3, 10)[0] for side in (32, 64)}
     assert 3 < each[64] / each[32] < 4.2 and each[32] > 10**7
     need = lambda **more: training_bytes(DiffusionConfig(**{"unet": "cifar", "diff_bs": 64, **more}), (3, 32, 32), 10)
-    assert need(diff_bs=128) > 1.6 * need() and need(cb_tau=1.) > 1.6 * need() > need(cb_tau=1., cb_share=.25)
+    assert need(diff_bs=128) > 1.6 * need() and need(cb_tau=1.0) > 1.6 * need() > need(cb_tau=1.0, cb_share=0.25)
     assert training_bytes(DiffusionConfig(unet="cifar", diff_bs=512), (3, 224, 224), 10) > 300 * GB
 
 
-@pytest.mark.parametrize("side, channels, config, want", [
-    (8, 1, dict(dataset="digits"), ("tiny", 64)), (12, 3, FOLDER, ("tiny", 512)), (32, 3, FOLDER, ("cifar", 512)),
-    (32, 3, dict(dataset="cifar10"), ("cifar", 512)), (64, 3, FOLDER, ("cifar", 128)), (48, 3, FOLDER, ("cifar", 128))])
+@pytest.mark.parametrize(
+    "side, channels, config, want",
+    [
+        (8, 1, dict(dataset="digits"), ("tiny", 64)),
+        (12, 3, FOLDER, ("tiny", 512)),
+        (32, 3, FOLDER, ("cifar", 512)),
+        (32, 3, dict(dataset="cifar10"), ("cifar", 512)),
+        (64, 3, FOLDER, ("cifar", 128)),
+        (48, 3, FOLDER, ("cifar", 128)),
+    ],
+)
 def test_usual_choice_on_a_large_machine(side, channels, config, want):
     "As before up to 32 pixels; smaller batches above"
     got = fit_memory(DiffusionConfig(**config), images(side, channels), 200 * GB)
@@ -87,7 +98,7 @@ def test_usual_choice_on_a_large_machine(side, channels, config, want):
 
 @pytest.mark.parametrize("free", [4, 8, 16, 32])
 @pytest.mark.parametrize("side", [32, 64])
-@pytest.mark.parametrize("tau", [0., 1.])
+@pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_choice_fits_the_memory_and_is_the_largest(side, free, tau):
     cfg = DiffusionConfig(**FOLDER, cb_tau=tau)
     got = fit_memory(cfg, images(side), free * GB)
@@ -96,7 +107,7 @@ def test_choice_fits_the_memory_and_is_the_largest(side, free, tau):
     usual = fit_memory(cfg, images(side), None)
     if (got.unet, got.diff_bs) != (usual.unet, usual.diff_bs) and got.unet == "cifar":
         twice = DiffusionConfig(**{**got.to_dict(), "diff_bs": 2 * got.diff_bs})
-        assert training_bytes(twice, shape, 4) > .8 * free * GB
+        assert training_bytes(twice, shape, 4) > 0.8 * free * GB
 
 
 def test_what_is_given_wins_and_what_cannot_fit_says_so():
@@ -119,11 +130,15 @@ def test_free_memory_of_the_device_is_asked(monkeypatch):
 
 def test_bf16_and_processes_on_gpus_keep_less(monkeypatch):
     share = lambda precision, device: generator.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
-    assert share("fp32", "cpu") == share("fp32", "cuda") == 1 and share("bf16", "cpu") == .5 and share("bf16", "cuda") == .8
+    assert (
+        share("fp32", "cpu") == share("fp32", "cuda") == 1
+        and share("bf16", "cpu") == 0.5
+        and share("bf16", "cuda") == 0.8
+    )
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert share("bf16", "cuda") == .2 and share("bf16", "cpu") == .5, "processes of one machine share its memory"
+    assert share("bf16", "cuda") == 0.2 and share("bf16", "cpu") == 0.5, "processes of one machine share its memory"
     cfg = DiffuLTConfig(**FOLDER)
-    got = fit_memory(cfg, images(32), 80 * GB, .8)
+    got = fit_memory(cfg, images(32), 80 * GB, 0.8)
     assert (got.unet, got.diff_bs) == ("cifar", 512), "CBDM in bf16 on a GPU of 80 GB, as before"
 
 
@@ -144,7 +159,8 @@ def test_photographs_are_refused_before_one_is_decoded(name, more, tmp_path, mai
 def test_lists_and_archives_are_refused_too(tmp_path, main):
     root = album(tmp_path / "photos", 80)
     lines = lambda part: "".join(f"{part}/c{k}/{i}.png {k}\n" for k in range(2) for i in range(3))
-    for part in ("train", "test"): (tmp_path / f"{part}.txt").write_text(lines(part))
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.txt").write_text(lines(part))
     lists = ["--data-root", root, "--train-list", tmp_path / "train.txt", "--test-list", tmp_path / "test.txt"]
     code, _, err = main("run", "diffult", "--plain", "--dataset", "lists", *lists)
     assert code == 2 and "these images have 80 pixels a side" in err and "--image-size 64" in err
@@ -167,9 +183,10 @@ def test_choice_stays_on_another_day(tmp_path, monkeypatch):
     quick = dict(n_steps=2, sample_steps=1, per_class=2, judge_epochs=0, device="cpu", precision="fp32")
     cfg = DiffusionConfig(dataset="folder", data_root=str(root), unet="tiny", **quick, out=str(tmp_path / "run"))
     each = activation_bytes("tiny", 32, 3, 2)[0]
-    monkeypatch.setattr(generator, "free_memory", lambda: int(each * 24 * 1.25 / .8) + 20 * 10**6)
+    monkeypatch.setattr(generator, "free_memory", lambda: int(each * 24 * 1.25 / 0.8) + 20 * 10**6)
     monkeypatch.setattr(generator, "run_seed", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): generator.run(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        generator.run(cfg)
     assert read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
     monkeypatch.undo()
     monkeypatch.setattr(Progress, "quiet", True)
@@ -179,6 +196,7 @@ def test_choice_stays_on_another_day(tmp_path, monkeypatch):
 
 def test_smaller_choice_is_said(tmp_path, monkeypatch, capsys):
     from ltnb.runs import Run
+
     monkeypatch.setattr(Progress, "quiet", False)
     monkeypatch.setattr(generator, "free_memory", lambda: 8 * GB)
     cfg = DiffusionConfig(**FOLDER, device="cpu", out=str(tmp_path / "run"))
@@ -188,8 +206,10 @@ def test_smaller_choice_is_said(tmp_path, monkeypatch, capsys):
 
 
 # `ltnb generate` samples as the run did
-@pytest.mark.parametrize("known, want", [
-    (dict(sampler="ddim", sample_steps=7, guidance_scale=2.), ("ddim", 7, 2.)), ({}, ("dpm++", 20, 1.5))])
+@pytest.mark.parametrize(
+    "known, want",
+    [(dict(sampler="ddim", sample_steps=7, guidance_scale=2.0), ("ddim", 7, 2.0)), ({}, ("dpm++", 20, 1.5))],
+)
 @pytest.mark.parametrize("kind", ["model", "generator"])
 def test_defaults_are_those_of_the_run(tmp_path, known, want, kind):
     (tmp_path / "run" / kind).mkdir(parents=True)
@@ -199,8 +219,8 @@ def test_defaults_are_those_of_the_run(tmp_path, known, want, kind):
         got = as_the_run(GenerateConfig(model=str(path), per_class=1))
         assert (got.sampler, got.sample_steps, got.guidance_scale) == want
         assert as_the_run(got) == got
-    mine = as_the_run(GenerateConfig(model=str(tmp_path / "run"), sampler="heun", guidance_scale=1.))
-    assert (mine.sampler, mine.guidance_scale, mine.sample_steps) == ("heun", 1., want[1])
+    mine = as_the_run(GenerateConfig(model=str(tmp_path / "run"), sampler="heun", guidance_scale=1.0))
+    assert (mine.sampler, mine.guidance_scale, mine.sample_steps) == ("heun", 1.0, want[1])
     run = tmp_path / "run"
     assert same_precision(GenerateConfig(), run, "cpu") == "bf16"
     assert same_precision(GenerateConfig(precision="fp32"), run, "cpu") == "fp32"
@@ -213,6 +233,7 @@ def test_defaults_are_those_of_the_run(tmp_path, known, want, kind):
 def test_a_diffult_run_is_continued_with_its_guidance(tmp_path):
     "The whole way, with a model that was saved as DiffuLT saves it"
     from ltnb.diffusion import train_diffusion
+
     digits = LongTail.digits()
     names = digits.class_names
     model = train_diffusion(digits.train.images, digits.train.labels, 10, n_steps=1, diff_bs=8, class_names=names)
@@ -222,17 +243,18 @@ def test_a_diffult_run_is_continued_with_its_guidance(tmp_path):
     write_json(tmp_path / "run" / "config.json", kept)
     cfg = GenerateConfig(model=str(tmp_path / "run"), per_class=1, out=str(tmp_path / "g"), device="cpu")
     facts = generate.generate(cfg)
-    assert facts["settings"]["guidance_scale"] == 2. and facts["settings"]["sample_steps"] == 2
+    assert facts["settings"]["guidance_scale"] == 2.0 and facts["settings"]["sample_steps"] == 2
     rows = [json.loads(line) for line in (tmp_path / "g" / "manifest.jsonl").read_text().splitlines()]
-    assert {r["guidance_scale"] for r in rows} == {2.} and "guidance 2, fp32" in generate.describe(facts, names, "g")
+    assert {r["guidance_scale"] for r in rows} == {2.0} and "guidance 2, fp32" in generate.describe(facts, names, "g")
     assert generate.generate(cfg) == facts
 
 
 # pictures and times
 def test_every_method_is_drawn_and_looks_its_own_way():
     from matplotlib.figure import Figure
+
     ax = Figure().subplots()
-    plot_by_rank({f"m{i}": [.5, .4, .3] for i in range(19)}, np.array([9, 4, 1]), ax=ax)
+    plot_by_rank({f"m{i}": [0.5, 0.4, 0.3] for i in range(19)}, np.array([9, 4, 1]), ax=ax)
     lines = [line for line in ax.lines if line.get_label().startswith("m")]
     assert [line.get_label() for line in lines] == [f"m{i}" for i in range(19)]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 19
@@ -241,6 +263,7 @@ def test_every_method_is_drawn_and_looks_its_own_way():
 
 def test_reports_say_what_a_picture_leaves_out():
     from ltnb.pictures import drawn_and_not
+
     rows = [dict(method=m, seed=0) for m in ("a", "b", "c")]
     assert drawn_and_not(rows, ("a", "c", "z")) == "Drawn: a, c. Left out: b."
     assert drawn_and_not(rows, ("a", "b", "c")) == ""
@@ -249,7 +272,8 @@ def test_reports_say_what_a_picture_leaves_out():
 def test_a_latent_time_is_below_one(monkeypatch):
     "The largest share of the last stratum, added in float32, is the whole"
     from ltnb import latent
-    assert torch.tensor(511.) + torch.tensor(1 - 2**-24) == 512
+
+    assert torch.tensor(511.0) + torch.tensor(1 - 2**-24) == 512
     seen = []
     monkeypatch.setattr(latent, "alpha_sigma", lambda t, f=latent.alpha_sigma: (seen.append(t), f(t))[1])
     monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full(a if isinstance(a[0], int) else a[0], 1 - 2**-24))

@@ -1,4 +1,5 @@
 "Generation as a job: whatever is killed, shared or extended, the same manifest; bad items out, copies found, memory flat."
+
 import hashlib
 import json
 import os
@@ -26,33 +27,40 @@ from ltnb.synthetic import ShardItems, Synthetic, job_summary, make_synthetic, m
 from ltnb.copies import copies, copy_threshold, flag_copies, near_copies
 
 
-class Stop(Exception): "A stand-in for a power cut"
+class Stop(Exception):
+    "A stand-in for a power cut"
 
 
-def image(part, attempt=0): # stand-ins that depend on the item alone, and are cheap
+def image(part, attempt=0):  # stand-ins that depend on the item alone, and are cheap
     h = (part[:, :1] * 1_000_003 + part[:, 1:] + 7 * attempt) * 2_654_435_761 + np.arange(1, 193) * 40_503_001
     return torch.from_numpy((h >> 9).astype(np.uint8).reshape(-1, 3, 8, 8))
 
 
-def mortal(lives, log=None): # dies when it is called once more
+def mortal(lives, log=None):  # dies when it is called once more
     left = [lives]
 
     def make(part):
         left[0] -= 1
-        if left[0] < 0: raise Stop
-        if log is not None: log.extend(part.tolist())
+        if left[0] < 0:
+            raise Stop
+        if log is not None:
+            log.extend(part.tolist())
         return image(part)
+
     return make
 
 
-def content(folder, names="*"): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).glob(names))}
+def content(folder, names="*"):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).glob(names))}
 
 
 def finish(folder, plan, lives=(), world=1, shard_size=4, log=None, **more):
     "Workers of all ranks that are killed after some shards each, then one that is not"
     for i, n in enumerate(lives):
-        try: make_synthetic(folder, plan, mortal(n, log), "m", shard_size=shard_size, worker=(i % world, world), **more)
-        except Stop: pass
+        try:
+            make_synthetic(folder, plan, mortal(n, log), "m", shard_size=shard_size, worker=(i % world, world), **more)
+        except Stop:
+            pass
     return make_synthetic(folder, plan, mortal(10**9, log), "m", shard_size=shard_size, **more)
 
 
@@ -91,12 +99,14 @@ def test_extended_plans(steps, shard_size, lives):
 @settings(max_examples=25, deadline=None)
 def test_draws_are_those_of_the_slow_way(per_class, more):
     plan = make_plan([*per_class, more + 1])[::3]
+
     def slow(key, plan, draw):
         out = None
         for c, k in plan.tolist():
             v = np.asarray(draw(np.random.Generator(np.random.Philox(stable_seed(*key, c, k // 256))), 256, c))[k % 256]
             out = [v] if out is None else [*out, v]
         return np.array(out).reshape(len(plan), 2)
+
     draw = lambda g, n, c: g.standard_normal((n, 2)) + c
     assert np.array_equal(draw_items(("a", 1), plan, draw), slow(("a", 1), plan, draw))
     assert make_plan(per_class).tolist() == [[c, k] for c, n in enumerate(per_class) for k in range(n)]
@@ -106,30 +116,49 @@ def test_empty_and_wrong_plans(tmp_path):
     assert make_plan([]).shape == (0, 2) and item_noise(("a",), make_plan([0]), (3,)).shape == (0, 3)
     assert len(make_synthetic(tmp_path, make_plan([0, 0]), image, "m")) == 0
     for bad in ([(0, 1), (0, 0)], [(0, 0), (0, 0)], [(0, -1)], [(0, 10**6)], [0, 1]):
-        with pytest.raises(UsageError, match="plan"): make_synthetic(tmp_path / "bad", bad, image, "m")
-    with pytest.raises(UsageError, match="negative"): make_plan([-1])
-    with pytest.raises(UsageError, match="whole"): make_plan([1.5])
-    for more, word in (({"attempts": 0}, "attempts"), ({"shard_size": 0}, "shard_size"), ({"other": "ask"}, "remake"), ({"worker": (2, 2)}, "worker")):
-        with pytest.raises(UsageError, match=word): make_synthetic(tmp_path / "bad", make_plan([2]), image, "m", **more)
-    with pytest.raises(LtnbError, match="gave 1 items"): make_synthetic(tmp_path / "few", make_plan([2]), lambda part: image(part)[:1], "m")
-    with pytest.raises(UsageError, match="'sha'"): make_synthetic(tmp_path / "own", make_plan([1]), lambda part: (image(part), [{"sha": "x"}]), "m")
+        with pytest.raises(UsageError, match="plan"):
+            make_synthetic(tmp_path / "bad", bad, image, "m")
+    with pytest.raises(UsageError, match="negative"):
+        make_plan([-1])
+    with pytest.raises(UsageError, match="whole"):
+        make_plan([1.5])
+    for more, word in (
+        ({"attempts": 0}, "attempts"),
+        ({"shard_size": 0}, "shard_size"),
+        ({"other": "ask"}, "remake"),
+        ({"worker": (2, 2)}, "worker"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            make_synthetic(tmp_path / "bad", make_plan([2]), image, "m", **more)
+    with pytest.raises(LtnbError, match="gave 1 items"):
+        make_synthetic(tmp_path / "few", make_plan([2]), lambda part: image(part)[:1], "m")
+    with pytest.raises(UsageError, match="'sha'"):
+        make_synthetic(tmp_path / "own", make_plan([1]), lambda part: (image(part), [{"sha": "x"}]), "m")
 
 
 # --- workers
 
+
 def test_threads_share_a_plan(tmp_path):
     "Workers with and without ranks, at once: each shard is made once, and all see the whole"
     plan, log, out, errors = make_plan([40, 30]), [], [], []
+
     def make(part):
-        time.sleep(.003)
+        time.sleep(0.003)
         log.append(tuple(part[0]))
         return image(part)
+
     def work(worker):
-        try: out.append(make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4, worker=worker))
-        except BaseException as e: errors.append(e)
+        try:
+            out.append(make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4, worker=worker))
+        except BaseException as e:
+            errors.append(e)
+
     threads = [threading.Thread(target=work, args=(w,)) for w in ((0, 1), (0, 1), (1, 3), (2, 3))]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert not errors and len(out) == 4 and len(log) == len(set(log)) == 18
     finish(tmp_path / "b", plan)
     assert content(tmp_path / "a") == content(tmp_path / "b") and all(torch.equal(o.items, out[0].items) for o in out)
@@ -138,13 +167,15 @@ def test_threads_share_a_plan(tmp_path):
 def test_claims(tmp_path):
     "A claim of a living worker is respected, with a way out; one of a dead worker is taken over"
     plan = make_plan([8])
-    with pytest.raises(Stop): make_synthetic(tmp_path, plan, mortal(0), "m", shard_size=4)
+    with pytest.raises(Stop):
+        make_synthetic(tmp_path, plan, mortal(0), "m", shard_size=4)
     held, log = lock_file(tmp_path / "shard-00001.lock"), []
     assert make_synthetic(tmp_path, plan, mortal(9, log), "m", shard_size=4, wait=0) is None and len(log) == 4
-    with pytest.raises(LtnbError, match="lacks 1 of 2 shards.*shard-00001.*run the same command again"): make_synthetic(tmp_path, plan, image, "m", shard_size=4, wait=.2)
+    with pytest.raises(LtnbError, match="lacks 1 of 2 shards.*shard-00001.*run the same command again"):
+        make_synthetic(tmp_path, plan, image, "m", shard_size=4, wait=0.2)
     assert not (tmp_path / "manifest.jsonl").exists()
     unlock_file(tmp_path / "shard-00001.lock", held)
-    (tmp_path / "shard-00001.lock").write_text("pid 1") # a file without a lock: its writer was killed
+    (tmp_path / "shard-00001.lock").write_text("pid 1")  # a file without a lock: its writer was killed
     (tmp_path / "shard-00000.lock").write_text("pid 1")
     (tmp_path / ".shard-00001.safetensors.1.part").write_text("half")
     (tmp_path / ".manifest.jsonl.1.part").write_text("half")
@@ -153,31 +184,59 @@ def test_claims(tmp_path):
     assert {k: v for k, v in content(tmp_path, "[s.m]*").items() if k != "b"} == content(tmp_path / "b")
 
 
-@pytest.mark.parametrize("env, want", [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)), ({"RANK": "0", "WORLD_SIZE": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (0, 3)),
-                                       ({"RANK": "4", "WORLD_SIZE": "4"}, None), ({"RANK": "x", "WORLD_SIZE": "4"}, None)])
+@pytest.mark.parametrize(
+    "env, want",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (0, 3)),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, None),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, None),
+    ],
+)
 def test_ranks(env, want, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"): monkeypatch.delenv(name, raising=False)
-    for name, value in env.items(): monkeypatch.setenv(name, value)
-    if want: assert job_worker() == want
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if want:
+        assert job_worker() == want
     else:
-        with pytest.raises(UsageError, match="RANK"): job_worker()
+        with pytest.raises(UsageError, match="RANK"):
+            job_worker()
 
 
 # --- another job, lost and torn files, a full disk
+
 
 def test_another_job(tmp_path):
     plan = make_plan([6])
     make_synthetic(tmp_path, plan, image, "m", settings={"steps": 20, "scale": 1.5}, shard_size=4)
     before = content(tmp_path)
-    for more, word in (({"model": "n"}, "model: 'm' there, 'n' here"), ({"seed": 1}, "seed: 0 there, 1 here"), ({"settings": {"steps": 50, "scale": 1.5}}, "steps: 20 there, 50 here")):
-        with pytest.raises(UsageError, match=word): make_synthetic(tmp_path, plan, mortal(0), **{"model": "m", "settings": {"steps": 20, "scale": 1.5}, **more}, other="refuse")
+    for more, word in (
+        ({"model": "n"}, "model: 'm' there, 'n' here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"settings": {"steps": 50, "scale": 1.5}}, "steps: 20 there, 50 here"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            make_synthetic(
+                tmp_path,
+                plan,
+                mortal(0),
+                **{"model": "m", "settings": {"steps": 20, "scale": 1.5}, **more},
+                other="refuse",
+            )
     assert content(tmp_path) == before
-    make_synthetic(tmp_path, plan, mortal(0), "m", settings={"scale": 1.5, "steps": 20}, other="refuse") # the same, in another order
+    make_synthetic(
+        tmp_path, plan, mortal(0), "m", settings={"scale": 1.5, "steps": 20}, other="refuse"
+    )  # the same, in another order
     assert content(tmp_path) == before
     new = make_synthetic(tmp_path, make_plan([2]), lambda p: image(p) ^ 1, "n", shard_size=4)
     assert torch.equal(new.items, image(make_plan([2])) ^ 1) and len(content(tmp_path, "shard-*.safetensors")) == 1
-    (tmp_path / "shards.jsonl").unlink() # as an older version left it
-    with pytest.raises(UsageError, match="no shards.jsonl"): make_synthetic(tmp_path, plan, image, "n", other="refuse")
+    (tmp_path / "shards.jsonl").unlink()  # as an older version left it
+    with pytest.raises(UsageError, match="no shards.jsonl"):
+        make_synthetic(tmp_path, plan, image, "n", other="refuse")
     assert torch.equal(make_synthetic(tmp_path, plan, image, "n").items, image(plan))
 
 
@@ -187,16 +246,20 @@ def test_torn_files(tmp_path):
     whole, shard = content(tmp_path / "a"), tmp_path / "a" / "shard-00001.safetensors"
     for cut in (0, 1, 100, shard.stat().st_size - 1):
         shard.write_bytes(shard.read_bytes()[:cut])
-        with pytest.raises(DataError, match="lack 4 of the items.*shard-00001"): Synthetic.open(tmp_path / "a")
+        with pytest.raises(DataError, match="lack 4 of the items.*shard-00001"):
+            Synthetic.open(tmp_path / "a")
         log = []
         finish(tmp_path / "a", plan, log=log)
         assert content(tmp_path / "a") == whole and len(log) == 4
     manifest = tmp_path / "a" / "manifest.jsonl"
     manifest.write_text(manifest.read_text() + '{"id"')
-    with pytest.raises(DataError, match="line 10"): Synthetic.open(tmp_path / "a")
-    with pytest.raises(DataError, match="remove it and run"): finish(tmp_path / "a", plan)
+    with pytest.raises(DataError, match="line 10"):
+        Synthetic.open(tmp_path / "a")
+    with pytest.raises(DataError, match="remove it and run"):
+        finish(tmp_path / "a", plan)
     manifest.unlink()
-    with pytest.raises(DataError, match="no finished generation"): Synthetic.open(tmp_path / "a")
+    with pytest.raises(DataError, match="no finished generation"):
+        Synthetic.open(tmp_path / "a")
     finish(tmp_path / "a", plan)
     assert content(tmp_path / "a") == whole
 
@@ -205,13 +268,17 @@ def test_torn_files(tmp_path):
 def test_full_disk(tmp_path, monkeypatch, left):
     "The n-th file finds the disk full, before or after its bytes"
     plan, original, state = make_plan([8]), os.replace, [left]
+
     def replace(a, b):
         state[0] -= 1
-        if state[0] < 0: raise OSError(28, "No space left on device")
+        if state[0] < 0:
+            raise OSError(28, "No space left on device")
         original(a, b)
+
     monkeypatch.setattr(core.os, "replace", replace)
     if left < 4:
-        with pytest.raises(LtnbError, match="disk is full.*kept"): finish(tmp_path / "a", plan)
+        with pytest.raises(LtnbError, match="disk is full.*kept"):
+            finish(tmp_path / "a", plan)
     monkeypatch.undo()
     assert not list((tmp_path / "a").glob("*.lock")) + list((tmp_path / "a").glob(".*"))
     finish(tmp_path / "a", plan)
@@ -221,14 +288,19 @@ def test_full_disk(tmp_path, monkeypatch, left):
 
 def test_a_real_full_disk(tmp_path):
     "The system's own file size limit, in the middle of a shard"
-    code = ("import sys, resource, signal; from test_synthetic import image; from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nmake_synthetic(sys.argv[1], make_plan([400]), image, 'm', shard_size=100)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], cwd=Path(__file__).parent, capture_output=True, text=True)
+    code = (
+        "import sys, resource, signal; from test_synthetic import image; from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nmake_synthetic(sys.argv[1], make_plan([400]), image, 'm', shard_size=100)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "file size limit" in done.stderr and "kept" in done.stderr, done.stderr
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["shards.jsonl"]
 
 
 # --- items that cannot be used
+
 
 def test_what_is_bad():
     x = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -237,24 +309,31 @@ def test_what_is_bad():
     f = torch.zeros(4, 3)
     f[1, 2], f[3, 0] = float("nan"), -float("inf")
     assert bad_items(f).tolist() == [False, True, False, True], "a feature of zeros is a feature"
-    for empty in (f[:0], x[:0], torch.zeros(3, 0)): assert not bad_items(empty).any()
+    for empty in (f[:0], x[:0], torch.zeros(3, 0)):
+        assert not bad_items(empty).any()
 
 
 def test_bad_items_are_tried_again(tmp_path):
     "The same result whoever is killed; what stays bad is listed, counted, and in no shard"
     plan, calls = make_plan([6, 5]), []
+
     def make(part, attempt=0):
         calls.append((part.tolist(), attempt))
         x = image(part, attempt)
         x[torch.from_numpy((part[:, 1] % 4 > attempt))] = 0
         return x, [{"try": attempt}] * len(part)
+
     made = make_synthetic(tmp_path / "a", plan, make, "m", shard_size=4, attempts=3)
     good = plan[plan[:, 1] % 4 < 3]
-    assert [(r["class"], r["k"], r["attempt"], r["try"]) for r in made.manifest] == [(c, k, k % 4, k % 4) for c, k in good.tolist()]
+    assert [(r["class"], r["k"], r["attempt"], r["try"]) for r in made.manifest] == [
+        (c, k, k % 4, k % 4) for c, k in good.tolist()
+    ]
     assert all(torch.equal(x, image(p[None], p[1] % 4)[0]) for x, p in zip(made.items, good))
     assert [r for r, n in calls if n == 2] == [[[0, 2], [0, 3]], [[1, 2], [1, 3]]], "only bad rows are asked for again"
     assert job_summary(tmp_path / "a") == {"items": 9, "tried_again": {0: 3, 1: 2}, "failed": {0: 1, 1: 1}}
-    assert [json.loads(r) for r in (tmp_path / "a" / "failed.jsonl").read_text().splitlines()] == [{"id": item_id(c, 3), "class": c, "k": 3, "attempts": 3} for c in (0, 1)]
+    assert [json.loads(r) for r in (tmp_path / "a" / "failed.jsonl").read_text().splitlines()] == [
+        {"id": item_id(c, 3), "class": c, "k": 3, "attempts": 3} for c in (0, 1)
+    ]
     assert sum(len(load_tensors(p)[0]["items"]) for p in (tmp_path / "a").glob("shard-*")) == 9
     calls.clear()
     make_synthetic(tmp_path / "a", make_plan([4, 2]), make, "m", shard_size=4, attempts=3)
@@ -264,30 +343,62 @@ def test_bad_items_are_tried_again(tmp_path):
 
 
 def test_a_check_of_ones_own_and_nothing_good(tmp_path):
-    made = make_synthetic(tmp_path / "a", make_plan([4]), lambda p: torch.arange(4.)[:, None], "m", check=lambda x: x[:, 0] > 2)
+    made = make_synthetic(
+        tmp_path / "a", make_plan([4]), lambda p: torch.arange(4.0)[:, None], "m", check=lambda x: x[:, 0] > 2
+    )
     assert made.items.flatten().tolist() == [0, 1, 2]
-    with pytest.raises(LtnbError, match="all 4 items"): make_synthetic(tmp_path / "b", make_plan([4]), lambda p: torch.full((len(p), 3), float("nan")), "m")
+    with pytest.raises(LtnbError, match="all 4 items"):
+        make_synthetic(tmp_path / "b", make_plan([4]), lambda p: torch.full((len(p), 3), float("nan")), "m")
 
 
 # --- reading
+
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
     "A folder of 5 shards, of which one was added later"
     folder = tmp_path_factory.mktemp("made")
-    make_synthetic(folder, make_plan([7, 6]), lambda p: (image(p), [{"level": int(k)} for _, k in p]), "m", shard_size=4)
-    return folder, make_synthetic(folder, make_plan([9, 6]), lambda p: (image(p), [{"level": int(k)} for _, k in p]), "m", shard_size=4, keep=False)
+    make_synthetic(
+        folder, make_plan([7, 6]), lambda p: (image(p), [{"level": int(k)} for _, k in p]), "m", shard_size=4
+    )
+    return folder, make_synthetic(
+        folder,
+        make_plan([9, 6]),
+        lambda p: (image(p), [{"level": int(k)} for _, k in p]),
+        "m",
+        shard_size=4,
+        keep=False,
+    )
 
 
 def test_lazy_items_read_like_a_tensor(generated):
     folder, lazy = generated
     x = image(make_plan([9, 6]))
-    assert isinstance(lazy.items, ShardItems) and lazy.items.shape == x.shape and lazy.items.dtype == x.dtype and lazy.items.ndim == 4 and len(lazy) == 15
+    assert (
+        isinstance(lazy.items, ShardItems)
+        and lazy.items.shape == x.shape
+        and lazy.items.dtype == x.dtype
+        and lazy.items.ndim == 4
+        and len(lazy) == 15
+    )
     mask = torch.arange(15) % 3 == 0
-    for i in (0, -1, slice(None), slice(3, 9), slice(None, None, 4), [], [3, 3, 0], np.array([14, 2]), torch.tensor([1, 12]), mask, mask.numpy()):
+    for i in (
+        0,
+        -1,
+        slice(None),
+        slice(3, 9),
+        slice(None, None, 4),
+        [],
+        [3, 3, 0],
+        np.array([14, 2]),
+        torch.tensor([1, 12]),
+        mask,
+        mask.numpy(),
+    ):
         assert torch.equal(lazy.items[i], x[torch.from_numpy(i) if isinstance(i, np.ndarray) else i]), i
     for i in (15, -16, [15]):
-        with pytest.raises(IndexError): lazy.items[i]
+        with pytest.raises(IndexError):
+            lazy.items[i]
     again = pickle.loads(pickle.dumps(lazy))
     assert torch.equal(again.items.tensor(), x) and list(again.manifest) == list(lazy.manifest)
     assert torch.equal(mix(x[:2].float(), [0, 1], lazy.items, lazy.labels)[0][2:], x.float())
@@ -296,12 +407,24 @@ def test_lazy_items_read_like_a_tensor(generated):
 def test_lazy_and_eager_agree(generated):
     folder, lazy = generated
     eager = make_synthetic(folder, make_plan([9, 6]), mortal(0), "m")
-    assert isinstance(eager.items, torch.Tensor) and eager.manifest == list(lazy.manifest) and lazy.manifest[3:5] == eager.manifest[3:5]
+    assert (
+        isinstance(eager.items, torch.Tensor)
+        and eager.manifest == list(lazy.manifest)
+        and lazy.manifest[3:5] == eager.manifest[3:5]
+    )
     assert lazy.labels.tolist() == eager.labels.tolist() and lazy.counts(3).tolist() == [9, 6, 0]
     for keep in (lambda r: r["level"] > 5, lambda r: False):
         a, b = lazy.where(keep), eager.where(keep)
-        assert torch.equal(a.items.tensor(), b.items) and list(a.manifest) == b.manifest and a.labels.tolist() == b.labels.tolist() and len(a) == len(b)
-    assert all(r["sha"] == hashlib.blake2b(x.numpy().tobytes(), digest_size=16).hexdigest() for r, x in zip(eager.manifest, eager.items))
+        assert (
+            torch.equal(a.items.tensor(), b.items)
+            and list(a.manifest) == b.manifest
+            and a.labels.tolist() == b.labels.tolist()
+            and len(a) == len(b)
+        )
+    assert all(
+        r["sha"] == hashlib.blake2b(x.numpy().tobytes(), digest_size=16).hexdigest()
+        for r, x in zip(eager.manifest, eager.items)
+    )
     assert eager.manifest[0]["sha"] == ImageSet(eager.items.numpy(), eager.labels, ("a", "b")).ids[0]
 
 
@@ -312,31 +435,45 @@ def test_every_dtype(tmp_path, dtype):
 
 
 def test_shapes_must_agree(tmp_path):
-    with pytest.raises(DataError, match="different shapes"): make_synthetic(tmp_path, make_plan([4]), lambda p: torch.ones(len(p), int(p[0, 1]) + 1), "m", shard_size=2)
+    with pytest.raises(DataError, match="different shapes"):
+        make_synthetic(tmp_path, make_plan([4]), lambda p: torch.ones(len(p), int(p[0, 1]) + 1), "m", shard_size=2)
 
 
 def test_the_cache_is_bounded(generated):
     items = Synthetic.open(generated[0]).items
     items.cache_mb = 2 * 4 * 192 / 1e6
-    for i in range(15): items[i]
+    for i in range(15):
+        items[i]
     assert len(items._cache) <= 2
 
 
 # --- PNG
 
+
 def test_png(tmp_path, generated):
     from PIL import Image
+
     made, names = generated[1], ["../a:b", "..-a_b"]
     assert write_png(made, tmp_path, names) == 15
     folders = sorted(p for p in tmp_path.iterdir())
-    assert len(folders) == 2 and all(p.is_dir() for p in folders) and sorted(p.stem for p in tmp_path.rglob("*.png")) == [r["id"] for r in made.manifest]
-    for row, x in zip(made.manifest, made.items): assert np.array_equal(np.asarray(Image.open(next(tmp_path.rglob(f"{row['id']}.png")))).transpose(2, 0, 1), x)
+    assert (
+        len(folders) == 2
+        and all(p.is_dir() for p in folders)
+        and sorted(p.stem for p in tmp_path.rglob("*.png")) == [r["id"] for r in made.manifest]
+    )
+    for row, x in zip(made.manifest, made.items):
+        assert np.array_equal(np.asarray(Image.open(next(tmp_path.rglob(f"{row['id']}.png")))).transpose(2, 0, 1), x)
     stale = next(tmp_path.rglob("00000-000002.png"))
     stamp = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png") if p != stale}
-    Image.new("RGB", (8, 8)).save(stale) # of another model
-    assert write_png(made, tmp_path, names) == 1 and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png") if p != stale} == stamp
-    with pytest.raises(UsageError, match="has no name"): write_png(made, tmp_path, ["a"])
-    with pytest.raises(UsageError, match="uint8"): write_png(Synthetic(torch.zeros(1, 3), [{}]), tmp_path, ["a"])
+    Image.new("RGB", (8, 8)).save(stale)  # of another model
+    assert (
+        write_png(made, tmp_path, names) == 1
+        and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png") if p != stale} == stamp
+    )
+    with pytest.raises(UsageError, match="has no name"):
+        write_png(made, tmp_path, ["a"])
+    with pytest.raises(UsageError, match="uint8"):
+        write_png(Synthetic(torch.zeros(1, 3), [{}]), tmp_path, ["a"])
 
 
 def test_class_folder_names(tmp_path):
@@ -349,19 +486,31 @@ def test_class_folder_names(tmp_path):
 
 # --- near copies
 
+
 @pytest.mark.parametrize("kind", ["tensor", "array", "lazy"])
 def test_near_copies_equals_the_slow_way(tmp_path, kind):
     g = np.random.default_rng(0)
     real, made = (g.integers(0, 256, (n, 3, 5, 5)).astype(np.uint8) for n in (70, 40))
     made[7], made[9] = real[3], real[8] ^ 1
     slow = np.sqrt(((made[:, None].astype(float) - real[None]) ** 2).mean((2, 3, 4)))
-    items = {"tensor": torch.from_numpy(made), "array": made, "lazy": make_synthetic(tmp_path, make_plan([40]), lambda p: torch.from_numpy(made)[p[:, 1]], "m", shard_size=6, keep=False).items}[kind]
+    items = {
+        "tensor": torch.from_numpy(made),
+        "array": made,
+        "lazy": make_synthetic(
+            tmp_path, make_plan([40]), lambda p: torch.from_numpy(made)[p[:, 1]], "m", shard_size=6, keep=False
+        ).items,
+    }[kind]
     d, i = near_copies(items, real)["pixel"]
     assert np.allclose(d, slow.min(1), atol=1e-4) and (i == slow.argmin(1)).all() and d[7] == 0 and d[9] == 1
-    y, z = g.integers(0, 4, 40), g.integers(0, 3, 70) # class 3 has no real image
+    y, z = g.integers(0, 4, 40), g.integers(0, 3, 70)  # class 3 has no real image
     d, i = near_copies(items, real, y, z)["pixel"]
     slow[y[:, None] != z[None]] = np.inf
-    assert np.allclose(d, slow.min(1), atol=1e-4) and (i[y < 3] == slow.argmin(1)[y < 3]).all() and (i[y == 3] == -1).all() and np.isinf(d[y == 3]).all()
+    assert (
+        np.allclose(d, slow.min(1), atol=1e-4)
+        and (i[y < 3] == slow.argmin(1)[y < 3]).all()
+        and (i[y == 3] == -1).all()
+        and np.isinf(d[y == 3]).all()
+    )
     f = near_copies(items, torch.from_numpy(real), embed=lambda x: x.flatten(1)[:, :4].float())["feature"]
     far = np.sqrt(((made.reshape(40, -1)[:, None, :4].astype(float) - real.reshape(70, -1)[None, :, :4]) ** 2).sum(2))
     assert np.allclose(f[0], far.min(1), atol=1e-4)
@@ -370,24 +519,35 @@ def test_near_copies_equals_the_slow_way(tmp_path, kind):
 def test_near_copies_in_blocks(monkeypatch):
     "Several blocks on both sides give what one block gives"
     from ltnb import copies
+
     g = torch.Generator().manual_seed(0)
     made, real = torch.randn(50, 8, generator=g), torch.randn(90, 8, generator=g)
     one = near_copies(made, real)
     monkeypatch.setattr(copies._nearest, "__defaults__", (4 * 8 * 7,))
     many = near_copies(made, real)
-    assert set(one) == {"feature"} and (one["feature"][1] == many["feature"][1]).all() and np.allclose(one["feature"][0], torch.cdist(made, real).min(1).values, atol=1e-5)
+    assert (
+        set(one) == {"feature"}
+        and (one["feature"][1] == many["feature"][1]).all()
+        and np.allclose(one["feature"][0], torch.cdist(made, real).min(1).values, atol=1e-5)
+    )
 
 
 def test_near_copies_edges(tmp_path):
     x = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
     d, i = near_copies(x, x[:0])["pixel"]
     assert np.isinf(d).all() and (i == -1).all() and len(near_copies(x[:0], x)["pixel"][0]) == 0
-    with pytest.raises(UsageError, match="compared"): near_copies(x, torch.zeros(3, 1, 5, 5, dtype=torch.uint8))
-    with pytest.raises(UsageError, match="labels"): near_copies(x, x, made_labels=[0, 0, 0])
-    with pytest.raises(UsageError, match="held-out"): copy_threshold(x, x[:0])
+    with pytest.raises(UsageError, match="compared"):
+        near_copies(x, torch.zeros(3, 1, 5, 5, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="labels"):
+        near_copies(x, x, made_labels=[0, 0, 0])
+    with pytest.raises(UsageError, match="held-out"):
+        copy_threshold(x, x[:0])
     from PIL import Image
+
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "0.png")
-    assert near_copies(torch.full((2, 3, 4, 4), 5, dtype=torch.uint8), ImageFiles(tmp_path, ["0.png"], 4))["pixel"][0].tolist() == [5, 5]
+    assert near_copies(torch.full((2, 3, 4, 4), 5, dtype=torch.uint8), ImageFiles(tmp_path, ["0.png"], 4))["pixel"][
+        0
+    ].tolist() == [5, 5]
 
 
 def test_flags(tmp_path):
@@ -396,27 +556,36 @@ def test_flags(tmp_path):
     train, half = data.train, len(data.test) // 2
     order = np.random.default_rng(0).permutation(len(data.test))
     test, held = data.test.take(order[:half]), data.test.take(order[half:])
-    def make(part): return torch.from_numpy(np.stack([(train.images[k], test.images[k], held.images[k])[c] for c, k in part]))
+
+    def make(part):
+        return torch.from_numpy(np.stack([(train.images[k], test.images[k], held.images[k])[c] for c, k in part]))
+
     embed = lambda x: x.flatten(1).float()[:, ::2]
     make_synthetic(tmp_path, make_plan([60] * 3), make, "m", shard_size=32)
     flagged, limit = flag_copies(tmp_path, train, test, embed), copy_threshold(train.images, held.images, embed=embed)
     leak = np.array([r["scores"]["leak"] for r in flagged.manifest])
-    assert copies(flagged, limit)[:60].all() and copies(flagged, limit["pixel_distance"])[120:].mean() < .15
-    assert not leak[:60].any() and leak[60:120].all() and .2 < leak[120:].mean() < .9
-    assert [r["scores"]["nearest_id"] for r in flagged.manifest][:60] == train.ids[:60] == [r["sha"] for r in flagged.manifest][:60]
+    assert copies(flagged, limit)[:60].all() and copies(flagged, limit["pixel_distance"])[120:].mean() < 0.15
+    assert not leak[:60].any() and leak[60:120].all() and 0.2 < leak[120:].mean() < 0.9
+    assert (
+        [r["scores"]["nearest_id"] for r in flagged.manifest][:60]
+        == train.ids[:60]
+        == [r["sha"] for r in flagged.manifest][:60]
+    )
     own = near_copies(held.images, train.images)["pixel"][0]
-    assert abs((own <= limit["pixel_distance"]).mean() - .05) < .01, "by construction"
+    assert abs((own <= limit["pixel_distance"]).mean() - 0.05) < 0.01, "by construction"
     before = content(tmp_path)
     flag_copies(tmp_path, train, test, embed)
     make_synthetic(tmp_path, make_plan([60] * 3), mortal(0), "m")
     assert content(tmp_path) == before
     longer = make_synthetic(tmp_path, make_plan([61, 60, 60]), make, "m")
     assert "leak" in longer.manifest[0]["scores"] and not longer.manifest[60]["scores"]
-    with pytest.raises(UsageError, match="00000-000060.*flag_copies"): copies(longer, 3.)
+    with pytest.raises(UsageError, match="00000-000060.*flag_copies"):
+        copies(longer, 3.0)
     monkey = longer.take(np.arange(3))
-    assert copies(monkey, 3.).all() and len(monkey) == 3
+    assert copies(monkey, 3.0).all() and len(monkey) == 3
     make_synthetic(tmp_path / "features", make_plan([2]), lambda p: torch.ones(len(p), 3), "m")
-    with pytest.raises(UsageError, match="near_copies"): flag_copies(tmp_path / "features", train)
+    with pytest.raises(UsageError, match="near_copies"):
+        flag_copies(tmp_path / "features", train)
 
 
 def test_scores_of_changed_items_are_dropped(tmp_path):
@@ -435,7 +604,10 @@ WORK = "import sys, time; from test_synthetic import image; from ltnb.jobs impor
 
 
 def start(folder, rank=0, world=1):
-    code = WORK + f"make_synthetic(sys.argv[1], make_plan([700, 300]), make, 'm', shard_size=20, worker=({rank}, {world}), keep=False)"
+    code = (
+        WORK
+        + f"make_synthetic(sys.argv[1], make_plan([700, 300]), make, 'm', shard_size=20, worker=({rank}, {world}), keep=False)"
+    )
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent)
 
 
@@ -444,15 +616,19 @@ def test_sigkill(tmp_path):
     one, two = start(tmp_path / "a"), start(tmp_path / "a", 1, 2)
     shards = lambda: len(list((tmp_path / "a").glob("shard-*.safetensors")))
     end = time.monotonic() + 600
-    while shards() < 8 and one.poll() is None and time.monotonic() < end: time.sleep(.002)
+    while shards() < 8 and one.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
     one.send_signal(signal.SIGKILL)
     one.wait()
     before = shards()
-    while shards() < before + 6 and two.poll() is None and time.monotonic() < end: time.sleep(.002)
+    while shards() < before + 6 and two.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
     two.send_signal(signal.SIGKILL)
     assert two.wait() == -signal.SIGKILL and 0 < shards() < 50 and not (tmp_path / "a" / "manifest.jsonl").exists()
     made, log = shards(), []
-    make_synthetic(tmp_path / "a", make_plan([700, 300]), lambda p: log.append(1) or image(p), "m", shard_size=20, other="refuse")
+    make_synthetic(
+        tmp_path / "a", make_plan([700, 300]), lambda p: log.append(1) or image(p), "m", shard_size=20, other="refuse"
+    )
     assert len(log) == 50 - made
     make_synthetic(tmp_path / "b", make_plan([700, 300]), image, "m", shard_size=20)
     assert content(tmp_path / "a") == content(tmp_path / "b") and not list((tmp_path / "a").glob(".*"))
@@ -480,9 +656,20 @@ print(json.dumps({"grown": peak() - start, "seconds": t, "made": sum(log), "told
 
 
 def test_350000_items_in_flat_memory(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     d = json.loads(done.stdout)
     print(d)
     assert d["grown"] < 150, f"{d['grown']:.0f} MB"
-    assert d["items"] == d["told"] == 350_000 and d["made"] == 350_000 - 170 * 1024 and d["labels"] and d["last"] == item_id(999, 349)
+    assert (
+        d["items"] == d["told"] == 350_000
+        and d["made"] == 350_000 - 170 * 1024
+        and d["labels"]
+        and d["last"] == item_id(999, 349)
+    )

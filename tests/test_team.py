@@ -1,4 +1,5 @@
 "Several processes: they take the same way, end with the same state, and none waits for ever."
+
 import os
 import socket
 import subprocess
@@ -17,33 +18,61 @@ from ltnb.team import Team, TeamError, _patience, join_team
 from PIL import Image
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTNB_TEAM_TIMEOUT": "240"}
-DIFFULT = ["run", "diffult", "--plain", "--quiet", "--device", "cpu", "--precision", "fp32", "--imb-ratio", "10",
-           "--n-steps", "2", "--diff-bs", "16", "--n-epochs", "4", "--target-per-class", "16", "--sample-steps", "2",
-           "--cap", "2", "--pipelines", "false"]
+DIFFULT = [
+    "run",
+    "diffult",
+    "--plain",
+    "--quiet",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--imb-ratio",
+    "10",
+    "--n-steps",
+    "2",
+    "--diff-bs",
+    "16",
+    "--n-epochs",
+    "4",
+    "--target-per-class",
+    "16",
+    "--sample-steps",
+    "2",
+    "--cap",
+    "2",
+    "--pipelines",
+    "false",
+]
 
 
 # meetings, among threads that share a store
-def together(act, size=2, patience=20.):
+def together(act, size=2, patience=20.0):
     "What each of several pretended processes comes to: a value, or an error"
     store, said = torch.distributed.HashStore(), {}
 
     def go(rank):
         try:
-            with Team(rank, size, store, patience) as team: said[rank] = act(team)
-        except Exception as e: said[rank] = e
+            with Team(rank, size, store, patience) as team:
+                said[rank] = act(team)
+        except Exception as e:
+            said[rank] = e
 
     threads = [threading.Thread(target=go, args=(r,)) for r in range(size)]
-    for t in threads: t.start()
-    for t in threads: t.join(60)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
     assert len(said) == size, "somebody still waits"
     return [said[r] for r in range(size)]
 
 
 def test_the_first_process_decides():
     def act(team):
-        time.sleep(.02 * team.rank)
+        time.sleep(0.02 * team.rank)
         team.wait("a start")
         return [team.told("a number", team.rank + n) for n in range(3)]
+
     assert together(act, 3) == [[0, 1, 2]] * 3
 
 
@@ -54,31 +83,45 @@ def test_another_value_is_refused():
 
 
 def test_processes_that_went_apart_say_where():
-    def act(team): team.wait("the images" if team.rank else "the scores")
+    def act(team):
+        team.wait("the images" if team.rank else "the scores")
+
     for e in together(act):
         assert isinstance(e, TeamError) and "rank 0 is at 'the scores', rank 1 at 'the images'" in str(e)
 
 
-@pytest.mark.parametrize("error, text", [(DataError("b.png cannot be read."), "b.png cannot be read."),
-                                         (KeyError("x"), "KeyError: 'x'"), (SystemExit("SIGTERM"), "told to")])
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (DataError("b.png cannot be read."), "b.png cannot be read."),
+        (KeyError("x"), "KeyError: 'x'"),
+        (SystemExit("SIGTERM"), "told to"),
+    ],
+)
 def test_an_error_ends_the_others_at_once(error, text):
     start = time.monotonic()
+
     def act(team):
-        if team.rank == 1: raise error
+        if team.rank == 1:
+            raise error
         team.wait("the images")
-    def all_of(team): # SystemExit would end a thread in silence
-        try: act(team)
+
+    def all_of(team):  # SystemExit would end a thread in silence
+        try:
+            act(team)
         except SystemExit as e:
             team.__exit__(SystemExit, e, None)
             raise TeamError("was told to") from e
-    said = together(all_of, 3, patience=60.)
+
+    said = together(all_of, 3, patience=60.0)
     assert all(isinstance(e, LtnbError | KeyError) for e in said) and time.monotonic() - start < 10
-    for e in (said[0], said[2]): assert "rank 1 of 3 processes has stopped" in str(e) and text in str(e)
+    for e in (said[0], said[2]):
+        assert "rank 1 of 3 processes has stopped" in str(e) and text in str(e)
 
 
 def test_no_wait_is_for_ever():
     start = time.monotonic()
-    first, other = together(lambda team: None if team.rank else team.wait("the images"), patience=.3)
+    first, other = together(lambda team: None if team.rank else team.wait("the images"), patience=0.3)
     assert other is None and isinstance(first, TeamError) and time.monotonic() - start < 10
     assert str(first).startswith("rank 0 of 2 processes has waited 0.3 seconds for rank 1 at: the images.")
     assert "LTNB_TEAM_TIMEOUT" in str(first)
@@ -86,7 +129,8 @@ def test_no_wait_is_for_ever():
 
 def test_one_process_asks_nobody():
     x, team = torch.arange(6), Team()
-    with team: team.wait()
+    with team:
+        team.wait()
     team.share([x])
     assert team.told("x", 3) == 3 and team.agree("x", 4) == 4 and team.whole(x, 6) is x and team.mine(x) is x
 
@@ -94,17 +138,20 @@ def test_one_process_asks_nobody():
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan"])
 def test_a_wrong_timeout_is_refused(monkeypatch, given):
     monkeypatch.setenv("LTNB_TEAM_TIMEOUT", given)
-    with pytest.raises(UsageError, match="number of seconds"): _patience()
+    with pytest.raises(UsageError, match="number of seconds"):
+        _patience()
 
 
 def test_a_launcher_that_left_something_out(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"): monkeypatch.delenv(name, raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TeamError, match="start all of them with torchrun"): join_team()
+    with pytest.raises(TeamError, match="start all of them with torchrun"):
+        join_team()
 
 
 # two processes that train
-WORKER = '''
+WORKER = """
 import hashlib, json, sys
 from pathlib import Path
 import numpy as np, torch
@@ -179,7 +226,7 @@ with team:
     except LtnbError as e:
         print(e, flush=True)
         raise
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +235,27 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
-    for i, x in enumerate(pixels): Image.fromarray(x).save(folder / "photos" / f"{i}.png")
+    for i, x in enumerate(pixels):
+        Image.fromarray(x).save(folder / "photos" / f"{i}.png")
     (folder / "worker.py").write_text(WORKER)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    both = [subprocess.Popen([sys.executable, str(folder / "worker.py"), str(folder)], env={**env, "RANK": str(r)},
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in (0, 1)]
-    try: ends = [p.communicate(timeout=400) for p in both]
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), str(folder)],
+            env={**env, "RANK": str(r)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for r in (0, 1)
+    ]
+    try:
+        ends = [p.communicate(timeout=400) for p in both]
     finally:
-        for p in both: p.kill()
+        for p in both:
+            p.kill()
     assert all((folder / f"{r}.json").exists() for r in (0, 1)), ends[0][1][-3000:] + ends[1][1][-3000:]
     return [read_json(folder / f"{r}.json") for r in (0, 1)], [out for out, _ in ends], [p.returncode for p in both]
 
@@ -205,7 +263,8 @@ def two(tmp_path_factory):
 def test_every_process_ends_with_the_state_of_the_first(two):
     "With BatchNorm, dropout, averages, and the best epoch on held-out images"
     (first, other), *_ = two
-    for name in ("plain", "averaged", "best", "diffusion"): assert first[name] == other[name], name
+    for name in ("plain", "averaged", "best", "diffusion"):
+        assert first[name] == other[name], name
 
 
 def test_two_killed_processes_go_on_bit_for_bit(two):
@@ -228,9 +287,10 @@ def test_one_process_trains_what_two_train_on_photographs(two):
     from ltnb.models import build_model
     from ltnb.classifier import Classifier
     from ltnb.training import fit
+
     pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8).transpose(0, 3, 1, 2)
     clf = Classifier(build_model("convnet", 3, 3, norm="group"), "abc", (3, 8, 8), arch="convnet")
-    fit(clf, pixels, np.arange(11) % 3, n_epochs=2, bs=4, lr=.01, mixup=.5)
+    fit(clf, pixels, np.arange(11) % 3, n_epochs=2, bs=4, lr=0.01, mixup=0.5)
     total = float(sum(p.detach().double().abs().sum() for p in clf.net.parameters()))
     assert total == pytest.approx(two[0][0]["files"], rel=1e-6) and int(pixels.sum()) == two[0][0]["pixels"]
 
@@ -247,17 +307,25 @@ def diffult(tmp_path_factory):
     "DiffuLT by one process and by two, with BatchNorm: two run directories"
     folder = tmp_path_factory.mktemp("diffult")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb"]
-    two = subprocess.run([sys.executable, *launcher, *DIFFULT, "--out", str(folder / "two")], env=ENV, text=True,
-                         capture_output=True, timeout=500)
+    two = subprocess.run(
+        [sys.executable, *launcher, *DIFFULT, "--out", str(folder / "two")],
+        env=ENV,
+        text=True,
+        capture_output=True,
+        timeout=500,
+    )
     assert two.returncode == 0, two.stdout[-1000:] + two.stderr[-3000:]
     assert two.stdout.count("run directory") == 1, "the table is printed once"
     quiet = Progress.quiet
-    try: assert main([*DIFFULT, "--out", str(folder / "one")]) == 0
-    finally: Progress.quiet = quiet
+    try:
+        assert main([*DIFFULT, "--out", str(folder / "one")]) == 0
+    finally:
+        Progress.quiet = quiet
     return folder / "one", folder / "two"
 
 
-def ids(path): return {r["id"] for r in read_jsonl(path / "manifest.jsonl")}
+def ids(path):
+    return {r["id"] for r in read_jsonl(path / "manifest.jsonl")}
 
 
 def test_diffult_with_two_processes_ends(diffult):
@@ -278,6 +346,7 @@ def test_what_two_processes_kept_is_one_model(diffult):
     from ltnb.aid import Extractor
     from ltnb.diffusion import DiffusionModel
     from ltnb.classifier import Classifier
+
     _, two = diffult
     model, phi = DiffusionModel.load(two / "generator"), Extractor(Classifier.load(two / "phi"))
     rows = read_jsonl(two / "made" / "aid-seed-0" / "manifest.jsonl")

@@ -1,4 +1,5 @@
 "What a person sees: the kernel's Python and its end, notes and bars, closed streams, odd encodings, signals."
+
 import fcntl
 import io
 import json
@@ -48,7 +49,8 @@ def traps(folder, without=()):
     "Files of a working folder that have the names of modules"
     (folder / "datasets").mkdir(parents=True)
     trap = "raise RuntimeError('a file of the working folder was imported')\n"
-    for name in set(TRAPS) - set(without): (folder / f"{name}.py").write_text(trap)
+    for name in set(TRAPS) - set(without):
+        (folder / f"{name}.py").write_text(trap)
     return folder
 
 
@@ -73,10 +75,12 @@ def test_the_kernel_is_this_python(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONSTARTUP", str(mine / "nothing.py"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(mine)])
     monkeypatch.chdir(traps(tmp_path / "here"))
-    cell = ("import sys, os, json, secrets, types, random, my_module\nfrom ltnb import core, progress\n"
-            "progress.tell('note: left out one')\n"
-            "p = progress.Progress('fit', 3); p.step(3); p.close()\n"
-            "core.write_json('seen.json', [sys.executable, my_module.value, core.__file__, n_epochs, data_root])")
+    cell = (
+        "import sys, os, json, secrets, types, random, my_module\nfrom ltnb import core, progress\n"
+        "progress.tell('note: left out one')\n"
+        "p = progress.Progress('fit', 3); p.step(3); p.close()\n"
+        "core.write_json('seen.json', [sys.executable, my_module.value, core.__file__, n_epochs, data_root])"
+    )
     out = run_it(tmp_path, cell, config=Toy(n_epochs=3, data_root="x"))
     python, value, file, n_epochs, root = json.loads((tmp_path / "here" / "seen.json").read_text())
     assert python == sys.executable and value == "from PYTHONPATH" and file == core.check_output.__code__.co_filename
@@ -87,15 +91,26 @@ def test_the_kernel_is_this_python(tmp_path, monkeypatch, capsys):
     assert "fit" not in "".join(o.get("text", "") for c in nbformat.read(out / "toy.ipynb", 4).cells for o in c.outputs)
 
 
-@pytest.mark.parametrize("cell, words", [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["SIGKILL", "memory", "--bs", "--image-size", "same"]),
-    ("import os; os._exit(3)", ["exit code 3", "same command"]),
-    ("raise RuntimeError('DataLoader worker (pid(s) 4711) exited unexpectedly')", ["worker", "4711", "--bs", "same"]),
-    ("raise MemoryError", ["memory ran out", "--bs"]),
-    ("from ltnb.core import UsageError\nraise UsageError('lr must be positive.')", ["lr must be positive."])])
+@pytest.mark.parametrize(
+    "cell, words",
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            ["SIGKILL", "memory", "--bs", "--image-size", "same"],
+        ),
+        ("import os; os._exit(3)", ["exit code 3", "same command"]),
+        (
+            "raise RuntimeError('DataLoader worker (pid(s) 4711) exited unexpectedly')",
+            ["worker", "4711", "--bs", "same"],
+        ),
+        ("raise MemoryError", ["memory ran out", "--bs"]),
+        ("from ltnb.core import UsageError\nraise UsageError('lr must be positive.')", ["lr must be positive."]),
+    ],
+)
 def test_the_end_of_a_kernel_is_explained(tmp_path, cell, words):
     started = time.monotonic()
-    with pytest.raises(LtnbError) as e: run_it(tmp_path, cell, "after = 1")
+    with pytest.raises(LtnbError) as e:
+        run_it(tmp_path, cell, "after = 1")
     assert all(w in str(e.value) for w in words), e.value
     assert time.monotonic() - started < 60
     assert not headless.notebook_finished(tmp_path / "out {0} {name}" / "toy.ipynb")
@@ -104,7 +119,9 @@ def test_the_end_of_a_kernel_is_explained(tmp_path, cell, words):
 
 def test_quiet_says_nothing(tmp_path, capsys):
     "Bars and notes stay in the notebook"
-    cell = "from ltnb import progress\nprogress.tell('note: one')\np = progress.Progress('fit', 3); p.step(3); p.close()"
+    cell = (
+        "from ltnb import progress\nprogress.tell('note: one')\np = progress.Progress('fit', 3); p.step(3); p.close()"
+    )
     (tmp_path / "out").mkdir()
     headless.run_notebook(notebook(tmp_path / "toy.ipynb", cell), Toy(), tmp_path / "out", quiet=True)
     assert capsys.readouterr().err == ""
@@ -115,23 +132,29 @@ def test_a_kernel_that_cannot_start_says_why(tmp_path, monkeypatch):
     python.write_text("#!/bin/sh\necho ModuleNotFoundError: no ipykernel here >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(LtnbError, match="exit code 1 .*no ipykernel here"): run_it(tmp_path, "1")
+    with pytest.raises(LtnbError, match="exit code 1 .*no ipykernel here"):
+        run_it(tmp_path, "1")
 
 
 def test_a_path_that_a_notebook_cannot_hold(tmp_path):
     config = Toy(data_root=os.fsdecode(b"caf\xe9"))
-    with pytest.raises(UsageError, match="--plain"): run_it(tmp_path, "1", config=config)
+    with pytest.raises(UsageError, match="--plain"):
+        run_it(tmp_path, "1", config=config)
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     "papermill itself only warns"
     from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
-    cell = ("from dataclasses import dataclass\nfrom ltnb.config import Config\n@dataclass(frozen=True)\n"
-            "class Toy(Config):\n    n_epochs: int = 80\nconfig = Toy.from_cell(globals())")
+
+    cell = (
+        "from dataclasses import dataclass\nfrom ltnb.config import Config\n@dataclass(frozen=True)\n"
+        "class Toy(Config):\n    n_epochs: int = 80\nconfig = Toy.from_cell(globals())"
+    )
     entry = notebook(tmp_path / "toy.ipynb", cell)
     paths, how = (str(entry), str(tmp_path / "o.ipynb")), {"kernel_name": "python3", "progress_bar": False}
-    with pytest.raises(PapermillExecutionError) as e: execute_notebook(*paths, {"n_epoch": 1}, **how)
+    with pytest.raises(PapermillExecutionError) as e:
+        execute_notebook(*paths, {"n_epoch": 1}, **how)
     assert e.value.ename == "UsageError" and "Did you mean 'n_epochs'?" in e.value.evalue
 
 
@@ -139,9 +162,12 @@ def test_names_of_a_parameters_cell():
     injected = ["", "# Parameters\nn_epochs = 3\nPAPERMILL_OUTPUT_PATH = 'x'\n", "helper = 5"]
     scope = {"n_epochs": 3, "helper": 5, "In": injected, "_": 1, "os": os}
     assert Toy.from_cell(scope) == Toy(n_epochs=3)
-    with pytest.raises(UsageError, match="no setting 'lr'"): Toy.from_cell({**scope, "In": ["# Parameters\nlr = 1\n"]})
-    with pytest.raises(UsageError, match="n_epochs"): Toy.from_cell({"n_epoch": 3})
-    with pytest.raises(UsageError, match="whole number"): Toy.from_cell({"n_epochs": "3"})
+    with pytest.raises(UsageError, match="no setting 'lr'"):
+        Toy.from_cell({**scope, "In": ["# Parameters\nlr = 1\n"]})
+    with pytest.raises(UsageError, match="n_epochs"):
+        Toy.from_cell({"n_epoch": 3})
+    with pytest.raises(UsageError, match="whole number"):
+        Toy.from_cell({"n_epochs": "3"})
     for name in cli.RECIPES.values():
         cells = json.loads(cli.entry_notebook(name.notebook).read_text())["cells"]
         assert any(f"{name.config}.from_cell(globals())" in "".join(c["source"]) for c in cells)
@@ -160,9 +186,11 @@ def fake(args):
 cli.COMMANDS["run"] = fake
 sys.exit(cli.main(["run"]))
 """
-WAIT = ("import time, os\nfrom ltnb.progress import Progress\np = Progress('seed 0: classifier', 400)\n"
-        "open('pid', 'w').write(str(os.getpid()))\nfor i in range(400):\n    time.sleep(.05)\n    p.step()\n"
-        "    if os.path.exists('enough'): break\np.close()")
+WAIT = (
+    "import time, os\nfrom ltnb.progress import Progress\np = Progress('seed 0: classifier', 400)\n"
+    "open('pid', 'w').write(str(os.getpid()))\nfor i in range(400):\n    time.sleep(.05)\n    p.step()\n"
+    "    if os.path.exists('enough'): break\np.close()"
+)
 
 
 def start(folder, **how):
@@ -177,7 +205,8 @@ def start(folder, **how):
 
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end: time.sleep(.05)
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
     assert condition()
 
 
@@ -206,16 +235,21 @@ def test_bars_fit_a_terminal_that_changes(tmp_path):
     os.close(theirs)
     text, narrow = "", None
     while True:
-        try: data = os.read(ours, 65536).decode(errors="replace")
-        except OSError: break # the terminal is closed at the end
+        try:
+            data = os.read(ours, 65536).decode(errors="replace")
+        except OSError:
+            break  # the terminal is closed at the end
         text += data
         bars = len(re.findall("%", text))
-        if narrow is None and bars > 5: size(20); narrow = len(text)
-        if narrow and text[narrow:].count("%") > 5: (tmp_path / "enough").touch()
+        if narrow is None and bars > 5:
+            size(20)
+            narrow = len(text)
+        if narrow and text[narrow:].count("%") > 5:
+            (tmp_path / "enough").touch()
     assert process.wait(30) == 0, text
     lines = [s for s in re.split(r"[\r\n]+", text[:narrow]) if "%" in s]
     assert lines and {len(s) for s in lines} == {59} and "it/s" in lines[-1]
-    lines = [s for s in re.split(r"[\r\n]+", text[narrow:]) if "%" in s][2:] # those under way may be wide
+    lines = [s for s in re.split(r"[\r\n]+", text[narrow:]) if "%" in s][2:]  # those under way may be wide
     assert lines and all(len(s) < 20 for s in lines)
 
 
@@ -225,10 +259,19 @@ def sh(command, cwd=None):
     return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("command, code", [
-    ("ltnb --help >&-", 0), ("ltnb --help >&- 2>&- <&-", 0), ("ltnb lst 2>&-", 2), ("ltnb --help <&-", 0),
-    ("ltnb lst >&-", 2), ("ltnb --help | true; exit ${PIPESTATUS[0]}", (0, 1)),
-    ("ltnb lst 2> /dev/full", 2), ("ltnb --help > /dev/full", 1)])
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("ltnb --help >&-", 0),
+        ("ltnb --help >&- 2>&- <&-", 0),
+        ("ltnb lst 2>&-", 2),
+        ("ltnb --help <&-", 0),
+        ("ltnb lst >&-", 2),
+        ("ltnb --help | true; exit ${PIPESTATUS[0]}", (0, 1)),
+        ("ltnb lst 2> /dev/full", 2),
+        ("ltnb --help > /dev/full", 1),
+    ],
+)
 def test_streams_that_are_closed(tmp_path, command, code):
     done = sh(command, tmp_path)
     assert done.returncode in (code if isinstance(code, tuple) else (code,)), done
@@ -244,6 +287,7 @@ def test_python_m_takes_nothing_from_the_working_folder(tmp_path):
 
 def test_a_character_that_the_terminal_lacks(monkeypatch):
     from ltnb.progress import show_text
+
     shown = {"ascii": b"??: caf? ?", "cp1252": b"??: caf\xe9 ?", "utf-8": "日本: café ?".encode()}
     for encoding, bytes_shown in shown.items():
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2))
@@ -262,17 +306,20 @@ def test_warnings_of_libraries_stay_away(main, monkeypatch):
     import warnings
 
     def noisy(args):
-        warnings.simplefilter("always") # as some libraries do
+        warnings.simplefilter("always")  # as some libraries do
         warnings.warn("Glyph 26085 missing", stacklevel=1)
         logging.getLogger("a.library").warning("findfont")
 
     monkeypatch.setitem(cli.COMMANDS, "noisy", noisy)
     assert main("noisy") == (0, "", "")
-    with pytest.warns(UserWarning, match="Glyph"): main("noisy", "--debug")
+    with pytest.warns(UserWarning, match="Glyph"):
+        main("noisy", "--debug")
 
 
 def test_lack_of_memory_in_this_process(main, monkeypatch):
-    def starved(args): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    def starved(args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
     monkeypatch.setitem(cli.COMMANDS, "starved", starved)
     code, _, said = main("starved")
     assert code == 1 and "--bs" in said and "unexpected" not in said and "kept" not in said
@@ -280,6 +327,7 @@ def test_lack_of_memory_in_this_process(main, monkeypatch):
 
 def test_columns_is_respected(monkeypatch):
     from ltnb.progress import terminal_width
+
     monkeypatch.setenv("COLUMNS", "44")
     assert terminal_width() == 44
     monkeypatch.setenv("COLUMNS", "many")
@@ -287,8 +335,11 @@ def test_columns_is_respected(monkeypatch):
 
 
 def test_a_narrow_table_wraps_names_and_no_numbers():
-    cells = [["method", "all", "from scratch vs label shift"],
-             ["neighbour mixing + label shift", "81.2 ± 1.3", "-11.2 [-10.4, -12.0]"], ["crt", "–", "+1.0 [0.4, 2.0]"]]
+    cells = [
+        ["method", "all", "from scratch vs label shift"],
+        ["neighbour mixing + label shift", "81.2 ± 1.3", "-11.2 [-10.4, -12.0]"],
+        ["crt", "–", "+1.0 [0.4, 2.0]"],
+    ]
     for width in range(20, 120):
         text = render(cells, width)
         assert max(map(len, text.split("\n"))) <= width

@@ -1,4 +1,5 @@
 "How many threads compute and how they wait: by the machine, the work and the user; recorded, and kept by a run."
+
 import json
 import os
 import subprocess
@@ -17,53 +18,84 @@ from ltnb.core import UsageError
 from ltnb.config import Config, valid_threads
 from ltnb.progress import Progress
 from ltnb.runs import Run
-from ltnb.threads import (SPIN, Machine, busy_cores, choose_threads, computing_threads, cpu_quota, look_at_machine,
-                          thread_variables, users_variables)
+from ltnb.threads import (
+    SPIN,
+    Machine,
+    busy_cores,
+    choose_threads,
+    computing_threads,
+    cpu_quota,
+    look_at_machine,
+    thread_variables,
+    users_variables,
+)
 from ltnb.recipe import step_work
 from ltnb.data import LongTail
 from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr import LDMLRConfig
 
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LTNB_THREADS", "LOCAL_WORLD_SIZE")
-TWO, MANY = Machine((0, 1), 2, busy=0.), Machine(tuple(range(32)), 16, busy=.1) # the second with hyper-threads
+TWO, MANY = Machine((0, 1), 2, busy=0.0), Machine(tuple(range(32)), 16, busy=0.1)  # the second with hyper-threads
 
 
 @pytest.fixture
 def bare(monkeypatch):
     "An environment that says nothing of threads"
-    for name in NAMES: monkeypatch.delenv(name, raising=False)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-@pytest.mark.parametrize("machine, how, number, why", [
-    (TWO, {}, 2, "2 of 2 processors to spare"),
-    (Machine((0, 1), 2, busy=1.), {}, 1, "to spare"), # beside a busy core
-    (Machine((0, 1), 2, busy=.2), {}, 2, "to spare"), # a little of everything runs everywhere
-    (Machine((0, 1), 2, busy=2.), {}, 1, "to spare"),
-    (Machine((3,), 1, busy=0.), {}, 1, "to spare"), # taskset, or a job scheduler
-    (MANY, {}, 16, "to spare"), # physical cores
-    (Machine(tuple(range(32)), 16, quota=3.5, busy=0.), {}, 3, "to spare"), # a container
-    (Machine(tuple(range(32)), 16, quota=.5, busy=0.), {}, 1, "to spare"),
-    (Machine(tuple(range(32)), 16, quota=3., busy=15.), {}, 1, "to spare"),
-    (Machine((0, 1), 2), {}, 2, "to spare"), # where nobody says how busy they are
-    (MANY, dict(work=40_000), 1, "do not pay"), (MANY, dict(work=2**18), 2, "do not pay"),
-    (MANY, dict(work=2**24), 16, "to spare"), (TWO, dict(work=2**18), 2, "to spare"),
-    (Machine((0, 1), 2, busy=1.), dict(work=2**24), 1, "to spare"),
-    (TWO, dict(begun=2, work=10), 2, "began"), (TWO, dict(begun=1), 1, "began"),
-    (Machine((0, 1), 2, busy=2.), dict(begun=2), 2, "began"), # the same numbers go before speed
-    (TWO, dict(begun=4), 2, "to spare"), (Machine((0, 1), 2, quota=1.), dict(begun=2), 1, "to spare"),
-    (MANY, dict(processes=4), 4, "4 processes"), (TWO, dict(processes=4), 1, "4 processes")])
+@pytest.mark.parametrize(
+    "machine, how, number, why",
+    [
+        (TWO, {}, 2, "2 of 2 processors to spare"),
+        (Machine((0, 1), 2, busy=1.0), {}, 1, "to spare"),  # beside a busy core
+        (Machine((0, 1), 2, busy=0.2), {}, 2, "to spare"),  # a little of everything runs everywhere
+        (Machine((0, 1), 2, busy=2.0), {}, 1, "to spare"),
+        (Machine((3,), 1, busy=0.0), {}, 1, "to spare"),  # taskset, or a job scheduler
+        (MANY, {}, 16, "to spare"),  # physical cores
+        (Machine(tuple(range(32)), 16, quota=3.5, busy=0.0), {}, 3, "to spare"),  # a container
+        (Machine(tuple(range(32)), 16, quota=0.5, busy=0.0), {}, 1, "to spare"),
+        (Machine(tuple(range(32)), 16, quota=3.0, busy=15.0), {}, 1, "to spare"),
+        (Machine((0, 1), 2), {}, 2, "to spare"),  # where nobody says how busy they are
+        (MANY, dict(work=40_000), 1, "do not pay"),
+        (MANY, dict(work=2**18), 2, "do not pay"),
+        (MANY, dict(work=2**24), 16, "to spare"),
+        (TWO, dict(work=2**18), 2, "to spare"),
+        (Machine((0, 1), 2, busy=1.0), dict(work=2**24), 1, "to spare"),
+        (TWO, dict(begun=2, work=10), 2, "began"),
+        (TWO, dict(begun=1), 1, "began"),
+        (Machine((0, 1), 2, busy=2.0), dict(begun=2), 2, "began"),  # the same numbers go before speed
+        (TWO, dict(begun=4), 2, "to spare"),
+        (Machine((0, 1), 2, quota=1.0), dict(begun=2), 1, "to spare"),
+        (MANY, dict(processes=4), 4, "4 processes"),
+        (TWO, dict(processes=4), 1, "4 processes"),
+    ],
+)
 def test_auto(machine, how, number, why):
     n, said = choose_threads("auto", machine, {}, **how)
     assert n == number and why in said
 
 
-@pytest.mark.parametrize("asked, given, how, number", [
-    ("3", None, {}, 3), ("64", None, {}, 64), ("3", None, dict(begun=2, work=1), 3), # asked for is asked for
-    ("auto", "5", {}, 5), ("auto", "4,2", {}, 4), ("auto", "1", dict(begun=2, work=2**24), 1), # the user wins
-    ("2", "1", {}, 1), ("auto", "", {}, 2), ("auto", "0", {}, 2), ("auto", "many", {}, 2), # what says no number
-    ("4", "1", dict(processes=2), 4), ("4", "2", dict(processes=2), 2), # torchrun itself says 1
-    ("auto", "1", dict(processes=2), 1)])
+@pytest.mark.parametrize(
+    "asked, given, how, number",
+    [
+        ("3", None, {}, 3),
+        ("64", None, {}, 64),
+        ("3", None, dict(begun=2, work=1), 3),  # asked for is asked for
+        ("auto", "5", {}, 5),
+        ("auto", "4,2", {}, 4),
+        ("auto", "1", dict(begun=2, work=2**24), 1),  # the user wins
+        ("2", "1", {}, 1),
+        ("auto", "", {}, 2),
+        ("auto", "0", {}, 2),
+        ("auto", "many", {}, 2),  # what says no number
+        ("4", "1", dict(processes=2), 4),
+        ("4", "2", dict(processes=2), 2),  # torchrun itself says 1
+        ("auto", "1", dict(processes=2), 1),
+    ],
+)
 def test_asked_for_and_the_users_environment(asked, given, how, number):
     assert choose_threads(asked, TWO, {} if given is None else {"OMP_NUM_THREADS": given}, **how)[0] == number
 
@@ -75,33 +107,72 @@ def written(root, files):
     return root
 
 
-@pytest.mark.parametrize("files, quota", [
-    ({}, None),
-    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-    ({"proc/self/cgroup": "0::/slurm/job_1/step_0\n", "sys/fs/cgroup/slurm/cpu.max": "800000 100000\n",
-      "sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n",
-      "sys/fs/cgroup/slurm/job_1/step_0/cpu.max": "max 100000\n"}, 4.),
-    ({"proc/self/cgroup": "5:memory:/other\n4:cpu,cpuacct:/docker/abc\n",
-      "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "200000\n",
-      "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n"}, 2.),
-    ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n",
-      "proc/self/mountinfo": "31 23 0:28 /docker/abc /mnt/groups/cpu rw - cgroup cgroup rw,cpu,cpuacct\n",
-      "mnt/groups/cpu/cpu.cfs_quota_us": "50000\n", "mnt/groups/cpu/cpu.cfs_period_us": "100000\n"}, .5),
-    ({"proc/self/cgroup": "4:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-      "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, None),
-    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "half\n"}, None)])
-def test_quota_of_control_groups(tmp_path, files, quota): assert cpu_quota(written(tmp_path, files)) == quota
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/slurm/job_1/step_0\n",
+                "sys/fs/cgroup/slurm/cpu.max": "800000 100000\n",
+                "sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/slurm/job_1/step_0/cpu.max": "max 100000\n",
+            },
+            4.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:memory:/other\n4:cpu,cpuacct:/docker/abc\n",
+                "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n",
+            },
+            2.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/docker/abc\n",
+                "proc/self/mountinfo": "31 23 0:28 /docker/abc /mnt/groups/cpu rw - cgroup cgroup rw,cpu,cpuacct\n",
+                "mnt/groups/cpu/cpu.cfs_quota_us": "50000\n",
+                "mnt/groups/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "half\n"}, None),
+    ],
+)
+def test_quota_of_control_groups(tmp_path, files, quota):
+    assert cpu_quota(written(tmp_path, files)) == quota
 
 
 def test_what_others_use_at_this_moment(tmp_path, monkeypatch):
     "Of four processors, one works for others, one half; the third is idle, the last is not ours"
-    def stat(*idle): # hundredths of a second: user, nice, system, idle, waiting for a disk, and three more
+
+    def stat(*idle):  # hundredths of a second: user, nice, system, idle, waiting for a disk, and three more
         lines = [f"cpu{n} {100 - i} 0 0 {i} 0 0 0 0 0 0" for n, i in enumerate(idle)]
         written(tmp_path, {"proc/stat": "\n".join(["cpu  1 2 3 4 5 6 7 8", *lines, "intr 5"])})
+
     stat(0, 0, 0, 0)
-    def sleep(seconds): written(tmp_path, {"proc/stat": "\n".join(
-        f"cpu{n} {100 + 20 - i} 0 0 {i} 0 0 0 0 0 0" for n, i in enumerate((0, 10, 20, 0)))})
+
+    def sleep(seconds):
+        written(
+            tmp_path,
+            {
+                "proc/stat": "\n".join(
+                    f"cpu{n} {100 + 20 - i} 0 0 {i} 0 0 0 0 0 0" for n, i in enumerate((0, 10, 20, 0))
+                )
+            },
+        )
+
     monkeypatch.setattr(progress.time, "sleep", sleep)
     assert busy_cores([0, 1, 2], root=tmp_path) == 1.5
     assert busy_cores([0, 1, 2], root=tmp_path) is None, "no time has passed: nobody knows"
@@ -110,7 +181,7 @@ def test_what_others_use_at_this_moment(tmp_path, monkeypatch):
 
 def test_hyper_threads_are_one_core(tmp_path):
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    assert look_at_machine(0, tmp_path).cores == len(cpus) # nobody says which belong together
+    assert look_at_machine(0, tmp_path).cores == len(cpus)  # nobody says which belong together
     at = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     machine = look_at_machine(0, written(tmp_path, {at.format(n): f"{cpus[0]}-{cpus[-1]}\n" for n in cpus}))
     assert (machine.cores, machine.cpus, machine.busy) == (1, tuple(cpus), None)
@@ -141,21 +212,24 @@ def test_variables_of_the_user_stay(bare):
 
 
 def test_what_the_command_set_is_not_the_users(bare):
-    for k, v in thread_variables("2").items(): bare.setenv(k, v)
+    for k, v in thread_variables("2").items():
+        bare.setenv(k, v)
     assert os.environ["OMP_NUM_THREADS"] == "2" and not users_variables()
-    bare.setenv("OMP_NUM_THREADS", "5") # changed since
+    bare.setenv("OMP_NUM_THREADS", "5")  # changed since
     assert users_variables() == {"OMP_NUM_THREADS": "5"}
 
 
 def test_only_commands_that_compute_choose(bare):
     assert set(COMPUTING) < set(progress.sys.modules["ltnb.cli"].COMMANDS)
+
     def own(*args):
         facts = json.loads(threads_for(list(args)).get("LTNB_THREADS", "{}"))
         return facts.get("own", {}).get("OMP_NUM_THREADS")
+
     assert own("list") is own("data") is own() is own("run", "--help") is own("demo", "--threads", "none") is None
     for args in (["--threads", "3"], ["--threads=3"], ["--threads", "1", "--threads", "3"]):
         assert own("demo", *args) == "3"
-    bare.setattr(threads, "busy_cores", lambda *a: 0.)
+    bare.setattr(threads, "busy_cores", lambda *a: 0.0)
     assert int(own("run", "ldmlr")) >= 1
     before = dict(os.environ)
     assert command(["predict"]) == 2 and dict(os.environ) == before
@@ -164,22 +238,38 @@ def test_only_commands_that_compute_choose(bare):
 def test_a_number_is_given_back(bare):
     before = torch.get_num_threads()
     for asked, number in (("3", 3), ("1", 1)):
-        with computing_threads(asked) as facts: assert torch.get_num_threads() == number == facts["number"]
+        with computing_threads(asked) as facts:
+            assert torch.get_num_threads() == number == facts["number"]
         assert torch.get_num_threads() == before
-    with pytest.raises(ZeroDivisionError), computing_threads("2"): 1 / 0
+    with pytest.raises(ZeroDivisionError), computing_threads("2"):
+        1 / 0
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("value, right", [("auto", "auto"), (2, "2"), ("16", "16"), ("1024", "1024")] + [
-    (wrong, None) for wrong in ("0", 0, -1, "-1", "1025", "two", "", "1.5", 1.5, True, None, "²")])
+@pytest.mark.parametrize(
+    "value, right",
+    [("auto", "auto"), (2, "2"), ("16", "16"), ("1024", "1024")]
+    + [(wrong, None) for wrong in ("0", 0, -1, "-1", "1025", "two", "", "1.5", 1.5, True, None, "²")],
+)
 def test_values(value, right):
-    if right: assert valid_threads(value) == BaselineConfig(threads=value).threads == right
+    if right:
+        assert valid_threads(value) == BaselineConfig(threads=value).threads == right
     else:
-        with pytest.raises(UsageError, match="threads must be auto, or a whole number"): BaselineConfig(threads=value)
+        with pytest.raises(UsageError, match="threads must be auto, or a whole number"):
+            BaselineConfig(threads=value)
 
 
-@pytest.mark.parametrize("args", [["demo"], *(["run", r] for r in ("baseline", "ldmlr", "diffusion", "diffult")),
-                                  ["generate"], ["encode"], ["predict"], ["export"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["demo"],
+        *(["run", r] for r in ("baseline", "ldmlr", "diffusion", "diffult")),
+        ["generate"],
+        ["encode"],
+        ["predict"],
+        ["export"],
+    ],
+)
 def test_every_command_that_computes_has_the_flag(main, args):
     assert "--threads auto|N" in main(*args, "--help")[1]
     code, _, err = main(*args, "--threads", "none")
@@ -190,23 +280,26 @@ def test_every_command_that_computes_has_the_flag(main, args):
 @dataclass(frozen=True)
 class Idle(Config):
     "A recipe that does nothing"
+
     recipe: ClassVar[str] = "idle"
     not_identity: ClassVar[tuple] = ("out", "seeds", "threads")
     limits: ClassVar[dict] = {"seeds": (1, 1000)}
-    seed: int = 0 # the first seed
-    seeds: int = 1 # how many seeds
-    device: str = "cpu" # where
-    precision: str = "fp32" # how
-    threads: str = "auto" # how many
-    out: str|None = None # where the run is kept
+    seed: int = 0  # the first seed
+    seeds: int = 1  # how many seeds
+    device: str = "cpu"  # where
+    precision: str = "fp32"  # how
+    threads: str = "auto"  # how many
+    out: str | None = None  # where the run is kept
 
 
 def idle(out, **settings):
     "What environment.json says of threads, and torch's number while it ran"
     seen, data = [], SimpleNamespace(fingerprint=lambda: "a1b2")
+
     def one_seed(cfg, data, seed, *where):
         seen.append(torch.get_num_threads())
         return [{"method": "m", "seed": seed}]
+
     run = Run(Idle(out=str(out), **settings))
     run.carry_out(lambda seed: data, lambda cfg, data: cfg, one_seed, lambda *what: None)
     there = json.loads((out / "environment.json").read_text())
@@ -233,8 +326,16 @@ def test_a_run_keeps_its_number(bare, tmp_path, capsys):
     assert set(there["waiting"]) == {"OMP_WAIT_POLICY", *SPIN}
 
 
-@pytest.mark.parametrize("text, number", [
-    ('{"torch_threads": 2}', 2), ('{"torch_threads": 1}', 1), ("[]", 2), ("{", 2), ('{"threads": {"number": "x"}}', 2)])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ('{"torch_threads": 2}', 2),
+        ('{"torch_threads": 1}', 1),
+        ("[]", 2),
+        ("{", 2),
+        ('{"threads": {"number": "x"}}', 2),
+    ],
+)
 def test_an_environment_of_an_earlier_version(bare, tmp_path, text, number):
     bare.setattr(threads, "look_at_machine", lambda *a: TWO)
     bare.setattr(Progress, "quiet", True)
@@ -247,8 +348,14 @@ def test_through_the_kernel(tmp_path):
     "The variables reach the kernel before torch, but for those of the user"
     args = ["run", "baseline", "--n-epochs", "1", "--heads", "false", "--device", "cpu", "--threads", "2"]
     env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"KMP_BLOCKTIME": "5"}
-    done = subprocess.run([sys.executable, "-m", "ltnb", *args, "--out", "run"], cwd=tmp_path, env=env, timeout=600,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ltnb", *args, "--out", "run"],
+        cwd=tmp_path,
+        env=env,
+        timeout=600,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     there = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert there["torch_threads"] == there["threads"]["number"] == 2 and there["threads"]["asked"] == "2"
@@ -280,7 +387,8 @@ print(json.dumps([early, late]))
 
 def test_files_are_read_by_as_many_threads_as_there_are_processors(monkeypatch):
     from ltnb import threads
-    for cpus, quota, want in ((range(64), None, 8), (range(2), None, 2), (range(64), 1.5, 2), (range(1), .2, 1)):
+
+    for cpus, quota, want in ((range(64), None, 8), (range(2), None, 2), (range(64), 1.5, 2), (range(1), 0.2, 1)):
         machine = threads.Machine(tuple(cpus), len(cpus), quota)
         monkeypatch.setattr(threads, "look_at_machine", lambda seconds=0, machine=machine: machine)
         assert threads.reading_threads() == want
