@@ -30,13 +30,15 @@ from .copies import add_scores
 class Extractor:
     "phi_0: the penultimate features of a trained classifier, frozen; a copy, so that the classifier may be trained on"
 
-    def __init__(self, clf:Classifier # trained on the same images
+    def __init__(self,
+                 clf:Classifier # trained on the same images
                 ):
         if len(clf.input_size) != 3: raise UsageError(f"phi_0 takes images, this classifier features of length {clf.input_size[0]}: give one of images.")
         self.clf = copy.deepcopy(clf).eval().requires_grad_(False)
         self.class_names, self.image_shape, self._scale = self.clf.class_names, self.clf.input_size, {}
 
-    def __call__(self, x:torch.Tensor # (B, C, H, W) floats, -1 to 1, as the diffusion model has them
+    def __call__(self,
+                 x:torch.Tensor # (B, C, H, W) floats, -1 to 1, as the diffusion model has them
                 )->torch.Tensor: # (B, d) float32, on the same device, differentiable in x
         "Features of what the diffusion model works with"
         if not x.is_floating_point(): raise UsageError(f"phi_0 is called on floats from -1 to 1, got {x.dtype}: use `encode` for uint8 images.")
@@ -46,8 +48,11 @@ class Extractor:
         mean, std = self._scale[x.device]
         with torch.autocast(x.device.type, enabled=False): return self.clf.net.features(((x.float() + 1) / 2 - mean) / std)
 
-    def encode(self, images, # (N, C, H, W) uint8: array, tensor, `ShardItems`, or `ImageFiles`
-               bs:int=512, device:str="cpu", precision:str="fp32" # as in `encode` of 03_models
+    def encode(self,
+               images, # (N, C, H, W) uint8: array, tensor, `ShardItems`, or `ImageFiles`
+               bs:int=512,
+               device:str="cpu",
+               precision:str="fp32" # as in `encode` of 03_models
               )->torch.Tensor: # (N, d) float32, on the CPU
         "Features of finished images, in batches"
         if isinstance(images, ImageFiles): return encode(self.clf, images, bs, device, precision)
@@ -55,7 +60,8 @@ class Extractor:
         return torch.cat(parts) if parts else torch.zeros(0, self.clf.net.n_features)
 
     @cached_property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of weights, normalisation and class names"
         h = hashlib.blake2b(json.dumps([self.class_names, self.image_shape, self.clf.mean, self.clf.std]).encode(), digest_size=8)
         for v in self.clf.net.state_dict().values(): h.update(v.detach().cpu().numpy().tobytes())
@@ -63,7 +69,8 @@ class Extractor:
 
 # %% ../nbs/60_aid.ipynb #81530a1e
 def check_same_data(extractor:Extractor, # phi_0
-                    class_names=None, image_shape=None, # of the images or of the model that is to be used with it; None is not compared
+                    class_names=None, # of the images or of the model that is to be used with it
+                    image_shape=None, # None is not compared
                     what:str="the data" # how the message calls them
                    ):
     "Refuse what phi_0 was not trained for"
@@ -88,11 +95,13 @@ class ExtractorCheck:
     chance: float # 1 / K
 
     @property
-    def ok(self)->bool: # found more often than named by mistake, by two standard errors; who always gives the same answer has 0
+    def ok(self
+          )->bool: # found more often than named by mistake, by two standard errors; who always gives the same answer has 0
         return self.tail - self.false > 2 * math.sqrt(self.chance * (1 - self.chance) / self.tail_images)
 
     @property
-    def message(self)->str: # one sentence
+    def message(self
+               )->str: # one sentence
         return (f"phi_0 recognises {self.tail:.1%} of {self.tail_images} {self.measured_on} images of the tail "
                 f"(all classes: {self.accuracy:.1%}, chance: {self.chance:.1%}) and takes {self.false:.1%} of the others for a class of the tail")
 
@@ -101,7 +110,8 @@ def check_extractor(extractor:Extractor, # phi_0
                     train:ImageSet, # what it was trained on; its tail is the smallest third of the classes
                     held_out:ImageSet|None=None, # images that nobody was trained on, for a better answer
                     strict:bool=True, # raise where phi_0 is no better than chance; False leaves that to `ok`
-                    device:str="cpu", precision:str="fp32" # where to compute, and in which number format
+                    device:str="cpu", # where to compute
+                    precision:str="fp32" # and in which number format
                    )->ExtractorCheck:
     "Does phi_0 know the tail better than chance? Else its distances mean nothing there"
     images, k = held_out if held_out is not None else train, len(train.class_names)
@@ -147,7 +157,8 @@ class Geometry:
     extractor: str # fingerprint of phi_0
     shrink: float # k, 0 for the literal diameters
 
-    def ratios(self, z:torch.Tensor, # (N, d) features, on the CPU
+    def ratios(self,
+               z:torch.Tensor, # (N, d) features, on the CPU
                labels # (N,) classes
               )->np.ndarray: # (N,) d_i / d_f; NaN where the class has no images or a feature is no number
         "Distance to the centre of the class, in diameters"
@@ -172,7 +183,9 @@ def shrunken(measured:torch.Tensor, # (K,) d_f, NaN for classes without images
 def class_geometry(extractor:Extractor, # phi_0
                    train:ImageSet, # real training images
                    shrink:float=0., # 0 takes the diameters literally; 5 is moderate
-                   bs:int=512, device:str="cpu", precision:str="fp32" # for encoding
+                   bs:int=512,
+                   device:str="cpu",
+                   precision:str="fp32" # for encoding
                   )->Geometry: # on the CPU
     "Centre and diameter of every class, measured on real features"
     if shrink < 0: raise UsageError(f"shrink must be 0 (literal) or more, got {shrink:g}.")
@@ -213,17 +226,23 @@ def band_shares(ratio, # (N,) d_i / d_f
     return {name: np.divide(np.bincount(labels[band == name], minlength=n_classes), n, out=np.full(n_classes, np.nan), where=n > 0) for name in AID_BANDS}
 
 # %% ../nbs/60_aid.ipynb #9aac5bf7
-def _check_scored(folder, rows, by): # refuse scores of another geometry
+def _check_scored(folder,
+                  rows,
+                  by # refuse scores of another geometry
+                 ):
     if other := next((b for r in rows if (b := r["scores"].get("aid_by")) not in (None, by)), None):
         raise UsageError(f"{folder} was scored with another phi_0, other training images or another shrink ({other} there, {by} here): use those, "
                          "or score_bands(..., again=True) to score everything anew.")
 
 
 def score_bands(folder:str|Path, # of a finished job that made images
-                extractor:Extractor, geometry:Geometry, # phi_0, and the classes seen with it
+                extractor:Extractor, # phi_0
+                geometry:Geometry, # and the classes seen with it
                 class_names=None, # of the model that made them, to be held against those of phi_0
                 again:bool=False, # replace the scores of another phi_0 or of other training images; False refuses
-                bs:int=512, device:str="cpu", precision:str="fp32" # for encoding
+                bs:int=512,
+                device:str="cpu",
+                precision:str="fp32" # for encoding
                )->Synthetic: # opened, with `aid_ratio` and `aid_by` in each row's scores
     "Say in the manifest how far every made image is from its class; only rows without that score are looked at"
     check_same_phi(extractor, geometry)
@@ -271,7 +290,8 @@ class Filtered:
     @property
     def kept(self)->Synthetic: return self.made.take(self.at)
 
-    def table(self, class_names, # K names
+    def table(self,
+              class_names, # K names
               counts=None # (K,) training images, shown beside
              )->list[list[str]]: # for `render`
         "A line a class"
@@ -283,7 +303,11 @@ class Filtered:
         return lines
 
 # %% ../nbs/60_aid.ipynb #43de0c02
-def _passed(rows, size, by, keep): # class -> (m,) bool of its first items, `size` of them or those before the first one that was not scored
+def _passed(rows,
+            size,
+            by,
+            keep # class -> (m,) bool of its first items, `size` of them or those before the first one that was not scored
+           ):
     ok, ends = [{} for _ in size], [math.inf] * len(size)
     for r in rows:
         s = r["scores"]
@@ -293,7 +317,11 @@ def _passed(rows, size, by, keep): # class -> (m,) bool of its first items, `siz
     return [np.array([d.get(k, False) for k in range(n)], dtype=bool) for d, n in zip(ok, m)] # an item that is missing was bad
 
 
-def _summary(made, size, wanted, passed): # positions of the first `wanted` that passed, and a dict a class
+def _summary(made,
+             size,
+             wanted,
+             passed # positions of the first `wanted` that passed, and a dict a class
+            ):
     ratio, y, k = aid_ratios(made), made.labels, np.array([r["k"] for r in made.manifest], dtype=np.int64)
     at, classes = [], []
     for c in np.flatnonzero(wanted).tolist():
@@ -309,13 +337,18 @@ def _summary(made, size, wanted, passed): # positions of the first `wanted` that
 # %% ../nbs/60_aid.ipynb #0de4cfa8
 def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
                   wanted, # (K,) how many to keep of each class
-                  make, model:str, # as in `make_synthetic`: rows of a plan -> images, or images and dicts; fingerprint of what makes them
-                  extractor:Extractor, geometry:Geometry, # phi_0, and the classes seen with it
+                  make, # as in `make_synthetic`: rows of a plan -> images, or images and dicts
+                  model:str, # fingerprint of what makes them
+                  extractor:Extractor, # phi_0
+                  geometry:Geometry, # and the classes seen with it
                   keep:tuple=("id", "aid"), # names of `AID_BANDS`
                   cap:float=5., # a class draws at most cap x wanted
-                  seed:int=0, settings:tuple|dict=(), # for the manifest, as in `make_synthetic`
+                  seed:int=0, # for the manifest
+                  settings:tuple|dict=(), # as in `make_synthetic`
                   class_names=None, # of the model, to be held against those of phi_0
-                  bs:int=512, device:str="cpu", precision:str="fp32", # for encoding
+                  bs:int=512,
+                  device:str="cpu",
+                  precision:str="fp32", # for encoding
                   team:Team=Team(), # who shares the shards; one process scores
                   **more # of `make_synthetic`: shard_size, progress, attempts, other, wait
                  )->Filtered:

@@ -34,12 +34,15 @@ def noise_strength(objective:Objective, # of the model
     return r * (1 + r**2).rsqrt()
 
 
-def mean_strength(objective:Objective)->float: # N
+def mean_strength(objective:Objective
+                 )->float: # N
     "Its mean over the times that are trained on"
     return float(noise_strength(objective, objective.draw((torch.arange(1000) + .5) / 1000)).double().mean())
 
 
-def feature_shift(extractor:Extractor, objective:Objective, batch:NoisyBatch, # phi_0, what the prediction means, and what it was made for
+def feature_shift(extractor:Extractor, # phi_0
+                  objective:Objective, # what the prediction means
+                  batch:NoisyBatch, # and what it was made for
                   prediction:torch.Tensor # (B, C, H, W)
                  )->torch.Tensor: # (B,) || phi(x_0) - phi(x_0 + eps - eps_theta) ||
     "How far the error of the predicted noise moves the clean image in feature space"
@@ -76,7 +79,9 @@ def aid_penalty(r:torch.Tensor, # (B,) distance, in diameters
 class AIDLoss:
     "The AID-biased loss of DiffuLT, to be given to `train_diffusion(..., extra_losses=[...])`"
 
-    def __init__(self, extractor:Extractor, geometry:Geometry, # phi_0, and the classes seen with it
+    def __init__(self,
+                 extractor:Extractor,
+                 geometry:Geometry, # phi_0, and the classes seen with it
                  form:str="calibrated", # a name of `FORMS`
                  kappa:float=1., # of `calibrate`: what turns a shift at one time into the distance of a sample; the literal form has T
                  alpha:float=.1, # weight
@@ -96,7 +101,10 @@ class AIDLoss:
 
     def __repr__(self): return f"AIDLoss({self.form}, alpha={self.alpha:g}, kappa={self.kappa:.4g}, floor={self.floor:g}, delta={self.delta:g})"
 
-    def there(self, name, device): # a tensor of the geometry, or of the calibration, where the batch is
+    def there(self, # a tensor of the geometry
+              name, # or of the calibration
+              device # where the batch is
+             ):
         key, owner = (name, device), self.calibration if name == "usual" else self.geometry
         if key not in self._there: self._there[key] = torch.as_tensor(getattr(owner, name), dtype=torch.float32).to(device)
         return self._there[key]
@@ -114,7 +122,10 @@ def at_share(table:torch.Tensor, # (n,) values at equally spaced shares, 0 and 1
 
 
 @patch
-def ratio(self:AIDLoss, model:NoiseModel, batch:NoisyBatch, prediction:torch.Tensor # as in a call
+def ratio(self:AIDLoss,
+          model:NoiseModel,
+          batch:NoisyBatch,
+          prediction:torch.Tensor # as in a call
          )->torch.Tensor: # (B,) r_t; d_t / d_f in the literal form
     "How far from its class, in diameters, a sample would lie, as one time shows it"
     o, d = model.objective, self.diameters(batch)
@@ -129,7 +140,12 @@ def ratio(self:AIDLoss, model:NoiseModel, batch:NoisyBatch, prediction:torch.Ten
 
 
 @patch
-def __call__(self:AIDLoss, model:NoiseModel, batch:NoisyBatch, noise, prediction, t # as for every extra loss
+def __call__(self:AIDLoss,
+             model:NoiseModel,
+             batch:NoisyBatch,
+             noise,
+             prediction,
+             t # as for every extra loss
             )->torch.Tensor: # scalar
     "Mean over the batch; an item without its label counts as 0"
     each = aid_penalty(self.ratio(model, batch, prediction), self.form, self.delta)
@@ -171,7 +187,14 @@ def class_draw(train:ImageSet, # real images
     return torch.multinomial(weight[labels], n, replacement=True, generator=g)
 
 # %% ../nbs/61_aid_loss.ipynb #92edf1a5
-def _noisy_parts(model, train, at, g, label_drop, bs, device): # NoisyBatches of the images at these positions
+def _noisy_parts(model,
+                 train,
+                 at,
+                 g,
+                 label_drop,
+                 bs,
+                 device # NoisyBatches of the images at these positions
+                ):
     x, y = torch.from_numpy(np.asarray(train.images[at.numpy()])), torch.from_numpy(train.labels)[at]
     batch = noisy_batch(model.objective, x, y, model.n_classes, g, label_drop)
     return [NoisyBatch(*(v[part].to(device) for v in vars(batch).values())) for part in torch.arange(len(y)).split(bs)]
@@ -179,13 +202,17 @@ def _noisy_parts(model, train, at, g, label_drop, bs, device): # NoisyBatches of
 # %% ../nbs/61_aid_loss.ipynb #04d38cf9
 @torch.no_grad()
 def calibrate(model:DiffusionModel, # trained without the loss
-              extractor:Extractor, geometry:Geometry, # phi_0, and the classes seen with it
+              extractor:Extractor, # phi_0
+              geometry:Geometry, # and the classes seen with it
               train:ImageSet, # real training images
               n:int=1024, # samples made; four times as many images are drawn
               power:float=1., # classes of both are drawn with p_k ~ n_k^power
               wanted=None, # (K,) instead: as many of each class as are going to be made
               floor:float=.05, # as in `AIDLoss`
-              seed:int=0, bs:int=256, device:str="cpu", precision:str="fp32", # of the draws; images at a time, where, and in which number format
+              seed:int=0, # of the draws
+              bs:int=256, # images at a time
+              device:str="cpu", # where
+              precision:str="fp32", # and in which number format
               **sampling # of `sample_images`: sampler, sample_steps, guidance_scale, spacing
              )->Calibration:
     "Scale the shift at one time so that its median is that of the distance of whole samples: one kappa over all times, and one a time"
@@ -219,7 +246,11 @@ class Balance:
     cosines: tuple # (10,)
 
 
-def _gradients(on, loss, batch, bs): # (2, P) of the denoising loss and of the other, summed over the items
+def _gradients(on,
+               loss,
+               batch,
+               bs # (2, P) of the denoising loss and of the other, summed over the items
+              ):
     weights, total = list(on.net.parameters()), 0.
     for own in torch.arange(len(batch), device=batch.t.device).split(bs):
         values = diffusion_loss(on, NoisyBatch(*(v[own] for v in vars(batch).values())), [loss]) * len(own)
@@ -233,7 +264,10 @@ def gradient_balance(model:DiffusionModel, # a trained one
                      train:ImageSet, # real training images
                      n:int=1024, # images drawn, as often as in training
                      power:float=1., # classes are drawn with p_k ~ n_k^power
-                     seed:int=0, bs:int=128, device:str="cpu", precision:str="fp32" # of the draws; images at a time, where, and in which number format
+                     seed:int=0, # of the draws
+                     bs:int=128, # images at a time
+                     device:str="cpu", # where
+                     precision:str="fp32" # and in which number format
                     )->Balance:
     "Does the loss pull where the denoiser pulls, and how hard?"
     g = generator(seed, "gradients")

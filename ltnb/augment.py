@@ -46,7 +46,10 @@ def flip(x:torch.Tensor, # (B, C, H, W) on any device
 def _fill(x, keep, fill): return x * keep + (~keep).to(x.dtype) * fill # products of bytes run many times faster than `where`
 
 
-def _between(low, high, n): # (B,) and (B,) -> (B, n), True from low to high - 1
+def _between(low, # (B,) and (B,) -> (B
+             high, # n)
+             n # True from low to high - 1
+            ):
     at = torch.arange(n, device=low.device)
     return (at >= low[:, None]) & (at < high[:, None])
 
@@ -103,7 +106,11 @@ def cutmix(x:torch.Tensor, # (B, C, H, W), float (normalised or not) or uint8
     return torch.where(rows[:, None] & columns, x[order], x), y, y[order], 1 - rows.sum() * columns.sum() / (h * w)
 
 # %% ../nbs/23_augment.ipynb #4fe44529
-def _matrices(op, level, h, w): # (B,) geometric ops by their place in OPS, (B,) levels -> (B, 2, 3), from a pixel to where it comes from
+def _matrices(op,
+              level,
+              h,
+              w # (B,) geometric ops by their place in OPS, (B,) levels -> (B, 2, 3), from a pixel to where it comes from
+             ):
     m, o, z = level.double(), torch.ones_like(level, dtype=torch.float64), torch.zeros_like(level, dtype=torch.float64)
     slope, t, s, c = m.atan().rad2deg().deg2rad(), m.trunc(), m.deg2rad().sin(), m.deg2rad().cos() # a slope goes through degrees: its last bits decide ties
     p, q = slope.tan(), slope.sin() / slope.cos()
@@ -119,7 +126,9 @@ def warp(x:torch.Tensor, # (B, C, H, W)
     "Resample each image with its own affine map, nearest pixel, rounded as torchvision rounds"
     h, w = x.shape[2:]
     rows, columns = torch.arange(h, device=x.device)[:, None] - (h - 1) / 2, torch.arange(w, device=x.device) - (w - 1) / 2
-    def source(t, n): # goes through coordinates in [-1, 1], float32 throughout: the order of the sums decides ties
+    def source(t,
+               n # goes through coordinates in [-1, 1], float32 throughout: the order of the sums decides ties
+              ):
         t = (t / torch.full((), n / 2, device=x.device))[:, :, None, None]
         return ((columns * t[:, 0] + rows * t[:, 1] + t[:, 2] + 1) * (n / 2) - .5).round()
     i, j = source(theta[:, 1], h), source(theta[:, 0], w)
@@ -127,18 +136,23 @@ def warp(x:torch.Tensor, # (B, C, H, W)
     return _fill(_take(x, (i.clamp(0, h - 1) * w + j.clamp(0, w - 1)).long()), inside[:, None], fill)
 
 # %% ../nbs/23_augment.ipynb #293b15ef
-def _grey(x): # (B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601; grey images as they are
+def _grey(x # (B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601; grey images as they are
+         ):
     return (.2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]).to(x.dtype) if x.shape[1] == 3 else x
 
 
-def _smooth(x): # 3 x 3 average with a centre of weight 5; the border as it is
+def _smooth(x # 3 x 3 average with a centre of weight 5; the border as it is
+           ):
     smooth = x.float()
     rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
     smooth[:, :, 1:-1, 1:-1] = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * smooth[:, :, 1:-1, 1:-1]) / 13).round()
     return smooth
 
 
-def _blend(x, other, level): # away from the other image (level > 0) or towards it; cut down to whole grey levels, not rounded
+def _blend(x, # away from the other image (level > 0) or towards it
+           other, # cut down to whole grey levels
+           level # not rounded
+          ):
     factor = 1 + level.double()
     return (_each(factor.float()) * x).add_(_each((1 - factor).float()) * other).clamp_(0, 255).to(x.dtype)
 
@@ -170,7 +184,9 @@ def _autocontrast(x, level):
     return ((x - torch.where(flat, 0, low)) * torch.where(flat, 1, 255 / (high - low))).clamp_(0, 255).to(x.dtype)
 
 
-def _equalize(x, level): # one histogram a channel; the brightest level does not count
+def _equalize(x, # one histogram a channel
+              level # the brightest level does not count
+             ):
     v = x.flatten(2).flatten(0, 1).long()
     counts = torch.zeros(len(v), 256, dtype=torch.int32, device=x.device).scatter_add_(1, v, torch.ones((), dtype=torch.int32, device=x.device).expand_as(v))
     step = (v.shape[1] - counts.gather(1, v.amax(1, keepdim=True))) // 255
@@ -184,7 +200,8 @@ OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", *PI
 
 
 def op_levels(n_bins:int, # how finely a range is divided
-              h:int, w:int # pixels
+              h:int,
+              w:int # pixels
              )->dict[str, tuple[torch.Tensor, bool]]: # op -> ((n_bins,) levels or a scalar 0, may the sign be turned)
     "What a magnitude means for each op: slopes, pixels, degrees, factors - 1, bits, a grey level (Cubuk et al., 2019; ranges of torchvision)"
     top = {"ShearX": .3, "ShearY": .3, "TranslateX": 150 / 331 * w, "TranslateY": 150 / 331 * h, "Rotate": 30., "Brightness": .9, "Color": .9, "Contrast": .9, "Sharpness": .9}
@@ -194,7 +211,11 @@ def op_levels(n_bins:int, # how finely a range is divided
 
 
 @lru_cache(maxsize=64)
-def _level_table(n_bins, h, w, device): # (ops, n_bins) levels, and (ops,) whether the sign may be turned, in the order of OPS
+def _level_table(n_bins, # (ops
+                 h, # n_bins) levels
+                 w, # and (ops,) whether the sign may be turned
+                 device # in the order of OPS
+                ):
     known = op_levels(n_bins, h, w)
     return torch.stack([known[k][0].double().expand(n_bins) for k in OPS]).to(device), torch.tensor([known[k][1] for k in OPS], device=device)
 
@@ -202,7 +223,11 @@ def _level_table(n_bins, h, w, device): # (ops, n_bins) levels, and (ops,) wheth
 def _counts_are_free(x): return x.device.type == "cpu" # elsewhere the host would wait for them
 
 
-def _only(x, mine, f, *args): # in place: f of the images that are `mine`; where counting them is not free, of all, to keep those
+def _only(x, # in place: f of the images that are `mine`
+          mine, # where counting them is not free
+          f, # of all
+          *args # to keep those
+         ):
     if not _counts_are_free(x): return x.copy_(torch.where(_each(mine), f(x, *args), x))
     at = mine.nonzero()[:, 0]
     if len(at): x[at] = f(x.index_select(0, at), *[a[at] for a in args])
@@ -235,24 +260,32 @@ CIFAR10_POLICY = ( # 25 sub-policies of two (op, probability, level of 10)
 
 
 @lru_cache(maxsize=64)
-def _policy_table(h, w, device): # ops, probabilities, unsigned levels: each (25, 2)
+def _policy_table(h,
+                  w,
+                  device # ops, probabilities, unsigned levels: each (25, 2)
+                 ):
     column = lambda i: [[op[i] for op in pair] for pair in CIFAR10_POLICY]
     ops = torch.tensor([[OPS.index(name) for name in pair] for pair in column(0)], device=device)
     return ops, torch.tensor(column(1), device=device), _level_table(10, h, w, device)[0][ops, torch.tensor([[m or 0 for m in pair] for pair in column(2)], device=device)]
 
 
-def _signed(ops, level, g): # turns the sign of half of the levels, where the op has one
+def _signed(ops,
+            level,
+            g # turns the sign of half of the levels, where the op has one
+           ):
     return level * torch.where(_level_table(2, 1, 1, ops.device)[1][ops], _randint(2, ops.shape, g, ops) * 2 - 1, 1)
 
 # %% ../nbs/23_augment.ipynb #81ea25d9
 class AutoAugment:
     "The policy that was learned on CIFAR-10: one of 25 pairs of ops an image (Cubuk et al., 2019)"
 
-    def __init__(self, fill:int=0 # grey level that moves in from outside
+    def __init__(self,
+                 fill:int=0 # grey level that moves in from outside
                 ):
         self.fill = fill
 
-    def draw(self, x:torch.Tensor, # (B, C, H, W)
+    def draw(self,
+             x:torch.Tensor, # (B, C, H, W)
              g:torch.Generator # on the same device
             )->tuple[torch.Tensor, torch.Tensor]: # ops and signed levels for `apply_ops`, each (B, 2)
         "A sub-policy for every image, what of it happens, and the signs"
@@ -262,7 +295,8 @@ class AutoAugment:
         level = _signed(table[sub], known[sub], g)
         return torch.where(happens, table[sub], 0), torch.where(happens, level, 0.)
 
-    def __call__(self, x:torch.Tensor, # (B, 1 or 3, H, W) uint8
+    def __call__(self,
+                 x:torch.Tensor, # (B, 1 or 3, H, W) uint8
                  g:torch.Generator # on the same device
                 )->torch.Tensor: # (B, C, H, W) uint8
         "Draw, then apply"
@@ -272,7 +306,8 @@ class AutoAugment:
 class RandAugment:
     "n ops an image, each one of 14, all at the same magnitude (Cubuk et al., 2020)"
 
-    def __init__(self, n:int=2, # ops an image
+    def __init__(self,
+                 n:int=2, # ops an image
                  magnitude:int=9, # place among the bins, from 0
                  n_bins:int=31, # of each op's range
                  fill:int=0 # grey level that moves in from outside
@@ -281,14 +316,16 @@ class RandAugment:
             raise UsageError(f"RandAugment takes n >= 0 and 0 <= magnitude < n_bins, got n={n}, magnitude={magnitude}, n_bins={n_bins}.")
         self.n, self.magnitude, self.n_bins, self.fill = n, magnitude, n_bins, fill
 
-    def draw(self, x:torch.Tensor, # (B, C, H, W)
+    def draw(self,
+             x:torch.Tensor, # (B, C, H, W)
              g:torch.Generator # on the same device
             )->tuple[torch.Tensor, torch.Tensor]: # ops and signed levels for `apply_ops`, each (B, n)
         "Ops for every image, and the signs"
         ops = _randint(OPS.index("Invert"), (len(x), self.n), g, x)
         return ops, _signed(ops, _level_table(self.n_bins, *x.shape[2:], x.device)[0][ops, self.magnitude], g)
 
-    def __call__(self, x:torch.Tensor, # (B, 1 or 3, H, W) uint8
+    def __call__(self,
+                 x:torch.Tensor, # (B, 1 or 3, H, W) uint8
                  g:torch.Generator # on the same device
                 )->torch.Tensor: # (B, C, H, W) uint8
         "Draw, then apply"
@@ -301,7 +338,8 @@ AUGMENTATIONS = ("crop", "flip", "autoaugment", "randaugment", "cutout")
 class Augment:
     "Augmentations by name, always in the order crop, flip, a policy, cutout"
 
-    def __init__(self, names:str="none", # such as "crop+flip+autoaugment+cutout", in any order; "none" for none
+    def __init__(self, # such as "crop+flip+autoaugment+cutout", in any order
+                 names:str="none", # "none" for none
                  pad:int=4, # of `crop`, pixels on each side
                  size:int=16, # of `cutout`, pixels along the side
                  fill:int|tuple=0 # of `cutout`: one number, or one a channel
@@ -316,7 +354,8 @@ class Augment:
         self.names = "+".join(n for n in AUGMENTATIONS if n in asked) or "none" # in the order in which they happen
         self.steps = [steps[n] for n in AUGMENTATIONS if n in asked]
 
-    def __call__(self, x:torch.Tensor, # (B, C, H, W) uint8 on any device
+    def __call__(self,
+                 x:torch.Tensor, # (B, C, H, W) uint8 on any device
                  g:torch.Generator # on the same device
                 )->torch.Tensor: # (B, C, H, W) uint8
         "A new view of every image; the same generator state makes the same views"

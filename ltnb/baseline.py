@@ -132,7 +132,9 @@ def resolve(cfg:BaselineConfig, # as given
     return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
 
 # %% ../nbs/36_baseline.ipynb #85a18c31
-def new_classifier(cfg:BaselineConfig, data:LongTail, seed:int # resolved; its set; first weights
+def new_classifier(cfg:BaselineConfig, # resolved
+                   data:LongTail, # its set
+                   seed:int # first weights
                   )->Classifier: # untrained
     "The network that a loss needs, with the normalisation of its training images"
     shape = data.train.images.shape[1:]
@@ -142,7 +144,8 @@ def new_classifier(cfg:BaselineConfig, data:LongTail, seed:int # resolved; its s
     return Classifier(net, data.class_names, shape, *stats, cfg.arch, head=head, norm=cfg.norm)
 
 
-def new_loss(cfg:BaselineConfig, counts:np.ndarray # resolved; (K,) items as the fit sees them
+def new_loss(cfg:BaselineConfig, # resolved
+             counts:np.ndarray # (K,) items as the fit sees them
             ): # a Loss
     "The loss of a config"
     return build_loss(cfg.loss, np.asarray(counts, dtype=float) ** cfg.power, **{n: getattr(cfg, n) for n in OPTIONS.get(cfg.loss, ())})
@@ -151,8 +154,13 @@ def new_loss(cfg:BaselineConfig, counts:np.ndarray # resolved; (K,) items as the
 LOSS_HEADS = {name: build_loss(name, [2., 1.]).head for name in LOSSES}
 
 
-def train(cfg:BaselineConfig, data:LongTail, seed:int, # resolved; its set; which seed
-          device:str="cpu", precision:str="fp32", run:Run|None=None, team:Team=Team() # where, kept how, with whom
+def train(cfg:BaselineConfig, # resolved
+          data:LongTail, # its set
+          seed:int, # which seed
+          device:str="cpu",
+          precision:str="fp32",
+          run:Run|None=None,
+          team:Team=Team() # where, kept how, with whom
          )->Classifier: # trained
     "One classifier"
     val = None if data.val is None else (data.val.images, data.val.labels)
@@ -168,8 +176,11 @@ def begun_together(run:Run # open
     return sorted({range(int(m[1]), int(m[2]) + 1) for m in names if m}, key=lambda seeds: seeds.start)
 
 
-def train_together(cfg:BaselineConfig, load, # resolved; seed -> its set
-                   device:str, precision:str, run:Run # where; keeps the checkpoints
+def train_together(cfg:BaselineConfig, # resolved
+                   load, # seed -> its set
+                   device:str,
+                   precision:str,
+                   run:Run # where; keeps the checkpoints
                   ):
     "All seeds that are not done, at once; each one's weights are kept as `trained-seed-S`"
     done, begun = run.rows_by_seed(), begun_together(run)
@@ -186,7 +197,10 @@ def train_together(cfg:BaselineConfig, load, # resolved; seed -> its set
         left = [s for s in left if s not in seeds]
 
 
-def side_by_side(cfg:BaselineConfig, data:LongTail, run:Run, team:Team, # resolved; of a seed; open; with whom
+def side_by_side(cfg:BaselineConfig, # resolved
+                 data:LongTail, # of a seed
+                 run:Run, # open
+                 team:Team, # with whom
                  first:bool=False # say why not
                 )->bool:
     "Do the seeds train at once? Where it is asked for, and where such a training was begun"
@@ -197,10 +211,13 @@ def side_by_side(cfg:BaselineConfig, data:LongTail, run:Run, team:Team, # resolv
     return not why
 
 # %% ../nbs/36_baseline.ipynb #9a5a4231
-def shifted_answers(cfg:BaselineConfig, clf:Classifier, # resolved; trained
-                    f:Features, data:LongTail, # its features with its head, its images
+def shifted_answers(cfg:BaselineConfig, # resolved
+                    clf:Classifier, # trained
+                    f:Features, # its features with its head
+                    data:LongTail, # its images
                     seed:int, # which seed
-                    device:str="cpu", precision:str="fp32" # where, in which number format
+                    device:str="cpu", # where
+                    precision:str="fp32" # in which number format
                    )->dict[str, torch.Tensor]: # method -> (M, K) test logits
     "cRT and LWS with moving BatchNorm statistics, read through the moved network"
     how = dict(device=device, precision=precision)
@@ -213,8 +230,13 @@ def shifted_answers(cfg:BaselineConfig, clf:Classifier, # resolved; trained
             for name, (moved, head) in fitted.items()}
 
 # %% ../nbs/36_baseline.ipynb #9f5e943c
-def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, # resolved; trained; its loss; its set; which seed
-            device:str="cpu", precision:str="fp32" # where to encode
+def answers(cfg:BaselineConfig, # resolved
+            clf:Classifier, # trained
+            loss, # its loss
+            data:LongTail, # its set
+            seed:int, # which seed
+            device:str="cpu",
+            precision:str="fp32" # where to encode
            )->dict[str, torch.Tensor]: # method -> (M, K) test logits
     "What one trained classifier says of the test images, read in several ways"
     f = Features.encode(clf, data, device, precision)
@@ -236,8 +258,10 @@ def answers(cfg:BaselineConfig, clf:Classifier, loss, data:LongTail, seed:int, #
     return out | {"nearest mean": nearest_mean(f.train, f.train_labels, n_classes=f.n_classes).logits(f.test)}
 
 
-def score_answers(said:dict, truth:np.ndarray, # of `answers`; (M,) labels
-                  counts:np.ndarray, seed:int, # (K,) training images
+def score_answers(said:dict, # of `answers`
+                  truth:np.ndarray, # (M,) labels
+                  counts:np.ndarray,
+                  seed:int, # (K,) training images
                   test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
                  )->list[dict]: # rows of scores.json
     "Score every reading, with standard errors of its difference to label shift"
@@ -251,7 +275,13 @@ def score_answers(said:dict, truth:np.ndarray, # of `answers`; (M,) labels
     return rows
 
 # %% ../nbs/36_baseline.ipynb #59ed4751
-def run_seed(cfg:BaselineConfig, data:LongTail, seed:int, device:str, precision:str, run:Run, team:Team=Team() # resolved; of this seed; where; open; with whom
+def run_seed(cfg:BaselineConfig,
+             data:LongTail,
+             seed:int,
+             device:str,
+             precision:str,
+             run:Run,
+             team:Team=Team() # resolved; of this seed; where; open; with whom
             )->list[dict]|None: # rows of scores.json; None where another process writes
     "Train with one seed, then read the last layer"
     with run.timed(seed=seed, stage="classifier") if team.writes else contextlib.nullcontext():
@@ -302,7 +332,10 @@ def plot_training(rows:list[dict], # of metrics.jsonl
     return ax
 
 
-def finish_run(run:Run, cfg:BaselineConfig, rows:list[dict], data:LongTail # open; resolved; of all seeds; of the first
+def finish_run(run:Run, # open
+               cfg:BaselineConfig, # resolved
+               rows:list[dict], # of all seeds
+               data:LongTail # of the first
               ):
     "Figures and report"
     names = None if cfg.dataset == "digits" and cfg.seeds > 1 else data.class_names # names differ between the seeds of Digits-LT

@@ -67,7 +67,9 @@ def held_out(labels:torch.Tensor, # (N,) int64 classes of the training set
 _FILES = None # of a worker process: what it decodes
 
 
-def _begin(files, parent): # a worker knows its files, leaves Ctrl-C to its parent, and ends with it
+def _begin(files,
+           parent # a worker knows its files, leaves Ctrl-C to its parent, and ends with it
+          ):
     global _FILES
     _FILES = files
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -107,7 +109,8 @@ class Batches:
     "Batches of images by index, from memory or from files"
     failed = False # workers have failed in this process: no more are started
 
-    def __init__(self, images:np.ndarray|ImageFiles, # (N, C, H, W) uint8
+    def __init__(self,
+                 images:np.ndarray|ImageFiles, # (N, C, H, W) uint8
                  device:str="cpu", # where the batches are wanted
                  workers:int=2, # processes that decode files; 0 decodes in this one
                  wait:float=60., # seconds to wait for a batch of theirs
@@ -120,7 +123,8 @@ class Batches:
 
     def __len__(self): return len(self.images)
 
-    def follow(self, order:list # of (B,) positions
+    def follow(self,
+               order:list # of (B,) positions
               ): # yields (B, C, H, W) uint8 tensors on the device
         "The batches of an order, one after the other"
         if not self.on_disk: yield from (self.images[i] for i in order); return
@@ -129,7 +133,8 @@ class Batches:
             x = (x.pin_memory() if device_type(self.device) == "cuda" else x).to(self.device, non_blocking=True)
             yield x if self.team is None else self.team.whole(x, len(i))
 
-    def decoded(self, order:list # of (B,) positions
+    def decoded(self,
+                order:list # of (B,) positions
                ): # yields (B, C, H, W) uint8 arrays
         "The batches of files: by workers, and from where these fail in this process"
         done, workers = 0, 0 if Batches.failed else min(self.workers, len(order))
@@ -144,7 +149,8 @@ class Batches:
 
 # %% ../nbs/16_batches.ipynb #c9c02f1a
 @patch
-def go_on_alone(self:Batches, e:Exception # what ended the workers
+def go_on_alone(self:Batches,
+                e:Exception # what ended the workers
                ):
     "Say why this process goes on alone"
     Batches.failed = True

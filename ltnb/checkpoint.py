@@ -23,7 +23,8 @@ class Clock:
         self.now = time.monotonic
         self.last = self.now()
 
-    def older_than(self, seconds:float # since the last True
+    def older_than(self,
+                   seconds:float # since the last True
                   )->bool: # True at most once in that time
         "Is it time again?"
         if self.now() - self.last < seconds: return False
@@ -81,7 +82,8 @@ def ramped(decay:float, # d after the ramp
 class Averages:
     "Exponential moving averages of a network's floating-point state: weights, and buffers such as BatchNorm's"
 
-    def __init__(self, net:nn.Module, # on its device
+    def __init__(self,
+                 net:nn.Module, # on its device
                  decay:float=1. # d; 0 keeps no average
                 ):
         self.net, self.decay = net, decay
@@ -90,7 +92,8 @@ class Averages:
         self._places = [(net.get_submodule(module), name) for module, _, name in places]
 
     @torch.no_grad()
-    def update(self, decay:float|None=None # of this step instead of d, such as `ramped`
+    def update(self, # of this step instead of d
+               decay:float|None=None # such as `ramped`
               ):
         "After a step"
         if not self.state: return
@@ -110,7 +113,8 @@ def used(self:Averages):
 
 
 @patch
-def load(self:Averages, net:nn.Module|None=None # another one of the same kind, filled in place
+def load(self:Averages, # another one of the same kind
+         net:nn.Module|None=None # filled in place
         )->nn.Module: # it
     "Put the averages into the network"
     net = self.net if net is None else net
@@ -119,13 +123,15 @@ def load(self:Averages, net:nn.Module|None=None # another one of the same kind, 
 
 
 @patch
-def tensors(self:Averages)->dict: # name -> tensor
+def tensors(self:Averages
+           )->dict: # name -> tensor
     "What `keep` is to save beside the network"
     return {f"ema.{k}": v for k, v in self.state.items()}
 
 
 @patch
-def take(self:Averages, more:dict # what `restore` found beside the network
+def take(self:Averages,
+         more:dict # what `restore` found beside the network
         ):
     "Go on from a checkpoint; what it lacks stays the network's own"
     own = self.net.state_dict() if self.state else {}

@@ -31,14 +31,16 @@ from .models import LinearNet, _finish, build_model
 class Classifier(nn.Module):
     "A network with its class names, normalisation and prior correction"
 
-    def __init__(self, net:nn.Module, # with `features` and `fc`
+    def __init__(self,
+                 net:nn.Module, # with `features` and `fc`
                  class_names, # K names
                  input_size, # (C, H, W), or (d,) for features
                  mean=(0.,), # per channel, of pixels in 0 to 1
                  std=(1.,), # per channel
                  arch:str="linear", # name of the network
                  log_prior=None, # (K,) what is subtracted from the logits, or None for plain argmax
-                 head:str|None=None, norm:str|None=None # as in `build_model`; None asks the network
+                 head:str|None=None, # as in `build_model`
+                 norm:str|None=None # None asks the network
                 ):
         super().__init__()
         self.net, self.arch, self.class_names, self.input_size = net, arch, unique_names(class_names), tuple(input_size)
@@ -48,14 +50,16 @@ class Classifier(nn.Module):
         for name, v in (("_mean", self.mean), ("_std", self.std)): # on the device with the network, in no saved file
             self.register_buffer(name, torch.tensor(v, dtype=torch.float32)[:, None, None], persistent=False)
 
-    def prepare(self, x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
+    def prepare(self,
+                x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # normalised floats
         "Pixels to what the network was trained on"
         if x.dtype != torch.uint8: return x
         mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
         return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
+    def forward(self,
+                x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # (B, K) logits, prior-corrected
         logits = self.net(self.prepare(x)).float()
         return logits if self.log_prior is None else logits - logits.new_tensor(self.log_prior)
@@ -96,7 +100,11 @@ def check_images(clf:Classifier, # what they are for
     if len(want) == 1 and images.dtype.kind != "f": raise DataError(f"features must be floats, got {images.dtype}.")
 
 
-def _batches(clf, images, bs, device): # -> tensors on the device, ready for `prepare`; the classifier is put there too
+def _batches(clf,
+             images,
+             bs,
+             device # -> tensors on the device, ready for `prepare`; the classifier is put there too
+            ):
     if not isinstance(images, ImageFiles): images = np.asarray(images)
     check_images(clf, images)
     clf.to(device, memory_format=torch.channels_last).eval()
@@ -126,7 +134,8 @@ def encode(clf:Classifier, # whose network is to be used
 # %% ../nbs/21_classifier.ipynb #50a44711
 @patch
 @torch.no_grad()
-def logits(self:Classifier, images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or (N, d) features
+def logits(self:Classifier,
+           images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or (N, d) features
            bs:int=512, # images at a time
            device:str="cpu", # where to compute
            precision:str="fp32", # "fp32" or "bf16"
@@ -142,15 +151,20 @@ def logits(self:Classifier, images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, 
 
 
 @patch
-def predict(self:Classifier, images:np.ndarray|ImageFiles, # as in `logits`
-            bs:int=512, device:str="cpu", precision:str="fp32", progress=lambda n: None # as in `logits`
+def predict(self:Classifier,
+            images:np.ndarray|ImageFiles, # as in `logits`
+            bs:int=512,
+            device:str="cpu",
+            precision:str="fp32",
+            progress=lambda n: None # as in `logits`
            )->np.ndarray: # (N, K) probabilities
     "Probabilities of many images"
     return self.logits(images, bs, device, precision, progress).softmax(1).numpy()
 
 # %% ../nbs/21_classifier.ipynb #30db8b6c
 @patch
-def save(self:Classifier, folder:str|Path, # gets model.safetensors and model.json
+def save(self:Classifier,
+         folder:str|Path, # gets model.safetensors and model.json
          **more # written to the JSON too
         ):
     "Save the classifier"
@@ -159,7 +173,10 @@ def save(self:Classifier, folder:str|Path, # gets model.safetensors and model.js
                                            "normalisation": {"mean": self.mean, "std": self.std}, "prior_correction": {"log_prior": self.log_prior} if self.log_prior else None, **more})
 
 
-def _fill(net, tensors, what): # load weights, or say which one does not fit
+def _fill(net,
+          tensors,
+          what # load weights, or say which one does not fit
+         ):
     own = net.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in tensors] + [f"{k} has no place" for k in tensors if k not in own]
     wrong += [f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
@@ -168,7 +185,8 @@ def _fill(net, tensors, what): # load weights, or say which one does not fit
 
 
 @patch(cls_method=True)
-def load(cls:Classifier, folder:str|Path # a folder of `save`
+def load(cls:Classifier,
+         folder:str|Path # a folder of `save`
         )->Classifier: # in evaluation mode
     "Load a classifier"
     d = read_json(Path(folder)/"model.json")
@@ -223,7 +241,9 @@ class Predictions:
     def __iter__(self): return iter((self.paths, self.probs, self.left_out))
 
 
-def _found(source, kind): # a folder or a file, how it is called -> (root, paths, listing or None)
+def _found(source,
+           kind # a folder or a file, how it is called -> (root, paths, listing or None)
+          ):
     source = os.path.abspath(source)
     if os.path.isfile(source): return os.path.dirname(source), [os.path.basename(source)], None
     if not os.path.isdir(source): raise UsageError(f"{one_line(kind)} is no folder and no file.")

@@ -36,7 +36,8 @@ class Recipe:
     notebook: str # the entry notebook
     help: str # one line
 
-    def load(self): # (the module, the config class)
+    def load(self # (the module, the config class)
+            ):
         "Import the recipe (this imports torch)"
         m = importlib.import_module(self.module)
         return m, getattr(m, self.config)
@@ -62,7 +63,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def error(self, message:str # argparse's own
+    def error(self,
+              message:str # argparse's own
              ):
         "Raise instead of exit"
         raise UsageError(f"{message}. See {self.prog} --help.")
@@ -78,7 +80,8 @@ def help_of(config_class # a Config
     return out
 
 
-def add_settings(parser:argparse.ArgumentParser, config_class, # gets one flag a field
+def add_settings(parser:argparse.ArgumentParser,
+                 config_class, # gets one flag a field
                  only=None # names of the fields; all when left out
                 ):
     "Flags from a config"
@@ -96,13 +99,15 @@ def add_settings(parser:argparse.ArgumentParser, config_class, # gets one flag a
 OPTIONS = {"quiet": "say nothing but the result", "debug": "show the traceback of an error", "plain": "call the recipe without papermill: same files, but no executed notebook"}
 
 
-def add_options(parser:argparse.ArgumentParser, *names # of `OPTIONS`
+def add_options(parser:argparse.ArgumentParser,
+                *names # of `OPTIONS`
                ):
     "Options of the command itself"
     for name in names: parser.add_argument(f"--{name}", action="store_true", help=OPTIONS[name])
 
 
-def parse(parser:argparse.ArgumentParser, args:list[str] # what was typed
+def parse(parser:argparse.ArgumentParser,
+          args:list[str] # what was typed
          )->dict: # option -> value
     "Parse, and refuse what is unknown with the nearest flag"
     known, unknown = parser.parse_known_args(args)
@@ -150,9 +155,11 @@ def check_notebook(run:Run, # not opened
     if not made: raise UsageError(f"{path} exists, and no run made it: choose an empty or new folder for --out.")
 
 # %% ../nbs/99_cli.ipynb #33628c0c
-def execute(module, config, # a recipe's module and settings
+def execute(module,
+            config, # a recipe's module and settings
             notebook:str|None=None, # its entry notebook; None calls the recipe without one
-            plain:bool=False, quiet:bool=False # options of the command
+            plain:bool=False,
+            quiet:bool=False # options of the command
            )->Run: # finished
     "Run, unless it is finished, and print the table"
     rank, size = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1))) # set by torchrun and accelerate launch
@@ -198,7 +205,9 @@ def has_card(folder:str # what --out names
     except (DataError, TypeError): return False
 
 
-def keep_card(out:Path, data, facts:dict, # a folder, the LongTail, of `describe`
+def keep_card(out:Path, # a folder
+              data, # the LongTail
+              facts:dict, # of `describe`
               listed:bool # without images
              ):
     "Write what `ltnb data --out` promises"
@@ -274,7 +283,8 @@ class EncodeConfig(DataConfig):
     limits: ClassVar[dict] = {**DataConfig.limits, "bs": (1, None)}
 
 
-def needed(config, *names # of settings without which nothing can be done
+def needed(config,
+           *names # of settings without which nothing can be done
           ):
     "Ask for what was left out"
     for n in names:

@@ -25,7 +25,8 @@ def valid_threads(value # of a setting `threads`
     raise UsageError(f"threads must be auto, or a whole number from 1 to 1024, got {value!r}.")
 
 # %% ../nbs/01_config.ipynb #dbfe122b
-def type_of(hint)->tuple: # (the plain type, its choices or None, may it be None)
+def type_of(hint
+           )->tuple: # (the plain type, its choices or None, may it be None)
     "Take a field's type hint apart"
     args = typing.get_args(hint)
     optional = type(None) in args
@@ -52,14 +53,16 @@ class Config:
 
 
 @patch(cls_method=True)
-def hints(cls:Config)->dict: # name -> (type, choices, optional)
+def hints(cls:Config
+         )->dict: # name -> (type, choices, optional)
     "Types of the fields"
     known = typing.get_type_hints(cls)
     return {f.name: type_of(known[f.name]) for f in fields(cls)}
 
 # %% ../nbs/01_config.ipynb #a73865bf
 @patch(cls_method=True)
-def check(cls:Config, name:str, # a field
+def check(cls:Config,
+          name:str, # a field
           value # what it is to be
          ): # the value, in its field's type
     "One value against its type, choices and limits"
@@ -80,7 +83,8 @@ def check(cls:Config, name:str, # a field
 
 # %% ../nbs/01_config.ipynb #710c9c49
 @patch(cls_method=True)
-def parse(cls:Config, name:str, # a field
+def parse(cls:Config,
+          name:str, # a field
           text:str # what was typed
          ): # the value
     "One value from the command line"
@@ -92,7 +96,8 @@ def parse(cls:Config, name:str, # a field
     except (ValueError, KeyError): raise UsageError(f"--{name.replace('_', '-')} takes {_KINDS[kind]}, got {text!r}.") from None
 
 @patch(cls_method=True)
-def from_dict(cls:Config, values:dict # name -> value
+def from_dict(cls:Config,
+              values:dict # name -> value
              ): # a config
     "Make a config; unknown names are errors"
     for name in values:
@@ -100,14 +105,16 @@ def from_dict(cls:Config, values:dict # name -> value
     return cls(**values)
 
 # %% ../nbs/01_config.ipynb #4c88f336
-def _injected(names): # what papermill set: the names in the cells that it put below the parameters
+def _injected(names # what papermill set: the names in the cells that it put below the parameters
+             ):
     cells = [c for c in names.get("In", ()) if isinstance(c, str) and c.startswith("# Parameters\n")]
     targets = [t for c in cells for n in ast.parse(c).body if isinstance(n, ast.Assign) for t in n.targets]
     return [t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("PAPERMILL_")]
 
 
 @patch(cls_method=True)
-def from_cell(cls:Config, names:dict # what `globals()` holds after the parameters cell ran
+def from_cell(cls:Config,
+              names:dict # what `globals()` holds after the parameters cell ran
              ): # a config
     "Make a config from a notebook's parameters cell; a name that is no setting is an error"
     known = cls.hints()
@@ -118,30 +125,35 @@ def from_cell(cls:Config, names:dict # what `globals()` holds after the paramete
 
 # %% ../nbs/01_config.ipynb #00f54892
 @patch
-def to_dict(self:Config)->dict: # name -> value
+def to_dict(self:Config
+           )->dict: # name -> value
     "All settings"
     return {f.name: getattr(self, f.name) for f in fields(self)}
 
 @patch
-def path_names(self:Config)->tuple: # names of settings
+def path_names(self:Config
+              )->tuple: # names of settings
     "The settings that are paths"
     return *self.paths, *(n for n, known in self.words.items() if getattr(self, n) not in (None, *known))
 
 @patch
-def inputs(self:Config)->list[tuple]: # (flag, path, are all files below it taken?), for `check_output`
+def inputs(self:Config
+          )->list[tuple]: # (flag, path, are all files below it taken?), for `check_output`
     "What a command with these settings reads"
     taken = ("data_root",) if getattr(self, "dataset", None) in ("folder", "imagenette") else ()
     given = {n: v for n in self.path_names() if (v := getattr(self, n)) is not None}
     return [("--" + n.replace("_", "-"), v, n in taken) for n, v in given.items()]
 
 @patch
-def identity(self:Config)->dict: # the settings that make a run what it is; paths made absolute
+def identity(self:Config
+            )->dict: # the settings that make a run what it is; paths made absolute
     "What two runs must share to be the same run"
     d = {k: v for k, v in self.to_dict().items() if k not in self.not_identity}
     return {k: os.path.abspath(v) if v is not None and k in self.path_names() else v for k, v in d.items()}
 
 @patch
-def digest(self:Config, seeds:int|None=None # as older versions counted them in; the default when left out
+def digest(self:Config, # as older versions counted them in
+           seeds:int|None=None # the default when left out
           )->str: # six hexadecimal digits
     "A short name for this config; the number of seeds is no part of it"
     d = {k: v for k, v in self.identity().items() if k not in self.unknown_to({})}
@@ -149,7 +161,8 @@ def digest(self:Config, seeds:int|None=None # as older versions counted them in;
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:6]
 
 @patch
-def unknown_to(self:Config, saved:dict # settings of an older version's run
+def unknown_to(self:Config,
+               saved:dict # settings of an older version's run
               )->list[str]: # names
     "Settings that came later than that run, and are at their default"
     return [f.name for f in fields(self) if f.name in self.later and f.name not in saved

@@ -17,12 +17,21 @@ from .jobs import _stamp, _write_rows
 from .synthetic import Synthetic
 
 # %% ../nbs/32_copies.ipynb #a60ea5b5
-def _rows_of(x, index, device): # (n, D) float32
+def _rows_of(x,
+             index,
+             device # (n, D) float32
+            ):
     x = torch.as_tensor(x[index]).to(device)
     return (x.float() - 128 if x.dtype == torch.uint8 else x.float()).flatten(1)
 
 
-def _nearest(made, real, at, among, device, budget=2**26): # of made[at], the nearest in real[among]: squared distances, positions
+def _nearest(made,
+             real,
+             at,
+             among,
+             device,
+             budget=2**26 # of made[at], the nearest in real[among]: squared distances, positions
+            ):
     n = min(2048, max(1, budget // (4 * int(np.prod(made.shape[1:])))))
     best, index = torch.full((len(at),), float("inf"), device=device), torch.zeros(len(at), dtype=torch.int64, device=device)
     for j in range(0, len(among), n):
@@ -39,7 +48,12 @@ def _nearest(made, real, at, among, device, budget=2**26): # of made[at], the ne
     return best.cpu().numpy(), index
 
 
-def _by_class(made, real, made_labels, real_labels, device): # `_nearest` of all, or class by class
+def _by_class(made,
+              real,
+              made_labels,
+              real_labels,
+              device # `_nearest` of all, or class by class
+             ):
     if made_labels is None: return _nearest(made, real, np.arange(len(made)), np.arange(len(real)), device) if len(made) and len(real) else (np.full(len(made), np.inf), np.full(len(made), -1))
     d, index = np.full(len(made), np.inf), np.full(len(made), -1)
     for c in np.unique(made_labels):
@@ -48,14 +62,18 @@ def _by_class(made, real, made_labels, real_labels, device): # `_nearest` of all
     return d, index
 
 # %% ../nbs/32_copies.ipynb #4654d5b7
-def _embedded(x, embed, n=256): # (N, d) float32 features, in memory
+def _embedded(x, # (N
+              embed, # d) float32 features
+              n=256 # in memory
+             ):
     with torch.no_grad(): parts = [torch.as_tensor(embed(torch.as_tensor(x[i:i + n]))).cpu().float().flatten(1) for i in range(0, len(x), n)]
     return torch.cat(parts) if parts else torch.empty(0, 1)
 
 
 def near_copies(made_items, # (N, ...) uint8 images or float features: tensor, array, `ShardItems`
                 real_items, # (M, ...) training items of the same shape: tensor, array, `ImageFiles`
-                made_labels=None, real_labels=None, # (N,) and (M,) classes: then only the item's own class is searched
+                made_labels=None,
+                real_labels=None, # (N,) and (M,) classes: then only the item's own class is searched
                 embed=None, # (n, ...) tensor of items -> (n, d) features; those of all items are held in memory
                 device:str="cpu" # where the products are computed
                )->dict[str, tuple[np.ndarray, np.ndarray]]: # "pixel" for images, "feature" for features or with `embed` -> (N,) distance, (N,) position in `real_items`

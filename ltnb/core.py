@@ -131,7 +131,9 @@ def plain(x):
     return str(x) if isinstance(x, Path) else x
 
 
-def _json(obj, **how): # as text; what UTF-8 cannot hold, such as a file name in another encoding, is escaped
+def _json(obj, # as text
+          **how # what UTF-8 cannot hold, such as a file name in another encoding, is escaped
+         ):
     text = json.dumps(plain(obj), ensure_ascii=False, **how)
     return text if text.isascii() or not _SURROGATES.search(text) else json.dumps(plain(obj), **how)
 
@@ -195,17 +197,24 @@ def load_tensors(path:str|Path # a file of `save_tensors`
     except Exception as e: raise DataError(f"{path} is damaged or no safetensors file ({e}).") from e
 
 # %% ../nbs/00_core.ipynb #bb95f51e
-def _same(a, b): # one file or folder, under whatever names
+def _same(a, # one file or folder
+          b # under whatever names
+         ):
     try: return os.path.samefile(a, b)
     except OSError: return os.path.realpath(a) == os.path.realpath(b)
 
 
-def _within(path, folder): # is path the folder, or somewhere below it?
+def _within(path, # is path the folder
+            folder # or somewhere below it?
+           ):
     real = Path(os.path.realpath(path))
     return any(_same(p, folder) for p in (real, *real.parents))
 
 
-def _try_to_write(out, folder, said): # where `out` will be made; leaves no trace
+def _try_to_write(out,
+                  folder,
+                  said # where `out` will be made; leaves no trace
+                 ):
     real = Path(os.path.realpath(out))
     there = next(p for p in ((real, *real.parents) if folder else real.parents) if os.path.lexists(p))
     try:
@@ -221,7 +230,10 @@ def _try_to_write(out, folder, said): # where `out` will be made; leaves no trac
         raise UsageError(f"{said} cannot be written: {hint}.") from e
 
 # %% ../nbs/00_core.ipynb #f9c240c3
-def _check_kind(out, suffix, said): # a file where a file is wanted, a folder where a folder is
+def _check_kind(out,
+                suffix,
+                said # a file where a file is wanted, a folder where a folder is
+               ):
     real = os.path.realpath(out)
     if suffix is None:
         if os.path.exists(real) and not os.path.isdir(real): raise UsageError(f"{said} is a file: name a folder.")

@@ -133,7 +133,8 @@ class ImageSet:
 
 # %% ../nbs/11_data.ipynb #36666b4f
 @patch
-def take(self:ImageSet, index:np.ndarray # positions, or a mask
+def take(self:ImageSet, # positions
+         index:np.ndarray # or a mask
         )->ImageSet: # nothing is decoded
     "A part of the set"
     index, x = np.arange(len(self))[index], self.images
@@ -142,7 +143,8 @@ def take(self:ImageSet, index:np.ndarray # positions, or a mask
 
 
 @patch
-def decoded(self:ImageSet)->ImageSet: # the same images as an array
+def decoded(self:ImageSet
+           )->ImageSet: # the same images as an array
     "The set in memory; what identifies it stays that of its files"
     if not self.on_disk: return self
     self.images.lengths # seen before the decoding, so that a change of the files later on does not count
@@ -150,7 +152,8 @@ def decoded(self:ImageSet)->ImageSet: # the same images as an array
 
 
 @patch
-def identify(self:ImageSet, h # of hashlib, updated in place
+def identify(self:ImageSet, # of hashlib
+             h # updated in place
             ):
     "Tell a hash which images these are: relative paths, lengths and size of files, else the pixels; and the labels"
     f = self.files
@@ -159,7 +162,8 @@ def identify(self:ImageSet, h # of hashlib, updated in place
 
 # %% ../nbs/11_data.ipynb #8fd402e7
 @patch
-def content(self:ImageFiles, i:int # a position
+def content(self:ImageFiles,
+            i:int # a position
            )->str: # 32 hexadecimal digits
     "Hash of a file's bytes, computed once"
     if i not in self._hashes:
@@ -169,7 +173,8 @@ def content(self:ImageFiles, i:int # a position
 
 
 @patch(as_prop=True)
-def lengths(self:ImageFiles)->list[int]: # bytes of each file
+def lengths(self:ImageFiles
+           )->list[int]: # bytes of each file
     "File sizes; a missing file is an error that names it"
     if "_lengths" not in self.__dict__:
         try: self._lengths = [os.stat(self.path(i)).st_size for i in range(len(self))]
@@ -177,7 +182,8 @@ def lengths(self:ImageFiles)->list[int]: # bytes of each file
     return self._lengths
 
 
-def duplicates(a:ImageSet, b:ImageSet|None=None # where to look; None looks for repeats within a
+def duplicates(a:ImageSet, # where to look
+               b:ImageSet|None=None # None looks for repeats within a
               )->list[tuple[int, int]]: # (position in a, position in b) of equal images; within a set the first one comes second
     "Images of a that are also in b, by content"
     other = a if b is None else b
@@ -235,7 +241,8 @@ class LongTail:
 
 # %% ../nbs/11_data.ipynb #377fa383
 @patch
-def in_memory(self:LongTail, copies:int=1 # how many will be held at the same time
+def in_memory(self:LongTail,
+              copies:int=1 # how many will be held at the same time
              )->LongTail: # files decoded; an error where they do not fit
     "The same set with its images as arrays; ids and fingerprint stay those of the files"
     on_disk = {p: s for p, s in self.parts.items() if s.on_disk}
@@ -244,7 +251,8 @@ def in_memory(self:LongTail, copies:int=1 # how many will be held at the same ti
 
 
 @patch
-def ready(self:LongTail, share:float=0.5 # of the free memory that the images may take
+def ready(self:LongTail,
+          share:float=0.5 # of the free memory that the images may take
          )->LongTail: # decoded once where they fit, else as it is: read on demand
     "The same set, in memory where there is room"
     need = sum(int(np.prod(s.images.shape)) for s in self.parts.values() if s.on_disk)
@@ -253,7 +261,8 @@ def ready(self:LongTail, share:float=0.5 # of the free memory that the images ma
 
 # %% ../nbs/11_data.ipynb #de6acc8d
 @patch
-def fingerprint(self:LongTail)->str: # 16 hexadecimal digits
+def fingerprint(self:LongTail
+               )->str: # 16 hexadecimal digits
     "A hash of all images, labels and class names; of files, their relative paths and lengths"
     h = hashlib.blake2b("\n".join(map(valid_text, self.class_names)).encode(), digest_size=8)
     for s in self.parts.values(): s.identify(h)
@@ -265,7 +274,8 @@ CIFAR_LT = {"448d422a25745cda": "CIFAR-10-LT, ratio 10", "620184a2896675c8": "CI
 
 
 @patch(as_prop=True)
-def subset_hash(self:LongTail)->str|None: # 16 hexadecimal digits, None when nothing was cut
+def subset_hash(self:LongTail
+               )->str|None: # 16 hexadecimal digits, None when nothing was cut
     "A hash of the kept positions, in ascending order"
     return None if self.kept is None else hashlib.sha256(np.sort(self.kept).astype("<i8").tobytes()).hexdigest()[:16]
 

@@ -72,10 +72,12 @@ def class_aware(labels:torch.Tensor, # (N,) int64 classes, none of them empty
 # %% ../nbs/29_decoupled.ipynb #f9352120
 def sgd_steps(logits, # function of (B, d) features
               parameters:list, # tensors with gradients, changed in place
-              features, labels:torch.Tensor, # (N, d) tensor, or what gives the rows at some positions; (N,)
+              features, # (N, d) tensor, or what gives the rows at some positions
+              labels:torch.Tensor, # (N,)
               order:torch.Tensor, # (n,) positions to visit, in turn
               lr:float, # at the first step, falling to 0 as a cosine
-              wd:float, bs:int, # weight decay, items a step
+              wd:float, # weight decay
+              bs:int, # items a step
               progress=lambda n: None # told 1 after each step
              ):
     "Cross-entropy by SGD with momentum 0.9 over a fixed order"
@@ -90,7 +92,8 @@ def sgd_steps(logits, # function of (B, d) features
     if not all(torch.isfinite(p).all() for p in parameters): raise DataError(f"the head's fit did not stay finite: lower lr (now {lr}), or scale the features down.")
 
 # %% ../nbs/29_decoupled.ipynb #8e74e0bf
-def new_head(n_classes:int, d:int, # K, width of the features
+def new_head(n_classes:int, # K
+             d:int, # width of the features
              g:torch.Generator, # on the device where it is wanted
              dtype:torch.dtype=torch.float32 # of the weights
             )->tuple[torch.Tensor, torch.Tensor]: # (K, d) weights, (K,) biases, to be trained
@@ -114,10 +117,13 @@ def balanced_draws(counts, # (K,) items per class
     return min(want, max_draws)
 
 
-def crt(features:torch.Tensor, labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
+def crt(features:torch.Tensor,
+        labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
         n_classes:int|None=None, # K; the largest label + 1 when left out
         n_epochs:float=10, # of K x (largest class) draws each, which shows each image of that class once
-        lr:float=0.2, wd:float=5e-4, bs:int=512, # of SGD; the released ImageNet-LT config
+        lr:float=0.2,
+        wd:float=5e-4,
+        bs:int=512, # of SGD; the released ImageNet-LT config
         power:float=0., # 0 is the method: the classes take turns; else drawn with p_k ~ n_k^power, 1 plain sampling
         key:tuple=(0,), # what the randomness is keyed by
         max_draws:int=MAX_DRAWS, # budget that ends the epochs early where there are very many classes
@@ -136,9 +142,12 @@ MAX_TABLE = 2**27 # logits that are kept, half a gigabyte
 
 
 def lws(head:Head, # of the first stage
-        features:torch.Tensor, labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
+        features:torch.Tensor,
+        labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
         n_epochs:float=5, # of K x (largest class) draws each
-        lr:float=0.2, wd:float=5e-4, bs:int=512, # of SGD; the released ImageNet-LT config. The decay pulls the scales to 0, not to 1
+        lr:float=0.2, # of SGD
+        wd:float=5e-4, # the released ImageNet-LT config. The decay pulls the scales to 0
+        bs:int=512, # not to 1
         key:tuple=(0,), # what the randomness is keyed by
         max_draws:int=MAX_DRAWS, # budget that ends the epochs early where there are very many classes
         progress=lambda n: None # told 1 after each step
@@ -158,11 +167,13 @@ def lws(head:Head, # of the first stage
 class MovingFeatures:
     "Features of images at some positions; each reading moves the BatchNorm statistics of the network, a copy"
 
-    def __init__(self, clf:Classifier, # trained
+    def __init__(self,
+                 clf:Classifier, # trained
                  images, # (N, C, H, W) uint8, array or `ImageFiles`
                  augment=None, # (x, generator) -> x, or None
                  key:tuple=(0,), # of the views
-                 device:str="cpu", precision:str="fp32" # where, in which number format
+                 device:str="cpu", # where
+                 precision:str="fp32" # in which number format
                 ):
         self.clf, self.images, self.augment = copy.deepcopy(clf).to(device).eval(), images, augment
         self.key, self.device, self.precision, self.step = key, device, precision, 0
@@ -170,7 +181,8 @@ class MovingFeatures:
         for layer in self.layers: layer.train()
 
     @torch.no_grad()
-    def __getitem__(self, at:torch.Tensor # (B,) positions
+    def __getitem__(self,
+                    at:torch.Tensor # (B,) positions
                    )->torch.Tensor: # (B, d) float32
         x = torch.from_numpy(np.ascontiguousarray(self.images[at.cpu().numpy()])).to(self.device)
         g = generator(*self.key, "views", self.step, device=self.device)
@@ -231,7 +243,8 @@ def tau_norm(head:Head, # of the first stage
 
 # %% ../nbs/29_decoupled.ipynb #ff30f98a
 def choose_tau(head:Head, # fitted without the items below
-               features:torch.Tensor, labels:torch.Tensor, # (M, d), (M,): training items of `held_out`, never test ones
+               features:torch.Tensor,
+               labels:torch.Tensor, # (M, d), (M,): training items of `held_out`, never test ones
                taus=None # candidates in rising order; 0 to 2 by 0.1 when left out
               )->float: # the smallest of the best
     "The tau of the best mean of class accuracies on held-out training items"
@@ -249,13 +262,15 @@ def choose_tau(head:Head, # fitted without the items below
 class DirectionHead(Head):
     "A linear head on features of length 1"
 
-    def logits(self, z:torch.Tensor # (N, d) features of any length
+    def logits(self, # (N
+               z:torch.Tensor # d) features of any length
               )->torch.Tensor: # (N, K)
         "Cosines, where the rows have length 1 too"
         return super().logits(F.normalize(z, dim=1))
 
 
-def nearest_mean(features:torch.Tensor, labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
+def nearest_mean(features:torch.Tensor,
+                 labels:torch.Tensor, # (N, d) frozen, (N,) int64, of the training set
                  metric:str="l2", # "l2" or "cosine"
                  n_classes:int|None=None # K; the largest label + 1 when left out
                 )->Head: # with equal counts: a mean does not depend on how many items made it

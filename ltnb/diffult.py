@@ -84,14 +84,17 @@ class DiffuLTConfig(GeneratorConfig):
 ABLATIONS = ("ddpm", "aid-forms", "head-share")
 
 # %% ../nbs/63_diffult.ipynb #00cbe73c
-def classifier_config(cfg:DiffuLTConfig, loss:str="cross_entropy", **more # the settings of the whole; what is different
+def classifier_config(cfg:DiffuLTConfig,
+                      loss:str="cross_entropy",
+                      **more # the settings of the whole; what is different
                      )->BaselineConfig: # of one classifier
     "The classifier's part of the settings"
     own = {f.name: getattr(cfg, f.name) for f in fields(BaselineConfig) if hasattr(cfg, f.name) and f.name not in ("out", "compiled")}
     return BaselineConfig(**{**own, "loss": loss, "heads": False, **more})
 
 
-def ablations(cfg:DiffuLTConfig)->list[str]: # names
+def ablations(cfg:DiffuLTConfig
+             )->list[str]: # names
     "Which sweeps are asked for; an unknown name is a `UsageError`"
     if cfg.ablate is None: return []
     names = list(ABLATIONS) if cfg.ablate == "all" else [n.strip() for n in cfg.ablate.split(",")]
@@ -100,7 +103,8 @@ def ablations(cfg:DiffuLTConfig)->list[str]: # names
     return names
 
 # %% ../nbs/63_diffult.ipynb #4819de8e
-def images_wanted(cfg:DiffuLTConfig, data:LongTail, # resolved; images
+def images_wanted(cfg:DiffuLTConfig, # resolved
+                  data:LongTail, # images
                   only=None # class numbers, None for those that cfg fills up
                  )->np.ndarray: # (K,)
     "How many images of each class are to be made"
@@ -109,7 +113,8 @@ def images_wanted(cfg:DiffuLTConfig, data:LongTail, # resolved; images
     return wanted if only is None else np.where(np.isin(np.arange(data.n_classes), only), wanted, 0)
 
 
-def resolve(cfg:DiffuLTConfig, data:LongTail # as given; images
+def resolve(cfg:DiffuLTConfig, # as given
+            data:LongTail # images
            )->DiffuLTConfig: # with nothing left open but aid_kappa
     "Fill in what depends on the data, and refuse what cannot be run on it"
     ablations(cfg)
@@ -132,8 +137,13 @@ class Eye:
     geometry: object # centres and diameters, a `Geometry`
 
 
-def step_extract(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images in memory; which seed
-                 device:str="cpu", precision:str="fp32", run:Run|None=None, team:Team=Team() # where, kept how, with whom
+def step_extract(cfg:DiffuLTConfig, # resolved
+                 data:LongTail, # images in memory
+                 seed:int, # which seed
+                 device:str="cpu",
+                 precision:str="fp32",
+                 run:Run|None=None,
+                 team:Team=Team() # where, kept how, with whom
                 )->Eye: # phi_0 that knows the tail better than chance; else a LtnbError
     "Step 1: train phi_0 on the long-tailed set"
     clf = train_baseline(resolve_baseline(classifier_config(cfg), data), data, seed, device, precision, run, team).eval().cpu()
@@ -142,17 +152,28 @@ def step_extract(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images 
     return Eye(clf, phi, class_geometry(phi, data.train, cfg.shrink, device=device))
 
 # %% ../nbs/63_diffult.ipynb #a9ada682
-def step_generator(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images in memory; which seed
+def step_generator(cfg:DiffuLTConfig, # resolved
+                   data:LongTail, # images in memory
+                   seed:int, # which seed
                    loss:AIDLoss|None=None, # the AID-biased loss, of `step_balance`; None leaves it out
-                   name:str="cbdm", device:str="cpu", precision:str="fp32", run:Run|None=None, team:Team=Team(), # the stage's name; where, kept how, with whom
+                   name:str="cbdm",
+                   device:str="cpu",
+                   precision:str="fp32",
+                   run:Run|None=None,
+                   team:Team=Team(), # the stage's name; where, kept how, with whom
                    **more # instead of what cfg says, such as cb_tau=0 for DDPM
                   )->DiffusionModel:
     "Step 2: train a diffusion model on the long-tailed set"
     return train_model(cfg, data, seed, device, precision, run, team, name, extra_losses=[loss] if loss else [], extra_after=cfg.aid_after, **more)
 
 # %% ../nbs/63_diffult.ipynb #e9ec91b1
-def step_calibrate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, # resolved; images; which seed; trained without the AID-biased loss; of step 1
-                   device:str="cpu", precision:str="fp32" # where
+def step_calibrate(cfg:DiffuLTConfig, # resolved
+                   data:LongTail, # images
+                   seed:int, # which seed
+                   model:DiffusionModel, # trained without the AID-biased loss
+                   eye:Eye, # of step 1
+                   device:str="cpu",
+                   precision:str="fp32" # where
                   )->Calibration:
     "The scale of the AID-biased loss, on the classes that are going to be filled up"
     found = calibrate(model, eye.phi, eye.geometry, data.train, wanted=images_wanted(cfg, data), seed=seed, device=device, precision=precision,
@@ -160,9 +181,15 @@ def step_calibrate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMo
     return replace(found, kappa=cfg.aid_kappa) if cfg.aid_kappa else found
 
 # %% ../nbs/63_diffult.ipynb #0d1a8097
-def step_balance(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, # as in `step_calibrate`
-                 calibration:Calibration, form:str|None=None, # of `step_calibrate`; instead of cfg's form
-                 device:str="cpu", precision:str="fp32" # where
+def step_balance(cfg:DiffuLTConfig,
+                 data:LongTail,
+                 seed:int,
+                 model:DiffusionModel,
+                 eye:Eye, # as in `step_calibrate`
+                 calibration:Calibration, # of `step_calibrate`
+                 form:str|None=None, # instead of cfg's form
+                 device:str="cpu",
+                 precision:str="fp32" # where
                 )->tuple[AIDLoss, Balance]: # the loss; its gradient beside the denoising loss's, before its weight was lowered
     "The AID-biased loss with its weight"
     form = form or cfg.aid_form
@@ -173,9 +200,17 @@ def step_balance(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionMode
     return loss, found
 
 # %% ../nbs/63_diffult.ipynb #fdad8fbc
-def step_generate(cfg:DiffuLTConfig, data:LongTail, seed:int, model:DiffusionModel, eye:Eye, folder:str|Path, # resolved; images; which seed; of step 2; of step 1; gets shards and manifest
-                  device:str="cpu", precision:str="fp32", team:Team=Team(), # where, with whom
-                  only=None, **more # class numbers, None for all; settings of `make_synthetic`
+def step_generate(cfg:DiffuLTConfig, # resolved
+                  data:LongTail, # images
+                  seed:int, # which seed
+                  model:DiffusionModel, # of step 2
+                  eye:Eye, # of step 1
+                  folder:str|Path, # gets shards and manifest
+                  device:str="cpu",
+                  precision:str="fp32",
+                  team:Team=Team(), # where, with whom
+                  only=None, # class numbers, None for all
+                  **more # settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
     make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing, cfg.compiled)
@@ -194,10 +229,19 @@ class OverBatch(CrossEntropy):
     def total(self, logits, labels, weights=None): return super().total(logits, labels, weights)[0], torch.ones_like(labels, dtype=torch.float32).sum()
 
 
-def step_classify(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images; which seed
-                  made:Synthetic|None=None, syn_weight:float=1., # what is added to the real images; its weight omega
-                  name:str="mixed", loss:str="cross_entropy", augment:str|None=None, epochs:float=1., # the stage's name; a name of `LOSSES`; instead of cfg's; factor on the number of epochs
-                  device:str="cpu", precision:str="fp32", run:Run|None=None, team:Team=Team() # where, kept how, with whom
+def step_classify(cfg:DiffuLTConfig, # resolved
+                  data:LongTail, # images
+                  seed:int, # which seed
+                  made:Synthetic|None=None, # what is added to the real images
+                  syn_weight:float=1., # its weight omega
+                  name:str="mixed", # the stage's name
+                  loss:str="cross_entropy", # a name of `LOSSES`
+                  augment:str|None=None, # instead of cfg's
+                  epochs:float=1., # factor on the number of epochs
+                  device:str="cpu",
+                  precision:str="fp32",
+                  run:Run|None=None,
+                  team:Team=Team() # where, kept how, with whom
                  )->tuple[torch.Tensor, torch.Tensor]: # (M, K) test logits, scaled; (K,) counts whose prior they carry
     "Step 4: train a classifier on real and made images"
     base = resolve_baseline(classifier_config(cfg, loss, **({"augment": augment} if augment else {})), data)
@@ -215,14 +259,17 @@ def step_classify(cfg:DiffuLTConfig, data:LongTail, seed:int, # resolved; images
     return clf.logits(data.test.images, device=device, precision=precision).float() * the_loss.scale, the_loss.prior.cpu()
 
 # %% ../nbs/63_diffult.ipynb #2c4b62a3
-def real_repeated(data:LongTail, wanted:np.ndarray # (K,) how many more of each class
+def real_repeated(data:LongTail,
+                  wanted:np.ndarray # (K,) how many more of each class
                  )->Synthetic:
     "The control that makes nothing: the training images again"
     at = np.concatenate([np.resize(np.flatnonzero(data.train.labels == c), n) for c, n in enumerate(wanted)]).astype(np.int64)
     return Synthetic(torch.from_numpy(np.asarray(data.train.images)[at]), [{"class": int(data.train.labels[i]), "source_id": data.train.ids[i]} for i in at])
 
 
-def noise_images(data:LongTail, wanted:np.ndarray, seed:int # (K,) how many of each class; of the noise
+def noise_images(data:LongTail,
+                 wanted:np.ndarray,
+                 seed:int # (K,) how many of each class; of the noise
                 )->Synthetic:
     "The control that knows nothing: uniform noise"
     labels = np.repeat(np.arange(len(wanted)), wanted)
@@ -230,15 +277,20 @@ def noise_images(data:LongTail, wanted:np.ndarray, seed:int # (K,) how many of e
     return Synthetic(torch.from_numpy(x), [{"class": int(c)} for c in labels])
 
 # %% ../nbs/63_diffult.ipynb #426c90f0
-def weighed(shares, weights)->float: # both (K,), NaN where nothing was seen
+def weighed(shares,
+            weights
+           )->float: # both (K,), NaN where nothing was seen
     "The mean over what was seen, by what is wanted, so that a class that is drawn again and again does not count more"
     shares, weights = np.asarray(shares, dtype=float), np.asarray(weights, dtype=float)
     seen = np.isfinite(shares) & (weights > 0)
     return float(np.average(shares[seen], weights=weights[seen])) if seen.any() else float("nan")
 
 # %% ../nbs/63_diffult.ipynb #bc100b49
-def describe_real(data:LongTail, eye:Eye, wanted:np.ndarray, # images; of step 1; (K,) how many of each class are made
-                  judge:Classifier|None=None, device:str="cpu" # who has seen everything; where
+def describe_real(data:LongTail, # images
+                  eye:Eye, # of step 1
+                  wanted:np.ndarray, # (K,) how many of each class are made
+                  judge:Classifier|None=None, # who has seen everything
+                  device:str="cpu" # where
                  )->dict: # shares and numbers
     "What is said of a generator, of real images that it has not seen: in the mix of classes that is made"
     z, y, k = eye.phi.encode(data.test.images, device=device), data.test.labels, data.n_classes
@@ -246,7 +298,12 @@ def describe_real(data:LongTail, eye:Eye, wanted:np.ndarray, # images; of step 1
     return zones | recognised_shares(judge, data.test.images, y, wanted, data, device) | {"diversity": 1.}
 
 # %% ../nbs/63_diffult.ipynb #079da5bb
-def recognised_shares(judge:Classifier|None, images, labels:np.ndarray, wanted:np.ndarray, data:LongTail, device:str # who has seen everything; (N, C, H, W) uint8; (N,); (K,) weights; where
+def recognised_shares(judge:Classifier|None,
+                      images,
+                      labels:np.ndarray,
+                      wanted:np.ndarray,
+                      data:LongTail,
+                      device:str # who has seen everything; (N, C, H, W) uint8; (N,); (K,) weights; where
                      )->dict: # "recognised" and "recognised_few"
     "In how many images a judge sees the class that was asked for"
     if judge is None or not len(labels): return {}
@@ -257,7 +314,8 @@ def recognised_shares(judge:Classifier|None, images, labels:np.ndarray, wanted:n
     return {"recognised": weighed(share, wanted), "recognised_few": weighed(share, few)}
 
 # %% ../nbs/63_diffult.ipynb #9faee98c
-def real_mix(data:LongTail, made:np.ndarray # images; (K,) items made
+def real_mix(data:LongTail, # images
+             made:np.ndarray # (K,) items made
             )->np.ndarray: # positions of test images
     "Test images in the same mix of classes"
     own = {c: np.flatnonzero(data.test.labels == c) for c in range(data.n_classes)}
@@ -265,7 +323,11 @@ def real_mix(data:LongTail, made:np.ndarray # images; (K,) items made
     return np.concatenate(at) if at else np.zeros(0, np.int64)
 
 # %% ../nbs/63_diffult.ipynb #2db69e8a
-def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, device:str="cpu", # of `step_generate`; images; of step 1; of the images; where
+def describe_generator(f:Filtered, # of `step_generate`
+                       data:LongTail, # images
+                       eye:Eye, # of step 1
+                       folder:str|Path, # of the images
+                       device:str="cpu", # where
                        judge:Classifier|None=None # who has seen everything
                       )->dict: # shares and numbers
     "Zones, draws, copies, distance and diversity of a generator"
@@ -284,7 +346,12 @@ def describe_generator(f:Filtered, data:LongTail, eye:Eye, folder:str|Path, devi
     return facts | recognised_shares(judge, made.items[:], made.labels, wanted, data, device)
 
 # %% ../nbs/63_diffult.ipynb #eaecb2d7
-def generator_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, f:Filtered, kind:str, train # resolved; images; which seed; of `step_generate`; "generation" or "aid loss"; as `step_classify`, with the rest filled in
+def generator_rows(cfg:DiffuLTConfig, # resolved
+                   data:LongTail, # images
+                   seed:int, # which seed
+                   f:Filtered, # of `step_generate`
+                   kind:str, # "generation" or "aid loss"
+                   train # as `step_classify`, with the rest filled in
                   )->dict: # method -> (logits, counts)
     "The rows that reuse one generator's images"
     everything, kept = unfiltered(f), f.kept
@@ -297,7 +364,10 @@ def generator_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, f:Filtered, kind:
                   "diffult, ldam-drw": train(kept, cfg.syn_weight, name="diffult-ldam", loss="ldam_drw")}
 
 
-def control_rows(cfg:DiffuLTConfig, data:LongTail, seed:int, train # resolved; images; which seed; as in `generator_rows`
+def control_rows(cfg:DiffuLTConfig, # resolved
+                 data:LongTail, # images
+                 seed:int, # which seed
+                 train # as in `generator_rows`
                 )->dict: # method -> (logits, counts)
     "The rows that generate nothing"
     wanted = images_wanted(cfg, data)
@@ -322,7 +392,12 @@ class Stages:
 
     def timed(self, stage): return self.run.timed(seed=self.seed, stage=stage) if self.team.writes else contextlib.nullcontext()
 
-    def classify(self, made=None, syn_weight=1., name="mixed", **more): # as `step_classify`, once
+    def classify(self,
+                 made=None,
+                 syn_weight=1.,
+                 name="mixed",
+                 **more # as `step_classify`, once
+                ):
         key = f"answers-{name}-seed-{self.seed}"
         kept, _ = self.run.load(key)
         if self.team.agree(f"answer to whether {key} is there", kept is not None): return kept["logits"], kept["counts"]
@@ -332,7 +407,10 @@ class Stages:
 
 # %% ../nbs/63_diffult.ipynb #0614c530
 @patch
-def measured(self:Stages, name, measure): # a list of numbers, measured by one process, once
+def measured(self:Stages, # a list of numbers
+             name, # measured by one process
+             measure # once
+            ):
     key, numbers = f"{name}-seed-{self.seed}", None
     if self.team.writes:
         kept, _ = self.run.load(key)
@@ -351,7 +429,13 @@ def calibrate(self:Stages, model, eye):
 
 
 @patch
-def loss(self:Stages, name, model, eye, calibration, form=None): # the AID-biased loss with its weight, and what is to be said of it
+def loss(self:Stages,
+         name,
+         model,
+         eye,
+         calibration,
+         form=None # the AID-biased loss with its weight, and what is to be said of it
+        ):
     def measure():
         loss, b = step_balance(self.cfg, self.data, self.seed, model, eye, calibration, form, self.device, self.precision)
         return [loss.alpha, b.alpha, b.ratio, b.cosine, *b.ratios, *b.cosines]
@@ -362,13 +446,22 @@ def loss(self:Stages, name, model, eye, calibration, form=None): # the AID-biase
 
 # %% ../nbs/63_diffult.ipynb #47858874
 @patch
-def judge(self:Stages): # who has seen every real image; one process has it
+def judge(self:Stages # who has seen every real image; one process has it
+         ):
     if not self.cfg.judge_epochs or not self.team.writes: return None
     with self.timed("judge"): return train_judge(self.cfg, self.data, self.seed, self.device, self.precision, self.run)
 
 
 @patch
-def generator(self:Stages, name, eye, judge, loss=None, only=None, cap=None, **more): # a model, its images, and what describes them
+def generator(self:Stages,
+              name,
+              eye,
+              judge,
+              loss=None,
+              only=None,
+              cap=None,
+              **more # a model, its images, and what describes them
+             ):
     cfg, folder = replace(self.cfg, cap=cap or self.cfg.cap), self.run.path/"made"/f"{name}-seed-{self.seed}"
     with self.timed(name): model = step_generator(cfg, self.data, self.seed, loss, name, **self.where, **more)
     with self.timed(f"{name}: images"): f = step_generate(cfg, self.data, self.seed, model, eye, folder, self.device, self.precision, self.team, only)
@@ -377,7 +470,13 @@ def generator(self:Stages, name, eye, judge, loss=None, only=None, cap=None, **m
     return model, f, facts
 
 # %% ../nbs/63_diffult.ipynb #d170c7f5
-def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:str, run:Run, team:Team=Team() # resolved; of this seed, in memory; where; open; with whom
+def run_seed(cfg:DiffuLTConfig,
+             data:LongTail,
+             seed:int,
+             device:str,
+             precision:str,
+             run:Run,
+             team:Team=Team() # resolved; of this seed, in memory; where; open; with whom
             )->list[dict]|None: # rows of scores.json; None where another process writes
     "DiffuLT and its controls with one seed"
     s = Stages(cfg, data, seed, device, precision, run, team)
@@ -412,7 +511,8 @@ def run_seed(cfg:DiffuLTConfig, data:LongTail, seed:int, device:str, precision:s
     return rows
 
 # %% ../nbs/63_diffult.ipynb #89706252
-def standard_errors(logits:dict, truth:np.ndarray # method -> (M, K); (M,) labels
+def standard_errors(logits:dict, # method -> (M, K)
+                    truth:np.ndarray # (M,) labels
                    )->dict: # method -> control -> standard error of the difference in accuracy over test images
     "How sure a difference to each control is"
     right = {m: z.argmax(1).numpy() == truth for m, z in logits.items()}
@@ -423,16 +523,30 @@ def standard_errors(logits:dict, truth:np.ndarray # method -> (M, K); (M,) label
 COMPARED = ("cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "generation", "aid loss", "aid loss + filter") # rows that others are held against
 
 
-def insert_after(d:dict, key, new, value)->dict: # a new dict
+def insert_after(d:dict,
+                 key,
+                 new,
+                 value
+                )->dict: # a new dict
     "A dict with one more entry in its place"
     return {k: v for name, old in d.items() for k, v in ([(name, old), (new, value)] if name == key else [(name, old)])}
 
 # %% ../nbs/63_diffult.ipynb #7f7c47c7
-def sweeps(s:Stages, eye:Eye, judge:Classifier|None, model:DiffusionModel, calibration:Calibration, f:Filtered # of one seed; of step 1; who has seen everything; trained without the loss; of it; what it made
+def sweeps(s:Stages, # of one seed
+           eye:Eye, # of step 1
+           judge:Classifier|None, # who has seen everything
+           model:DiffusionModel, # trained without the loss
+           calibration:Calibration, # of it
+           f:Filtered # what it made
           )->dict: # method -> (logits, counts, more of the row)
     "The ablations that retrain the generator; classifiers get all images with weight 1, of the loss's forms also what the filter keeps with weight omega"
     out, names, tail = {}, ablations(s.cfg), tail_classes(s.data)
-    def add(method, name, cap=1., pull=None, **how): # who trains on all images needs no more than are wanted
+    def add(method,
+            name,
+            cap=1.,
+            pull=None,
+            **how # who trains on all images needs no more than are wanted
+           ):
         _, g, facts = s.generator(name, eye, judge, cap=cap, **how)
         row = {"ablation": name.split("-")[0], **facts, **(pull or {})}
         out[method] = (*s.classify(unfiltered(g), name=f"{name}-all"), row)
@@ -450,7 +564,9 @@ def sweeps(s:Stages, eye:Eye, judge:Classifier|None, model:DiffusionModel, calib
     return out
 
 # %% ../nbs/63_diffult.ipynb #2e0166b8
-def less_head(data:LongTail, share:float, seed:int # images; of the head classes' images that stay; of the choice
+def less_head(data:LongTail, # images
+              share:float, # of the head classes' images that stay
+              seed:int # of the choice
              )->ImageSet: # tail classes are whole
     "The generator's training set in the paper's Table 4"
     tail, rng, at = tail_classes(data), np.random.default_rng(seed), []
@@ -460,19 +576,25 @@ def less_head(data:LongTail, share:float, seed:int # images; of the head classes
     return data.train.take(np.sort(np.concatenate(at)))
 
 
-def tail_classes(data:LongTail)->np.ndarray: # class numbers
+def tail_classes(data:LongTail
+                )->np.ndarray: # class numbers
     "Classes below 100 images; the smaller half where that would be all but one, as on Digits-LT"
     below = np.flatnonzero(data.counts < 100)
     return below if len(below) <= .8 * data.n_classes else np.argsort(data.counts, kind="stable")[:data.n_classes // 2]
 
 
-def tail_shares(f:Filtered, data:LongTail)->dict: # of the tail classes
+def tail_shares(f:Filtered,
+                data:LongTail
+               )->dict: # of the tail classes
     "Band shares of what was made for the tail"
     tail = [d for d in f.classes if d["class"] in tail_classes(data) and d["id"] is not None]
     return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in AID_BANDS}
 
 # %% ../nbs/63_diffult.ipynb #2dde29dc
-def class_table(data:LongTail, f:Filtered, g:Filtered, rows:list[dict] # images; of CBDM, of CBDM + AID; of one seed
+def class_table(data:LongTail, # images
+                f:Filtered, # of CBDM
+                g:Filtered, # of CBDM + AID
+                rows:list[dict] # of one seed
                )->list[dict]: # a dict a class
     "What was made of each class, and what it brought"
     of = lambda m: next(r["per_class"] for r in rows if r["method"] == m)
@@ -507,21 +629,28 @@ def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:Diffusi
 class Ticks:
     "When each unit of work was done; the first ones do not count, as networks are compiled and memory is found in them"
 
-    def __init__(self, device, # where the work is done
+    def __init__(self,
+                 device, # where the work is done
                  warm:int=1 # units that do not count
                 ):
         self.gpu, self.warm, self.at = device_type(device) == "cuda", warm, []
 
-    def __call__(self, *_): # after a unit
+    def __call__(self,
+                 *_ # after a unit
+                ):
         if self.gpu: torch.cuda.synchronize()
         self.at.append(time.perf_counter())
 
     @property
-    def seconds(self)->float: # a unit, the median of the warm ones
+    def seconds(self
+               )->float: # a unit, the median of the warm ones
         return max(float(np.median(np.diff(self.at[self.warm - 1:]))), 1e-6)
 
 
-def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where
+def seconds_a_run(cfg:DiffuLTConfig,
+                  data:LongTail,
+                  device:str,
+                  precision:str # resolved; images; where
                  )->tuple[float, float]: # making the images, and training; of all seeds, without the sweeps
     "An estimate from a few warm steps of each stage, each in one training"
     step, image, epoch = Ticks(device, 3), Ticks(device), Ticks(device) # a step is looked at before its backward pass
@@ -540,7 +669,10 @@ def seconds_a_run(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # 
     return cfg.seeds * making, cfg.seeds * training
 
 # %% ../nbs/63_diffult.ipynb #f9c01da1
-def fit_budget(cfg:DiffuLTConfig, data:LongTail, device:str, precision:str # resolved; images; where
+def fit_budget(cfg:DiffuLTConfig,
+               data:LongTail,
+               device:str,
+               precision:str # resolved; images; where
               )->DiffuLTConfig: # with fewer steps and epochs where the budget asks for it
     "Scale steps and epochs to the budget; the number of images stays"
     if cfg.budget_minutes is None: return cfg
@@ -557,7 +689,8 @@ DIFFERENCES = ("Published: Shao et al., NeurIPS 2024: 500,000 steps of 128 image
                "Ours: the last epoch, the budget printed with the settings, a few-step sampler.")
 
 
-def published(cfg:DiffuLTConfig)->dict: # method -> per cent, empty for data that the paper does not have
+def published(cfg:DiffuLTConfig
+             )->dict: # method -> per cent, empty for data that the paper does not have
     "The paper's numbers for this set"
     return {} if cfg.n_max or cfg.val_per_class else PUBLISHED.get((cfg.dataset, cfg.imb_ratio), {})
 
@@ -592,7 +725,10 @@ def verdict(rows:list[dict] # of scores.json
     return [s for a, b in pairs for s in say(a, b)]
 
 # %% ../nbs/63_diffult.ipynb #bc13bc11
-def plot_classes(rows:list[dict], data_counts:np.ndarray, axes): # of classes-seed-S.json; (K,) training images; two Axes
+def plot_classes(rows:list[dict], # of classes-seed-S.json
+                 data_counts:np.ndarray, # (K,) training images
+                 axes # two Axes
+                ):
     "Bands of what was drawn, and accuracy before and after, from head to tail"
     order = np.argsort(-np.asarray(data_counts), kind="stable")
     low = np.zeros(len(order))
@@ -608,14 +744,16 @@ def plot_classes(rows:list[dict], data_counts:np.ndarray, axes): # of classes-se
     return axes
 
 
-def classes_table(rows:list[dict])->list[list[str]]: # of classes-seed-S.json; a header and a line a class
+def classes_table(rows:list[dict]
+                 )->list[list[str]]: # of classes-seed-S.json; a header and a line a class
     "Class by class"
     share = lambda x: "–" if x is None else f"{x:.0%}"
     lines = [["class", "training images", "wanted", "drawn", "kept", "ID", "AID", "OOD", "before", "after", ""]]
     return lines + [[r["class"], f"{r['images']:,}", *("–" if r[k] is None else f"{r[k]:,}" for k in ("wanted", "drawn", "kept")), *(share(r[b]) for b in AID_BANDS), share(r["before"]), share(r["after"]), "capped" if r["capped"] else ""] for r in rows]
 
 # %% ../nbs/63_diffult.ipynb #bcbb6b45
-def main_table(rows:list[dict], cfg:DiffuLTConfig|None=None # of scores.json; with the paper's numbers where it has some
+def main_table(rows:list[dict], # of scores.json
+               cfg:DiffuLTConfig|None=None # with the paper's numbers where it has some
               )->list[list[str]]:
     "The table, and the paper's numbers beside it"
     cells, paper = table(rows), published(cfg) if cfg else {}
@@ -629,7 +767,10 @@ def split_rows(rows:list[dict] # of scores.json
     return core, [r for r in core if r["method"] in ("label shift", "generation", "aid loss")] + swept if swept else []
 
 
-def finish_run(run:Run, cfg:DiffuLTConfig, rows:list[dict], data:LongTail # open; resolved; of all seeds; of the first
+def finish_run(run:Run, # open
+               cfg:DiffuLTConfig, # resolved
+               rows:list[dict], # of all seeds
+               data:LongTail # of the first
               ):
     "Figures and report"
     names = None if cfg.dataset == "digits" and cfg.seeds > 1 else data.class_names # names differ between the seeds of Digits-LT

@@ -80,7 +80,8 @@ class DiffusionModel:
     def n_classes(self)->int: return len(self.class_names)
 
     @cached_property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of the weights and the objective"
         h = hashlib.blake2b(repr(self.objective).encode(), digest_size=8)
         for v in self.unet.state_dict().values(): h.update(v.detach().cpu().numpy().tobytes())
@@ -90,9 +91,11 @@ class DiffusionModel:
 CB_SPACES = ("prediction", "noise") # what CBDM may compare, below
 
 
-def check_diffusion(images:np.ndarray, labels:np.ndarray, # (N, C, H, W), (N,)
+def check_diffusion(images:np.ndarray,
+                    labels:np.ndarray, # (N, C, H, W), (N,)
                     n_classes:int, # K
-                    n_steps:int, diff_bs:int, # of the training
+                    n_steps:int,
+                    diff_bs:int, # of the training
                     cb_space:str="prediction", # a name of `CB_SPACES`
                     **shares:float # settings that must lie between 0 and 1
                    ):
@@ -135,14 +138,25 @@ class _Training:
         self.weights, self.averages = list(net.parameters()), Averages(net)
         self.key, self.device, self.team, self.drawn = key, device, team, (None, None)
 
-    def indices(self, step, bs, power): # (bs,) positions of this step's images
+    def indices(self,
+                step,
+                bs,
+                power # (bs,) positions of this step's images
+               ):
         block, at = divmod(step, self.block)
         if self.drawn[0] != block:
             g, n = generator(*self.key, "images", block, device=self.device), self.block * bs
             self.drawn = block, torch.randint(len(self.labels), (n,), generator=g, device=self.device) if power == 1 else power_indices(self.labels, n, power, g)
         return self.drawn[1][at * bs:(at + 1) * bs]
 
-    def batch(self, step, bs, power, flip, moved, label_drop): # the whole team's NoisyBatch
+    def batch(self,
+              step,
+              bs,
+              power,
+              flip,
+              moved,
+              label_drop # the whole team's NoisyBatch
+             ):
         i, g = self.indices(step, bs, power), generator(*self.key, step, device=self.device)
         x = self.images[i]
         if flip: x = flip_half(x, g)
@@ -151,7 +165,14 @@ class _Training:
 
 # %% ../nbs/51_diffusion.ipynb #ca8489d9
 @patch
-def step(self:_Training, step, batch, rate, ema, clip, extra_losses): # (1 + extra losses,) values, of the whole batch
+def step(self:_Training,
+         step,
+         batch,
+         rate,
+         ema,
+         clip,
+         extra_losses # (1 + extra losses,) values, of the whole batch
+        ):
     for group in self.optimizer.param_groups: group["lr"] = rate
     part = batch.mine(self.team)
     with dropout_seeded(*self.key, step, self.team.rank, device=self.device): values = diffusion_loss(self.model, part, extra_losses) * (len(part) / len(batch))
@@ -169,12 +190,16 @@ def finite(self:_Training): return bool(torch.stack([p.isfinite().all() for p in
 
 
 @patch
-def averaged(self:_Training): # the network with its averaged weights, a copy
+def averaged(self:_Training # the network with its averaged weights, a copy
+            ):
     return self.averages.load(copy.deepcopy(self.net).eval())
 
 # %% ../nbs/51_diffusion.ipynb #cc92ebe5
 @patch
-def restore(self:_Training, run, stage): # steps that are done
+def restore(self:_Training,
+            run,
+            stage # steps that are done
+           ):
     more = {}
     first = restore(run, stage, self.net, self.optimizer, more) if run else 0
     self.averages.take(more)
@@ -184,7 +209,8 @@ def restore(self:_Training, run, stage): # steps that are done
 
 
 @patch
-def share(self:_Training): # every process has the first one's state
+def share(self:_Training # every process has the first one's state
+         ):
     self.team.share([*self.net.state_dict().values(), *self.averages.state.values()])
 
 
@@ -195,17 +221,41 @@ def keep(self:_Training, run, stage, step): keep(run, stage, step, self.net, sel
 def _nothing(model, batch, noise, prediction, t): return prediction.new_zeros(()) # an extra loss that does not count yet
 
 # %% ../nbs/51_diffusion.ipynb #f1fbd48c
-def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C, H, W) uint8, (N,), K
-                    unet:str="tiny", n_steps:int=600, diff_bs:int=64, diff_lr:float=2e-3, # a name of `UNETS`; optimiser steps, images a step, learning rate
-                    objective:str="v", schedule:str|None=None, min_snr:float=0., # as in `build_objective`
-                    power:float=1., flip:bool=False, nudge:float=0., label_drop:float=.1, # classes are drawn with p_k ~ n_k^power; mirror half of the images; share that is moved a little; share of labels dropped
-                    cb_tau:float=0., cb_gamma:float=.25, cb_share:float=1., cb_label:str="frequency", # of `cbdm_loss`; tau = 0 leaves it out, 1 is CBDM's
+def train_diffusion(images:np.ndarray,
+                    labels:np.ndarray,
+                    n_classes:int, # (N, C, H, W) uint8, (N,), K
+                    unet:str="tiny", # a name of `UNETS`
+                    n_steps:int=600, # optimiser steps
+                    diff_bs:int=64, # images a step
+                    diff_lr:float=2e-3, # learning rate
+                    objective:str="v",
+                    schedule:str|None=None,
+                    min_snr:float=0., # as in `build_objective`
+                    power:float=1., # classes are drawn with p_k ~ n_k^power
+                    flip:bool=False, # mirror half of the images
+                    nudge:float=0., # share that is moved a little
+                    label_drop:float=.1, # share of labels dropped
+                    cb_tau:float=0.,
+                    cb_gamma:float=.25,
+                    cb_share:float=1.,
+                    cb_label:str="frequency", # of `cbdm_loss`; tau = 0 leaves it out, 1 is CBDM's
                     cb_space:str="prediction", # of `cbdm_loss`: what is compared
-                    extra_losses=(), extra_after:float=0., # functions of (model, batch, noise, prediction, t) -> scalar; share of the steps after which they count
-                    ema:float=.9999, clip:float=1., # decay of averaged weights after the ramp; longest gradient, 0 for any
-                    seed:int=0, device:str="cpu", precision:str="fp32", compiled:bool|None=False, channels_last:bool|None=None, # of all randomness; where and in which number format; as in `on_device`
-                    class_names=None, run=None, name:str="diffusion", save_every:float=20., # K names; a Run that keeps checkpoints and metrics; the stage's name there; seconds between checkpoints
-                    on_sample=None, sample_every:int=0, team:Team=Team() # function of (step, DiffusionModel), called every so many steps; who shares the batches
+                    extra_losses=(), # functions of (model, batch, noise, prediction, t) -> scalar
+                    extra_after:float=0., # share of the steps after which they count
+                    ema:float=.9999, # decay of averaged weights after the ramp
+                    clip:float=1., # longest gradient, 0 for any
+                    seed:int=0,
+                    device:str="cpu",
+                    precision:str="fp32",
+                    compiled:bool|None=False,
+                    channels_last:bool|None=None, # of all randomness; where and in which number format; as in `on_device`
+                    class_names=None, # K names
+                    run=None, # a Run that keeps checkpoints and metrics
+                    name:str="diffusion", # the stage's name there
+                    save_every:float=20., # seconds between checkpoints
+                    on_sample=None,
+                    sample_every:int=0,
+                    team:Team=Team() # function of (step, DiffusionModel), called every so many steps; who shares the batches
                    )->DiffusionModel: # on the CPU
     "Train a class-conditional diffusion model; one that was killed goes on where it stopped, bit for bit on the CPU"
     images, labels = np.asarray(images), np.asarray(labels)
@@ -236,13 +286,20 @@ def train_diffusion(images:np.ndarray, labels:np.ndarray, n_classes:int, # (N, C
     return result()
 
 # %% ../nbs/51_diffusion.ipynb #81d5087a
-def diffusion_rate(step:int, n_steps:int # from 0, and how many
+def diffusion_rate(step:int, # from 0
+                   n_steps:int # and how many
                   )->float: # factor on the learning rate
     "Linear warm-up over a tenth of the steps (500 at most), and cosine decay to 0"
     return min(1, (step + 1) / min(500, max(n_steps // 10, 1))) * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def log_steps(t:_Training, values:list, step:int, diff_lr:float, writer, key:dict): # losses since then, taken out
+def log_steps(t:_Training,
+              values:list,
+              step:int,
+              diff_lr:float,
+              writer,
+              key:dict # losses since then, taken out
+             ):
     "Check and log what was trained since the last look"
     mean = torch.stack(values).mean(0).tolist()
     values.clear()
@@ -262,7 +319,8 @@ def diffusers_settings(objective:Objective # of a model
 
 # %% ../nbs/51_diffusion.ipynb #b889cbcb
 @patch
-def save(self:DiffusionModel, folder:str|Path, # gets config.json, diffusion_pytorch_model.safetensors, scheduler_config.json and, last, ltnb.json
+def save(self:DiffusionModel,
+         folder:str|Path, # gets config.json, diffusion_pytorch_model.safetensors, scheduler_config.json and, last, ltnb.json
          **more # written to ltnb.json too
         ):
     "Save the model as a folder of diffusers"
@@ -283,7 +341,8 @@ def save(self:DiffusionModel, folder:str|Path, # gets config.json, diffusion_pyt
 
 
 @patch(cls_method=True)
-def load(cls:DiffusionModel, folder:str|Path # a folder of `save`
+def load(cls:DiffusionModel,
+         folder:str|Path # a folder of `save`
         )->DiffusionModel: # on the CPU
     "Load a model; a folder that is none, or not whole, is a `DataError`"
     from diffusers import UNet2DModel

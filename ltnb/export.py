@@ -27,7 +27,8 @@ from .classifier import Classifier, load_classifier, luma
 class Answer(nn.Module):
     "A classifier with all that it needs, as a graph can hold it"
 
-    def __init__(self, clf:Classifier # trained
+    def __init__(self,
+                 clf:Classifier # trained
                 ):
         super().__init__()
         self.net, shape = clf.net, (1, -1, 1, 1)
@@ -36,7 +37,9 @@ class Answer(nn.Module):
         self.register_buffer("std", torch.tensor(clf.std).view(shape))
         self.register_buffer("log_prior", torch.tensor(clf.log_prior or [0.] * len(clf.class_names)))
 
-    def forward(self, x): # (N, C, H, W) uint8 or (N, d) float32 -> probabilities and logits, (N, K) each
+    def forward(self,
+                x # (N, C, H, W) uint8 or (N, d) float32 -> probabilities and logits, (N, K) each
+               ):
         if self.images: x = (x.float() / 255 - self.mean) / self.std
         logits = self.net(x).float() - self.log_prior
         return logits.softmax(1), logits

@@ -21,13 +21,16 @@ from .threads import control_groups, reading_threads
 from .folders import image_suffixes
 
 # %% ../nbs/10_files.ipynb #095c499e
-def _tag(im, number): # a tag of a TIFF file; None where there is none that can be read
+def _tag(im, # a tag of a TIFF file
+         number # None where there is none that can be read
+        ):
     try: v = getattr(im, "tag_v2", {}).get(number)
     except Exception: return None
     return v[0] if isinstance(v, tuple) and v else v
 
 
-def _stated_white(im): # the value that stands for white as the file says it, or None
+def _stated_white(im # the value that stands for white as the file says it, or None
+                 ):
     if im.format == "PPM": return im.info.get("scale", 1.) if im.mode == "F" else 65535 # Pillow scales whole numbers
     if im.format == "JPEG2000": return 65535 # scaled too
     for number in (341, 281): # SMaxSampleValue, MaxSampleValue: some writers put the image's own maximum there
@@ -60,7 +63,9 @@ def white_value(im, # a loaded PIL image of mode I, I;16 or F
                      f"--grey-bits, such as {need}{' or 16' if need < 16 else ''}, or save it with 8 bits")
 
 # %% ../nbs/10_files.ipynb #65e3b280
-def _eight_bits(im, grey_bits): # a deep grey PIL image -> mode L
+def _eight_bits(im,
+                grey_bits # a deep grey PIL image -> mode L
+               ):
     from PIL import Image
     a = np.asarray(im)
     if a.dtype.kind != "f": a = a.astype(np.int64)
@@ -68,7 +73,10 @@ def _eight_bits(im, grey_bits): # a deep grey PIL image -> mode L
     return Image.fromarray(255 - x if _tag(im, 262) == 0 else x) # 262: 0 is white in some TIFF files
 
 
-def _rgb(im, raw, grey_bits): # a loaded PIL image, how its pixels lie in the file, as told -> RGB
+def _rgb(im, # a loaded PIL image
+         raw, # how its pixels lie in the file
+         grey_bits # as told -> RGB
+        ):
     from PIL import Image
     if im.mode == "F" or im.mode.startswith("I"): return _eight_bits(im, grey_bits).convert("RGB")
     if im.mode == "L" and _tag(im, 339) == 2: raise ValueError("signed grey values; save it with 8 bits without a sign")
@@ -87,12 +95,14 @@ _TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANS
           8: "ROTATE_90"} # EXIF orientation -> what makes it upright
 
 
-def _turn(exif): # () -> Exif; -> a name of `_TURNS`, or None
+def _turn(exif # () -> Exif; -> a name of `_TURNS`, or None
+         ):
     try: return _TURNS.get(exif().get(0x0112))
     except Exception: return None # broken metadata says nothing
 
 
-def _png_parts(data): # yields (kind, whole chunk)
+def _png_parts(data # yields (kind, whole chunk)
+              ):
     at = 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4], "big")
@@ -100,7 +110,8 @@ def _png_parts(data): # yields (kind, whole chunk)
         at = end
 
 # %% ../nbs/10_files.ipynb #9b083f87
-def _jpeg_parts(data): # yields (marker, whole segment); the last one is all from the first scan on
+def _jpeg_parts(data # yields (marker, whole segment); the last one is all from the first scan on
+               ):
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         if data[at + 1] == 0xFF: at += 1; continue # fill
@@ -110,7 +121,8 @@ def _jpeg_parts(data): # yields (marker, whole segment); the last one is all fro
     yield 0xDA, data[at:]
 
 
-def _bare(data): # bytes of a file -> (the same without metadata, its EXIF); None for other kinds
+def _bare(data # bytes of a file -> (the same without metadata, its EXIF); None for other kinds
+         ):
     from PIL import Image
     exif = Image.Exif()
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -131,7 +143,10 @@ def _quiet_pillow(): # its warnings are code lines on the terminal; what matters
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _opened(source, grey_bits, alone=False): # a path or an open file -> upright RGB; alone: without Pillow's own ending
+def _opened(source,
+            grey_bits,
+            alone=False # a path or an open file -> upright RGB; alone: without Pillow's own ending
+           ):
     from PIL import Image
     with Image.open(source) as im:
         raw, tags = str(im.tile[:1]), alone and im.format == "TIFF"
@@ -143,7 +158,10 @@ def _opened(source, grey_bits, alone=False): # a path or an open file -> upright
     return out.transpose(Image.Transpose[turn]) if turn else out
 
 # %% ../nbs/10_files.ipynb #ac7f4236
-def _rescued(source, grey_bits, tolerate): # what can still be had -> (RGB, note); None where nothing can
+def _rescued(source, # what can still be had -> (RGB
+             grey_bits, # note)
+             tolerate # None where nothing can
+            ):
     from PIL import Image
     try: data = source.seek(0) or source.read() if hasattr(source, "read") else Path(source).read_bytes()
     except (OSError, ValueError): return None
@@ -159,7 +177,8 @@ def _rescued(source, grey_bits, tolerate): # what can still be had -> (RGB, note
     return None
 
 
-def _why_not(e): # an exception of Pillow -> what is wrong, in words
+def _why_not(e # an exception of Pillow -> what is wrong, in words
+            ):
     from PIL import Image
     if not isinstance(e, Image.DecompressionBombError): return str(e) or type(e).__name__
     size = int(next(iter(re.findall(r"\d+", str(e))), 0)) / 1e6
@@ -206,7 +225,8 @@ class ImageFiles:
     "Image files that read like a uint8 array (N, 3, H, W): decoded on demand, the latest kept"
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, root:str|Path|None, # folder that the paths are in; None when only the list is known
+    def __init__(self, # folder that the paths are in
+                 root:str|Path|None, # None when only the list is known
                  paths, # N paths, relative to root
                  size:int=224, # pixels a side
                  cache_mb:float=256, # how much decoded data is kept, MB
@@ -220,11 +240,14 @@ class ImageFiles:
     @property
     def shape(self)->tuple: return len(self.paths), 3, self.size, self.size
 
-    def path(self, i:int)->str: # where file i lies
+    def path(self,
+             i:int
+            )->str: # where file i lies
         "Full path of a file"
         if self.root is None: raise UsageError("these images were listed without their folder: give it with --data-root.")
         return os.path.join(self.root, self.paths[i])
-    def take(self, index:np.ndarray, # positions
+    def take(self,
+             index:np.ndarray, # positions
              cache_mb:float|None=None # as above; None keeps this one's
             )->"ImageFiles": # a part of the files
         "Some of the files"
@@ -243,14 +266,18 @@ class ImageFiles:
         return x
 
 # %% ../nbs/10_files.ipynb #91885c7b
-def _number(path, key=""): # a whole number of a file, or of the line that begins with the key; None where there is none
+def _number(path, # a whole number of a file, or of the line that begins with the key
+            key="" # None where there is none
+           ):
     try: words = [line.split() for line in path.read_text().split("\n")]
     except (OSError, ValueError): return None
     found = next((w[-2] if w[-1] == "kB" else w[-1] for w in words if w and (not key or w[0].rstrip(":") == key)), "")
     return int(found) if found.isdigit() else None
 
 # %% ../nbs/10_files.ipynb #b93a69cc
-def _group_memory(folder, first): # what a control group leaves; nothing where it has no limit
+def _group_memory(folder, # what a control group leaves
+                  first # nothing where it has no limit
+                 ):
     used = _number(folder/("memory.usage_in_bytes" if first else "memory.current"))
     kept = _number(folder/"memory.stat", "total_inactive_file" if first else "inactive_file") or 0
     for name in ("memory.limit_in_bytes",) if first else ("memory.max", "memory.high"):
@@ -273,7 +300,9 @@ def free_memory(root:str|Path="/" # where proc and sys lie
 
 # %% ../nbs/10_files.ipynb #d6672b58
 @patch
-def __getitem__(self:ImageFiles, i): # whole number, slice or array of positions
+def __getitem__(self:ImageFiles, # whole number
+                i # slice or array of positions
+               ):
     if isinstance(i, (int, np.integer)): return self._one(range(len(self))[i]).copy() # the kept one stays as it is
     index = np.arange(len(self))[i]
     out = np.empty((len(index), *self.shape[1:]), np.uint8)
@@ -299,7 +328,10 @@ def room_for(*files:ImageFiles, # to be decoded
 
 
 @patch
-def __array__(self:ImageFiles, dtype=None, copy=None)->np.ndarray: # all images
+def __array__(self:ImageFiles,
+              dtype=None,
+              copy=None
+             )->np.ndarray: # all images
     room_for(self)
     return self[:].astype(dtype or np.uint8, copy=False)
 

@@ -65,7 +65,8 @@ def is_helper(name:str, # of a file or folder, without its path
     return name.startswith("._") or low in HELPER_FILES or low.endswith(_HELPER_ENDS)
 
 
-def _json_keys(path): # names in a JSON object; none where it is none
+def _json_keys(path # names in a JSON object; none where it is none
+              ):
     try: text = Path(path).read_text(encoding="utf-8") if os.path.getsize(path) < 10**7 else ""
     except (OSError, ValueError): return set()
     try: obj = json.loads(text)
@@ -86,7 +87,9 @@ def output_mark(folder:str|Path, # a folder
     return "notebook" if has(r"\d\d_run_\w+\.ipynb") else "" # of a run that has not begun
 
 # %% ../nbs/07_folders.ipynb #54b7f608
-def _scan(folder, entered=True): # entries by name; a folder that cannot be read is an error that names it
+def _scan(folder, # entries by name
+          entered=True # a folder that cannot be read is an error that names it
+         ):
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
@@ -96,12 +99,14 @@ def _scan(folder, entered=True): # entries by name; a folder that cannot be read
                         "change its permissions, or move it away.") from e
 
 
-def _is_folder(e): # of os.scandir; links count as what they lead to
+def _is_folder(e # of os.scandir; links count as what they lead to
+              ):
     try: return e.is_dir()
     except OSError: return False # a link to itself
 
 
-def _photographs_in(entries): # names of the photographs directly in a folder
+def _photographs_in(entries # names of the photographs directly in a folder
+                   ):
     suffixes = image_suffixes()
     names = [e.name for e in entries if e.name.lower().endswith(suffixes) and not _is_folder(e)]
     return [n for n in names if not n.startswith(".")]
@@ -119,7 +124,8 @@ def is_ltnb_output(folder:str|Path # a folder
 class Photographs:
     "The photographs below a folder, and what was left out"
 
-    def __init__(self, root:str|Path, # the folder
+    def __init__(self,
+                 root:str|Path, # the folder
                  only=None # names of the folders in it that are searched; None searches all of it
                 ):
         self.root, self.paths, self.folders = str(root), [], [] # photographs; all folders that were entered
@@ -136,7 +142,9 @@ class Photographs:
 
     def _leave(self, reason, path): self.left.setdefault(reason, []).append(path)
 
-    def _enter(self, path): # a part of a split; it can be a link to another part, and is then both
+    def _enter(self, # a part of a split
+               path # it can be a link to another part, and is then both
+              ):
         real = os.path.realpath(os.path.join(self.root, path))
         if real in self._seen: self._seen = {self._real}
         self._walk(path, real, "")
@@ -153,7 +161,11 @@ class Photographs:
 
 # %% ../nbs/07_folders.ipynb #66c6a712
 @patch
-def _folder(self:Photographs, path, real, above): # one folder; gives the folders in it as (path, real path, its mark)
+def _folder(self:Photographs, # one folder
+            path, # gives the folders in it as (path
+            real, # real path
+            above # its mark)
+           ):
     if real in self._seen: self._leave("again", path); return []
     self._seen.add(real)
     at = os.path.join(self.root, path) if path else self.root
@@ -176,7 +188,10 @@ def _folder(self:Photographs, path, real, above): # one folder; gives the folder
 
 
 @patch
-def _file(self:Photographs, e, path): # one entry that is no folder
+def _file(self:Photographs,
+          e,
+          path # one entry that is no folder
+         ):
     if is_helper(e.name, False): return
     suffix = os.path.splitext(e.name.lower())[1]
     picture = suffix in image_suffixes()
@@ -194,7 +209,8 @@ _FOLDER_REASONS = {"helper": "hidden folders and those of helper programs", "out
 
 
 @patch
-def counted(self:Photographs, reason, # of `left`
+def counted(self:Photographs,
+            reason, # of `left`
             below="" # a folder; only what lies in it
            )->str: # such as "3 .heic files (b/h0.heic, b/h1.heic, …)"
     "What was left out for a reason, in numbers"
@@ -208,7 +224,8 @@ def counted(self:Photographs, reason, # of `left`
 
 
 @patch
-def notes(self:Photographs)->list[str]: # sentences
+def notes(self:Photographs
+         )->list[str]: # sentences
     "What was left out, for a person"
     heic = any(p.lower().endswith((".heic", ".heif", ".hif")) for p in self.left.get("closed", ()))
     way = {"closed": "; pip install pillow-heif opens HEIC" if heic else ""}
@@ -217,7 +234,8 @@ def notes(self:Photographs)->list[str]: # sentences
 
 
 @patch(as_prop=True)
-def n_left(self:Photographs)->int: # files, not counting those in folders that were not entered
+def n_left(self:Photographs
+          )->int: # files, not counting those in folders that were not entered
     "How many files were not taken"
     return sum(len(self.left.get(r, ())) for r in _REASONS)
 
@@ -240,15 +258,18 @@ def split_role(name:str # of a folder
     return _ROLES[roles[0]], tuple(w for w in words if w not in _ROLES and w not in _FILLERS)
 
 
-def _subfolders(folder): # names of the folders in it that a person made
+def _subfolders(folder # names of the folders in it that a person made
+               ):
     return [e.name for e in _scan(folder) if _is_folder(e) and not is_helper(e.name, True)]
 
 
-def _kind(folder): # "classes" where it holds folders, "photographs", or "nothing"
+def _kind(folder # "classes" where it holds folders, "photographs", or "nothing"
+         ):
     return "classes" if _subfolders(folder) else "photographs" if _photographs_in(_scan(folder)) else "nothing"
 
 
-def _parts_of(names): # folder names -> {name: role} of those that can be parts of one split
+def _parts_of(names # folder names -> {name: role} of those that can be parts of one split
+             ):
     roles = {n: r for n in names if (r := split_role(n))}
     plain_ = {n: role for n, (role, rest) in roles.items() if not rest}
     if "train" in plain_.values(): return plain_
@@ -261,7 +282,9 @@ def _parts_of(names): # folder names -> {name: role} of those that can be parts 
 def _named(names): return ", ".join(repr(one_line(n)) for n in names)
 
 
-def _split(root, kinds): # {name: (role, kind)} of parts, with class folders for training -> {role: name}
+def _split(root,
+           kinds # {name: (role, kind)} of parts, with class folders for training -> {role: name}
+          ):
     by, where = {}, one_line(root)
     for name, (role, kind) in kinds.items(): by.setdefault(role, []).append(name)
     if double := next((names for names in by.values() if len(names) > 1), None):
@@ -276,7 +299,10 @@ def _split(root, kinds): # {name: (role, kind)} of parts, with class folders for
     return {role: names[0] for role, names in by.items()}
 
 
-def _wrong_split(root, names, kinds): # what looks like a split and cannot be told is refused
+def _wrong_split(root,
+                 names,
+                 kinds # what looks like a split and cannot be told is refused
+                ):
     nested, where = [n for n, (_, kind) in kinds.items() if kind == "classes"], one_line(root)
     looks = "look like parts of a split"
     if nested:
@@ -295,14 +321,17 @@ def _wrong_split(root, names, kinds): # what looks like a split and cannot be to
                          f"first, as in {one_line(next(iter(inner)))}/{one_line(names[0])}.")
 
 # %% ../nbs/07_folders.ipynb #a04fadcb
-def _of_ltnb(folder): # an output, or a folder such as runs that holds nothing else
+def _of_ltnb(folder # an output, or a folder such as runs that holds nothing else
+            ):
     if is_ltnb_output(folder): return True
     inner = _subfolders(folder)
     if not inner or _photographs_in(_scan(folder)): return False
     return all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
 
 
-def _look_alike(root, names): # notes; parts of a split under names that nobody can know, or classes by camera
+def _look_alike(root, # notes
+                names # parts of a split under names that nobody can know, or classes by camera
+               ):
     inner = [frozenset(_subfolders(os.path.join(root, n))) for n in names] if 1 < len(names) <= 10 else []
     if not inner or len(set(inner)) > 1 or len(inner[0]) < 2: return []
     if any(_photographs_in(_scan(os.path.join(root, n))) for n in names): return []
@@ -333,7 +362,8 @@ def find_split(root:str|Path, # a folder
     return root, {}, _look_alike(root, names)
 
 # %% ../nbs/07_folders.ipynb #f24b084b
-def _natural(name): # c2 before c10
+def _natural(name # c2 before c10
+            ):
     words = [w for w in re.split(r"([0-9]+)", name.casefold()) if w]
     return [(not w.isdecimal(), int(w) if w.isdecimal() else 0, w) for w in words], name
 
@@ -382,7 +412,8 @@ def class_folders(found:Photographs, # of a folder of class folders
     return out
 
 # %% ../nbs/07_folders.ipynb #a8bfcb70
-def what_is_there(found:Photographs, folder:str # below its root
+def what_is_there(found:Photographs,
+                  folder:str # below its root
                  )->str: # words
     "What a folder without photographs holds"
     held = [f"{text} {'that cannot be opened here' if r == 'closed' else ''}".strip()
@@ -390,7 +421,10 @@ def what_is_there(found:Photographs, folder:str # below its root
     return f"in it: {'; '.join(held)}" if held else "it is empty"
 
 # %% ../nbs/07_folders.ipynb #31d5d27d
-def _no_photographs(found, part, classes): # sentences about class folders without a photograph
+def _no_photographs(found,
+                    part,
+                    classes # sentences about class folders without a photograph
+                   ):
     at = lambda c: f"{part}/{c}" if part else c
     return [f"the class folder {one_line(at(c))!r} holds no photograph ({what_is_there(found, at(c))})"
             for c, paths in classes.items() if not paths]

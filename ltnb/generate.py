@@ -74,7 +74,8 @@ def find_model(path:str|Path # a run directory, or its folder model
     return DiffusionModel.load(folder), run
 
 
-def planned(cfg:GenerateConfig, model:DiffusionModel # which numbers
+def planned(cfg:GenerateConfig,
+            model:DiffusionModel # which numbers
            )->tuple[np.ndarray, list[int]]: # (N, 2) plan, classes that are left out
     "What to make; classes that the model never saw are left out"
     if (cfg.per_class is None) == (cfg.target_per_class is None): raise UsageError("give one of --per-class (so many of each class) and --target-per-class (fill each class up to so many).")
@@ -98,7 +99,9 @@ def as_the_run(cfg:GenerateConfig # as given
     return cfg if cfg.spacing else replace(cfg, spacing=sampler_spacing(cfg.sampler, own))
 
 
-def same_precision(cfg:GenerateConfig, run:Path|None, device:str # as given; of the model; where
+def same_precision(cfg:GenerateConfig, # as given
+                   run:Path|None, # of the model
+                   device:str # where
                   )->str: # fp32 or bf16
     "The run's number format where this is the same kind of device, else what `auto` means here"
     known = read_json(run/"config.json") if run else {}
@@ -126,7 +129,9 @@ def training_data(run:Path|None # of the model
     return data, ""
 
 
-def look_for_copies(folder:Path, run:Path|None, device:str # of a finished job; of the model; where
+def look_for_copies(folder:Path, # of a finished job
+                    run:Path|None, # of the model
+                    device:str # where
                    )->dict: # shares, or why there are none
     "Flag near copies in the manifest, and count them"
     data, why = training_data(run)
@@ -150,7 +155,8 @@ def is_whole(folder:str|Path # of a job
     return True
 
 
-def _generate(config): # what `generate` gives, with the threads that are set
+def _generate(config # what `generate` gives, with the threads that are set
+             ):
     model, run = find_model(config.model)
     config, (plan, empty) = as_the_run(config), planned(config, model)
     device = choose_device(config.device)
@@ -175,7 +181,8 @@ def generate(config:GenerateConfig # the settings
     with computing_threads(config.threads): return _generate(config)
 
 # %% ../nbs/56_generate.ipynb #62af9456
-def describe(facts:dict, class_names, # of `generate`; K names
+def describe(facts:dict, # of `generate`
+             class_names, # K names
              out:str|Path # the folder
             )->str: # some lines
     "What `ltnb generate` prints"

@@ -93,7 +93,8 @@ def check_side(side:int, # pixels along the longer side
                      f"most: {smaller}, or make images with a text-to-image model and add them to the training folder.")
 
 
-def load_small(cfg:GeneratorConfig, seed:int # as given; which seed
+def load_small(cfg:GeneratorConfig, # as given
+               seed:int # which seed
               )->LongTail: # nothing decoded yet
     "The images of a config, where pixel diffusion can make such ones"
     if cfg.image_size is not None: check_side(cfg.image_size, cfg)
@@ -117,7 +118,8 @@ def activation_bytes(unet:str, # a name of `UNETS`
         x, t = torch.empty(bs, channels, image_size, image_size), torch.empty(bs)
         y = torch.empty(bs, dtype=torch.int64)
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
-    def keep(v): # the tensors are held until all are counted, so that no storage is taken for another one
+    def keep(v # the tensors are held until all are counted, so that no storage is taken for another one
+            ):
         s = v.untyped_storage()
         if s._cdata not in weights: kept[s._cdata] = (s.nbytes(), v)
         return v
@@ -128,7 +130,8 @@ def activation_bytes(unet:str, # a name of `UNETS`
 
 
 def training_bytes(cfg:GeneratorConfig, # with unet and diff_bs
-                   shape:tuple, n_classes:int, # (C, H, W), K
+                   shape:tuple,
+                   n_classes:int, # (C, H, W), K
                    share:float=1. # of `kept_share`
                   )->int: # of memory, about
     "What training a model takes: kept results of each image, weights, gradients, two moments and the average"
@@ -137,7 +140,8 @@ def training_bytes(cfg:GeneratorConfig, # with unet and diff_bs
     return round(cfg.diff_bs * each * passes * share * 1.25 + 20 * weights) # a quarter for gradients on their way
 
 
-def kept_share(cfg:GeneratorConfig, device:str # "cpu" or "cuda"
+def kept_share(cfg:GeneratorConfig,
+               device:str # "cpu" or "cuda"
               )->float: # bytes kept on one device, against fp32 on one
     "Half in bf16 on a CPU; on a GPU, where norms stay in fp32, four fifths, of a batch that its processes share"
     gpu = device_type(device) == "cuda"
@@ -164,7 +168,8 @@ def fit_memory(cfg:GeneratorConfig, # with `unet` and `diff_bs` as given, None w
     usual = "tiny" if side < 16 else "cifar"
     first = cfg.diff_bs or (64 if cfg.dataset == "digits" else 512 if side <= 32 else 128)
     unets = [cfg.unet] if cfg.unet else [usual, *(["medium"] if usual == "cifar" else [])]
-    def batches(u): # from the usual one down
+    def batches(u # from the usual one down
+               ):
         return [cfg.diff_bs] if cfg.diff_bs else [b for i in range(10) if (b := first >> i) >= SMALLEST[u == unets[-1]]]
     tries = [replace(cfg, unet=u, diff_bs=b) for u in unets for b in batches(u)]
     if len(tries) == 1 or free is None: return tries[0]
@@ -176,7 +181,8 @@ def fit_memory(cfg:GeneratorConfig, # with `unet` and `diff_bs` as given, None w
                     f"--image-size, or give --unet and --diff-bs to try it.")
 
 # %% ../nbs/55_generator.ipynb #d51e2cd3
-def resolve_generator(cfg:GeneratorConfig, data:LongTail # as given; images
+def resolve_generator(cfg:GeneratorConfig, # as given
+                      data:LongTail # images
                      )->GeneratorConfig: # with nothing left open of the model
     "Fill in what depends on the data, and refuse what cannot be trained on it"
     small = cfg.dataset == "digits"
@@ -193,7 +199,8 @@ def resolve_generator(cfg:GeneratorConfig, data:LongTail # as given; images
     return cfg
 
 
-def resolve(cfg:DiffusionConfig, data:LongTail # as given; images
+def resolve(cfg:DiffusionConfig, # as given
+            data:LongTail # images
            )->DiffusionConfig: # with nothing left open
     "The same, and how it is judged"
     cfg, small = resolve_generator(cfg, data), cfg.dataset == "digits"
@@ -202,8 +209,10 @@ def resolve(cfg:DiffusionConfig, data:LongTail # as given; images
 
 # %% ../nbs/55_generator.ipynb #70e8d50d
 def settled(resolve, # (config, data) -> config with nothing left open
-            cfg:GeneratorConfig, data:LongTail, # as given; images
-            run:Run, team:Team=Team() # its directory; who takes part
+            cfg:GeneratorConfig, # as given
+            data:LongTail, # images
+            run:Run, # its directory
+            team:Team=Team() # who takes part
            )->GeneratorConfig: # resolved
     "Resolve a config as this directory's run was resolved before, and the same for all processes"
     known = read_json(run.path/"config.json") if (run.path/"config.json").exists() else {}
@@ -218,9 +227,14 @@ def settled(resolve, # (config, data) -> config with nothing left open
     return out
 
 # %% ../nbs/55_generator.ipynb #7ea0e345
-def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images in memory; which seed
-                device:str="cpu", precision:str="fp32", # where and in which number format
-                run:Run|None=None, team:Team=Team(), name:str="diffusion", # keeps checkpoints and metrics; who shares the batches; the stage's name
+def train_model(cfg:GeneratorConfig, # resolved
+                data:LongTail, # images in memory
+                seed:int, # which seed
+                device:str="cpu",
+                precision:str="fp32", # where and in which number format
+                run:Run|None=None, # keeps checkpoints and metrics
+                team:Team=Team(), # who shares the batches
+                name:str="diffusion", # the stage's name
                 train:ImageSet|None=None, # instead of data.train
                 **more # instead of what cfg says, or beside it: `extra_losses`, `on_sample` and others of `train_diffusion`
                )->DiffusionModel: # on the CPU
@@ -232,8 +246,13 @@ def train_model(cfg:GeneratorConfig, data:LongTail, seed:int, # resolved; images
     return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
 
 # %% ../nbs/55_generator.ipynb #00d814bb
-def image_maker(model:DiffusionModel, sampler:str, sample_steps:int, guidance_scale:float, seed:int, # as in `sample_images`
-                device:str="cpu", precision:str="fp32", # where, in which number format
+def image_maker(model:DiffusionModel,
+                sampler:str,
+                sample_steps:int,
+                guidance_scale:float,
+                seed:int, # as in `sample_images`
+                device:str="cpu", # where
+                precision:str="fp32", # in which number format
                 spacing:str|None=None, # as in `sample_images`
                 compiled:bool|None=False # as in `on_device`
                )->tuple: # (rows of a plan, attempt) -> images and dicts, and the settings that make them what they are
@@ -246,9 +265,16 @@ def image_maker(model:DiffusionModel, sampler:str, sample_steps:int, guidance_sc
     return make, how | dict(spacing=sampler_spacing(sampler, spacing), precision=precision)
 
 
-def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # trained; (N, 2) rows (class, k); gets shards and manifest
-                sampler:str="dpm++", sample_steps:int=20, guidance_scale:float=1., seed:int=0, # as in `sample_images`
-                device:str="cpu", precision:str="fp32", name:str="sample", # where, in which number format; for the progress
+def make_images(model:DiffusionModel, # trained
+                plan:np.ndarray, # (N, 2) rows (class, k)
+                folder:str|Path, # gets shards and manifest
+                sampler:str="dpm++",
+                sample_steps:int=20,
+                guidance_scale:float=1.,
+                seed:int=0, # as in `sample_images`
+                device:str="cpu", # where
+                precision:str="fp32", # in which number format
+                name:str="sample", # for the progress
                 spacing:str|None=None, # as in `sample_images`
                 compiled:bool|None=False, # as in `on_device`
                 **job # other settings of `make_synthetic`
@@ -261,8 +287,14 @@ def make_images(model:DiffusionModel, plan:np.ndarray, folder:str|Path, # traine
     return made
 
 # %% ../nbs/55_generator.ipynb #80a27709
-def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str, precision:str, # where the .png goes
-                n:int=8, k:int=10): # images a class, classes at most
+def sample_grid(model:DiffusionModel,
+                cfg:GeneratorConfig,
+                path:Path,
+                device:str,
+                precision:str, # where the .png goes
+                n:int=8, # images a class
+                k:int=10 # classes at most
+               ):
     "A picture of samples, always from the same noise; classes from head to tail"
     shown = [c for c in np.argsort(-model.counts, kind="stable") if model.counts[c]]
     shown = [shown[i] for i in np.unique(np.linspace(0, len(shown) - 1, min(k, len(shown))).round().astype(int))]
@@ -279,7 +311,13 @@ def sample_grid(model:DiffusionModel, cfg:GeneratorConfig, path:Path, device:str
     save_figure(fig, path)
 
 # %% ../nbs/55_generator.ipynb #22693981
-def run_seed(cfg:DiffusionConfig, data:LongTail, seed:int, device:str, precision:str, run:Run, team:Team=Team() # resolved; of this seed, in memory; where; open; with whom
+def run_seed(cfg:DiffusionConfig,
+             data:LongTail,
+             seed:int,
+             device:str,
+             precision:str,
+             run:Run,
+             team:Team=Team() # resolved; of this seed, in memory; where; open; with whom
             )->list[dict]|None: # rows of scores.json; None where another process writes
     "Train with one seed, then judge"
     figure = partial(sample_grid, cfg=cfg, device=device, precision=precision)
@@ -298,7 +336,10 @@ def run_seed(cfg:DiffusionConfig, data:LongTail, seed:int, device:str, precision
         return [judge(made.items, made.labels, "diffusion", seed), *references(judge, cfg.per_class, seed)]
 
 # %% ../nbs/55_generator.ipynb #fd372318
-def plot_judged(rows:list[dict], counts:np.ndarray, axes): # of scores.json; (K,) training images; two Axes
+def plot_judged(rows:list[dict], # of scores.json
+                counts:np.ndarray, # (K,) training images
+                axes # two Axes
+               ):
     "Recognised and copied images, class by class, from head to tail"
     order = np.argsort(-np.asarray(counts), kind="stable")
     for ax, key, title in zip(axes, ("per_class", "copies_per_class"), ("recognised", "copies")):
@@ -310,7 +351,10 @@ def plot_judged(rows:list[dict], counts:np.ndarray, axes): # of scores.json; (K,
     return axes
 
 
-def plot_loss(metrics:list[dict], ax, stage:str="diffusion"): # rows of metrics.jsonl; matplotlib Axes; whose loss
+def plot_loss(metrics:list[dict], # rows of metrics.jsonl
+              ax, # matplotlib Axes
+              stage:str="diffusion" # whose loss
+             ):
     "The loss of a diffusion model"
     for seed in sorted({r["seed"] for r in metrics if r["stage"] == stage}):
         mine = [r for r in metrics if r["stage"] == stage and r["seed"] == seed]
@@ -319,7 +363,10 @@ def plot_loss(metrics:list[dict], ax, stage:str="diffusion"): # rows of metrics.
     return ax
 
 # %% ../nbs/55_generator.ipynb #80a74687
-def finish_run(run:Run, cfg:DiffusionConfig, rows:list[dict], data:LongTail # open; resolved; of all seeds; of the first
+def finish_run(run:Run, # open
+               cfg:DiffusionConfig, # resolved
+               rows:list[dict], # of all seeds
+               data:LongTail # of the first
               ):
     "Figures and report"
     for name, draw, n in (("counts", lambda ax: plot_counts(data.counts, data.class_names, data.name, ax=ax), 1), ("judged", lambda axes: plot_judged(rows, data.counts, axes), 2), ("loss", lambda ax: plot_loss(read_jsonl(run.path/"metrics.jsonl"), ax), 1)):

@@ -96,7 +96,8 @@ def kernel_manager(log, # an open file for what the kernel writes to its standar
 _LOWER = "lower --bs or --image-size (of a diffusion model: --diff-bs)"
 
 
-def out_of_memory(kind:str, text:str # class and message of an error
+def out_of_memory(kind:str,
+                  text:str # class and message of an error
                  )->str|None: # a sentence without its end, None for other errors
     "Is this error a lack of memory?"
     first = text.strip().split("\n")[0].split(". ")[0][:200].rstrip(".")

@@ -31,12 +31,14 @@ class Head:
     bias: torch.Tensor # (K,)
     counts: torch.Tensor # (K,) items per class in its fit: real + omega x generated
 
-    def logits(self, z:torch.Tensor # (N, d) features
+    def logits(self, # (N
+               z:torch.Tensor # d) features
               )->torch.Tensor: # (N, K)
         "Scores that contain the prior of the fit: for plain argmax"
         return z @ self.weight.T + self.bias
 
-    def corrected(self, z:torch.Tensor # (N, d) features
+    def corrected(self, # (N
+                  z:torch.Tensor # d) features
                  )->torch.Tensor: # (N, K)
         "Scores without that prior, removed exactly once: label shift by the effective counts"
         return self.logits(z) - log_prior(self.counts).to(z.device)
@@ -56,7 +58,8 @@ def by_rows(say, # function of (n, d) features that gives (n, K) logits
     return out
 
 # %% ../nbs/28_heads.ipynb #3159180d
-def weighted_scale(features:torch.Tensor, weights:torch.Tensor # (N, d), (N,) positive
+def weighted_scale(features:torch.Tensor,
+                   weights:torch.Tensor # (N, d), (N,) positive
                   )->tuple[torch.Tensor, torch.Tensor]: # (d,) mean, (d,) standard deviation
     "Mean and standard deviation of weighted items, a part at a time: wide features of large sets are held only once"
     parts, total = list(zip(features.split(8192), weights[:, None].split(8192))), weights.sum()
@@ -129,7 +132,8 @@ class Features:
     @property
     def counts(self)->np.ndarray: return np.bincount(self.train_labels.numpy(), minlength=self.n_classes)
 
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of all features, labels and the head"
         h = hashlib.blake2b("\n".join(self.class_names).encode(), digest_size=8)
         for t in (self.train, self.train_labels, self.test, self.test_labels, *((self.head.weight, self.head.bias) if self.head else ())): h.update(t.contiguous().numpy())
@@ -137,7 +141,8 @@ class Features:
 
 # %% ../nbs/28_heads.ipynb #e4d1a33f
 @patch(cls_method=True)
-def npz(cls:Features, path:str|Path # the archive
+def npz(cls:Features,
+        path:str|Path # the archive
        )->Features: # checked
     "Read frozen features"
     z = read_npz(path, ("train_features", "train_labels", "test_features", "test_labels"))
@@ -164,7 +169,8 @@ def npz(cls:Features, path:str|Path # the archive
 def encode(cls:Features,
            clf:Classifier, # trained
            data:LongTail, # its images
-           device:str="cpu", precision:str="fp32", # where and in which number format
+           device:str="cpu",
+           precision:str="fp32", # where and in which number format
            progress=lambda n: None # told the number of images after each batch
           )->Features: # with the classifier's own head where it is linear, else with none
     "Encode a set through a classifier"
@@ -177,7 +183,8 @@ def encode(cls:Features,
 
 
 @patch
-def save(self:Features, path:str|Path, # the .npz file to write
+def save(self:Features,
+         path:str|Path, # the .npz file to write
          with_head:bool=True # the head too, where there is one
         ):
     "Write what `Features.npz` reads, atomically"

@@ -72,16 +72,20 @@ def item_noise(key:tuple, # what the noise is for
 _code = lambda plan: plan[:, 0] * _MOST + plan[:, 1] # one whole number an item, in the order of ids
 
 
-def _ranges(part): # sorted rows (class, k) -> [[class, first k, last k], ...]
+def _ranges(part # sorted rows (class, k) -> [[class, first k, last k], ...]
+           ):
     ends = np.flatnonzero((np.diff(part[:, 0]) != 0) | (np.diff(part[:, 1]) != 1))
     return [[int(part[a, 0]), int(part[a, 1]), int(part[b, 1])] for a, b in zip([0, *(ends + 1)], [*ends, len(part) - 1])]
 
 
-def _expand(ranges): # the reverse
+def _expand(ranges # the reverse
+           ):
     return np.concatenate([np.stack([np.full(b - a + 1, c), np.arange(a, b + 1)], 1) for c, a, b in ranges])
 
 
-def _owners(shards, plan): # (N,) number of the shard that has each item, -1 for none
+def _owners(shards, # (N,) number of the shard that has each item
+            plan # -1 for none
+           ):
     if not shards: return np.full(len(plan), -1)
     parts = [_code(_expand(r)) for r in shards]
     codes, shard = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
@@ -90,7 +94,8 @@ def _owners(shards, plan): # (N,) number of the shard that has each item, -1 for
     return np.where(codes[at] == _code(plan), shard[at], -1)
 
 
-def _checked(plan): # the plan, if it can be one
+def _checked(plan # the plan, if it can be one
+            ):
     plan = np.asarray(plan, dtype=np.int64)
     if plan.ndim != 2 or plan.shape[1] != 2: raise UsageError(f"a plan has rows (class, k), got shape {plan.shape}: make it with make_plan.")
     if len(plan) and (plan.min() < 0 or plan[:, 1].max() >= _MOST or plan[:, 0].max() >= 10**5): raise UsageError(f"a plan holds classes 0 to 99,999 and up to {_MOST:,} items of each.")
@@ -98,7 +103,10 @@ def _checked(plan): # the plan, if it can be one
     return plan
 
 
-def _header(model, seed, settings): # what all items of a job share, as it is read back
+def _header(model,
+            seed,
+            settings # what all items of a job share, as it is read back
+           ):
     return json.loads(json.dumps(plain(dict(format=1, model=model, seed=seed, settings=settings)), default=str))
 
 # %% ../nbs/30_jobs.ipynb #7a802fb4
@@ -150,14 +158,21 @@ def bad_items(items:torch.Tensor # (N, C, H, W) uint8 images, or (N, ...) floati
     return flat.amin(1) == flat.amax(1)
 
 
-def _called(make, part, **attempt): # items on the CPU, and a dict for each
+def _called(make,
+            part,
+            **attempt # items on the CPU, and a dict for each
+           ):
     made = make(part, **attempt)
     items, extra = made if isinstance(made, tuple) else (made, [{}] * len(part))
     if len(items) != len(part) or len(extra) != len(part): raise LtnbError(f"make gave {len(items)} items and {len(extra)} rows for {len(part)} rows of the plan.")
     return items.detach().cpu(), list(extra)
 
 
-def _tried(make, part, check, attempts): # items, extra, the attempt that gave each, which stayed bad
+def _tried(make, # items
+           part, # extra
+           check, # the attempt that gave each
+           attempts # which stayed bad
+          ):
     items, extra = _called(make, part)
     bad, attempt = torch.as_tensor(check(items)).cpu().numpy().astype(bool), np.zeros(len(part), np.int64)
     for n in range(1, attempts):
@@ -172,19 +187,27 @@ def _tried(make, part, check, attempts): # items, extra, the attempt that gave e
 _text = json.JSONEncoder(ensure_ascii=False).encode # of what is plain already
 
 
-def _hashes(items): # 32 hexadecimal digits an item
+def _hashes(items # 32 hexadecimal digits an item
+           ):
     if not len(items): return []
     return [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in items.contiguous().reshape(len(items), -1).view(torch.uint8).numpy()]
 
 
 @patch
-def key(self:_Job, s): # of what shard s must be
+def key(self:_Job,
+        s # of what shard s must be
+       ):
     h = self.header
     return hashlib.sha256(f"{h['model']}|{h['seed']}|{h['settings']}|{self.shards[s]}".encode()).hexdigest()[:16]
 
 
 @patch
-def write(self:_Job, s, make, check, attempts): # make shard s
+def write(self:_Job,
+          s,
+          make,
+          check,
+          attempts # make shard s
+         ):
     part, seed, model = _expand(self.shards[s]), self.header["seed"], self.header["model"]
     items, extra, attempt, bad = _tried(make, part, check, attempts)
     rows, failed = [], [{"id": item_id(*p), "class": p[0], "k": p[1], "attempts": attempts} for p in part[bad].tolist()]
@@ -195,7 +218,8 @@ def write(self:_Job, s, make, check, attempts): # make shard s
     save_tensors(self.path(s), {"items": items[good], "plan": torch.from_numpy(part)[good]}, {"key": self.key(s), "rows": _text(rows), "failed": failed})
 
 # %% ../nbs/30_jobs.ipynb #5ca4b8c3
-def _described(path): # what a shard file says of itself, {} for a torn or missing one
+def _described(path # what a shard file says of itself, {} for a torn or missing one
+              ):
     from safetensors import safe_open
     try:
         with safe_open(str(path), framework="pt") as f: return json.loads((f.metadata() or {}).get("ltnb", "{}"))
@@ -217,7 +241,8 @@ def job_worker()->tuple[int, int]: # (rank, number of workers); (0, 1) outside o
     return 0, 1
 
 
-def _claim(path): # a lock's descriptor, or None while another living process holds it
+def _claim(path # a lock's descriptor, or None while another living process holds it
+          ):
     try: return lock_file(path, wait=-1)
     except LtnbError as e:
         if e.__cause__: raise # not held, but a full disk or a missing right
@@ -225,7 +250,10 @@ def _claim(path): # a lock's descriptor, or None while another living process ho
 
 
 @patch
-def take(self:_Job, s, *how): # is shard s there now? False: another worker is at it
+def take(self:_Job,
+         s,
+         *how # is shard s there now? False: another worker is at it
+        ):
     if self.whole(s): return True
     claim = self.path(s).with_suffix(".lock")
     if (fd := _claim(claim)) is None: return False
@@ -237,7 +265,12 @@ def take(self:_Job, s, *how): # is shard s there now? False: another worker is a
 
 # %% ../nbs/30_jobs.ipynb #91c3c67e
 @patch
-def fill(self:_Job, how, worker, wait, progress): # make what is missing; is all of it there?
+def fill(self:_Job,
+         how,
+         worker,
+         wait,
+         progress # make what is missing; is all of it there?
+        ):
     rank, world = worker
     if not 0 <= rank < world: raise UsageError(f"worker={worker} must be (rank, number of workers) with rank from 0.")
     n, last = np.bincount(self.owner, minlength=len(self.shards)), time.monotonic()
@@ -254,7 +287,8 @@ def fill(self:_Job, how, worker, wait, progress): # make what is missing; is all
     return True
 
 # %% ../nbs/30_jobs.ipynb #372f0dad
-def _sorted_rows(job): # (row, is it good?), in the order of the plan
+def _sorted_rows(job # (row, is it good?), in the order of the plan
+                ):
     shards, starts = OrderedDict(), [*np.flatnonzero(np.diff(job.owner, prepend=-1)), len(job.plan)]
     for a, b in zip(starts, starts[1:]): # a stretch of the plan that lies in one shard
         s = int(job.owner[a])
@@ -267,7 +301,9 @@ def _sorted_rows(job): # (row, is it good?), in the order of the plan
         for p in job.plan[a:b].tolist(): yield shards[s][item_id(*p)]
 
 
-def _with_scores(rows, before): # rows, with the scores of the same items in `before`; both sorted by id
+def _with_scores(rows, # rows, with the scores of the same items in `before`
+                 before # both sorted by id
+                ):
     old = next(before, None)
     for row in rows:
         while old and old["id"] < row["id"]: old = next(before, None)
@@ -275,7 +311,9 @@ def _with_scores(rows, before): # rows, with the scores of the same items in `be
         yield row
 
 
-def _write_rows(path, rows): # as write_jsonl, of rows that are plain already
+def _write_rows(path, # as write_jsonl
+                rows # of rows that are plain already
+               ):
     with atomic_write(path) as f: f.writelines(_text(r) + "\n" for r in rows)
 
 # %% ../nbs/30_jobs.ipynb #9dee81a2
@@ -285,7 +323,8 @@ _MEND = "Restore the file, or remove it and run the command that made it again."
 class ManifestRows:
     "The rows of a manifest that read like a list of dicts: a row is read when it is asked for"
 
-    def __init__(self, path:str|Path # manifest.jsonl or failed.jsonl; a line without an id is a `DataError`
+    def __init__(self, # manifest.jsonl or failed.jsonl
+                 path:str|Path # a line without an id is a `DataError`
                 ):
         try: self._file, at, codes = open(path, "rb"), array("q", [0]), array("q")
         except OSError as e: raise DataError(f"{path} cannot be read ({e.strerror}).") from e
@@ -304,10 +343,13 @@ class ManifestRows:
         try: return json.loads(os.pread(self._file.fileno(), int(self.at[i, 1] - self.at[i, 0]), int(self.at[i, 0])))
         except ValueError as e: raise DataError(f"{self._file.name}, the row of item {item_id(*self.plan[i])}: not valid JSON ({e}). {_MEND}") from e
 
-    def __getitem__(self, i): # whole number -> dict, slice -> list
+    def __getitem__(self, # whole number -> dict
+                    i # slice -> list
+                   ):
         return self._row(range(len(self))[i]) if isinstance(i, (int, np.integer)) else [self._row(j) for j in range(len(self))[i]]
 
-    def take(self, index:np.ndarray # positions
+    def take(self,
+             index:np.ndarray # positions
             )->"ManifestRows":
         "Some of the rows"
         part = object.__new__(ManifestRows)
@@ -320,13 +362,16 @@ _stamp = lambda path: (s.st_ino, s.st_mtime_ns) if path.exists() and (s := path.
 
 
 @patch
-def holds(self:_Job): # does the manifest list this plan?
+def holds(self:_Job # does the manifest list this plan?
+         ):
     rows = ManifestRows(self.folder/"manifest.jsonl")
     return len(rows) + len(_failed(self.folder)) == len(self.plan) and bool(np.isin(_code(rows.plan), _code(self.plan)).all())
 
 
 @patch
-def finish(self:_Job, wait): # write the manifest, unless another worker did since all shards were there
+def finish(self:_Job, # write the manifest
+           wait # unless another worker did since all shards were there
+          ):
     path, failed = self.folder/"manifest.jsonl", []
     before, lock = _stamp(path), lock_file(self.folder/"job.lock", max(wait, 60.))
     def good():

@@ -20,8 +20,12 @@ from .copies import copy_threshold, near_copies
 from .baseline import default_arch
 
 # %% ../nbs/54_judge.ipynb #52b68b3b
-def train_judge(cfg, data:LongTail, seed:int, # resolved; images in memory; which seed
-                device:str="cpu", precision:str="fp32", run:Run|None=None # where; keeps checkpoints
+def train_judge(cfg, # resolved
+                data:LongTail, # images in memory
+                seed:int, # which seed
+                device:str="cpu",
+                precision:str="fp32",
+                run:Run|None=None # where; keeps checkpoints
                )->Classifier: # trained on train, validation and test images
     "A classifier that has seen every real image"
     parts = list(data.parts.values())
@@ -42,8 +46,11 @@ class Judge:
         object.__setattr__(self, "threshold", copy_threshold(self.data.train.images, self.data.test.images, device=self.device))
         if self.clf: object.__setattr__(self, "real", encode(self.clf, self.data.test.images, device=self.device))
 
-    def __call__(self, images:np.ndarray, labels:np.ndarray, # (N, C, H, W) uint8, (N,) the classes that were asked for
-                 method:str, seed:int # of the row
+    def __call__(self,
+                 images:np.ndarray,
+                 labels:np.ndarray, # (N, C, H, W) uint8, (N,) the classes that were asked for
+                 method:str,
+                 seed:int # of the row
                 )->dict: # a row of scores.json
         "Look at images"
         images, counts, nan = np.asarray(images), self.data.counts, float("nan")
@@ -57,7 +64,9 @@ class Judge:
         return row | {"distance": frechet_distance(self.real, encode(self.clf, images, device=self.device)) if self.clf else nan}
 
 # %% ../nbs/54_judge.ipynb #1df2ae4b
-def references(judge:Judge, n:int, seed:int # images a class; of the rows
+def references(judge:Judge,
+               n:int,
+               seed:int # images a class; of the rows
               )->list[dict]: # rows of scores.json
     "The judge's view of noise, of repeated training images and of test images"
     data, rng = judge.data, np.random.default_rng(seed)

@@ -57,12 +57,14 @@ class Reading:
     sure: bool # a sign sets the keys apart, not a space
 
     @property
-    def numbers(self)->list|None: # (L,) whole numbers, None where a key is something else
+    def numbers(self
+               )->list|None: # (L,) whole numbers, None where a key is something else
         "The keys as numbers"
         return [int(k) for k in self.keys] if all(re.fullmatch(r"\d{1,9}", k, re.ASCII) for k in self.keys) else None
 
     @property
-    def covers(self)->bool: # 0 to L - 1, each once
+    def covers(self
+              )->bool: # 0 to L - 1, each once
         "Do the keys number the classes?"
         return self.numbers is not None and sorted(self.numbers) == list(range(len(self.keys)))
 
@@ -72,7 +74,8 @@ _FRONT = re.compile(_KEY.format("?") + r"(\s*(?:->|=>|[,;:=|]|\.(?=\s)|-(?=\s))\
 _BEHIND = re.compile(r"(.+?)(\s*(?:->|=>|[,;:=|])\s*|\s+-\s+|\s+)" + _KEY.format(""))
 
 
-def _bare(text): # without quotation marks around it
+def _bare(text # without quotation marks around it
+         ):
     text = text.strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
@@ -96,7 +99,8 @@ class _Refused(Exception): pass # why a names file says nothing certain
 def _number(text)->int|None: return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
 
 
-def _by_number(readings): # (Reading, class -> name) of the numbering, or None
+def _by_number(readings # (Reading, class -> name) of the numbering, or None
+              ):
     found = [r for r in readings if r.covers]
     if len({tuple(r.numbers) for r in found}) > 1:
         found = [r for r in found if r.sure]
@@ -105,13 +109,19 @@ def _by_number(readings): # (Reading, class -> name) of the numbering, or None
     return (found[0], dict(zip(found[0].numbers, found[0].names))) if found else None
 
 
-def _agree(keys, numbers, folders): # a folder and a number on one line mean one class
+def _agree(keys,
+           numbers,
+           folders # a folder and a number on one line mean one class
+          ):
     for key, k in zip(keys, numbers):
         if folders.get(key, k) != k:
             raise _Refused(f"it gives {key!r} the number {k}, but the images have it as class {folders[key]}")
 
 # %% ../nbs/05_labels.ipynb #06f25e51
-def _by_folder(readings, folders, n_classes): # (Reading, class -> name), or None where some class has no line
+def _by_folder(readings, # (Reading
+               folders, # class -> name)
+               n_classes # or None where some class has no line
+              ):
     for r in readings:
         named, names = {}, r.names
         for second in read_lines(names): # a numbering beside the folders, as in map_clsloc.txt
@@ -130,7 +140,9 @@ def _by_folder(readings, folders, n_classes): # (Reading, class -> name), or Non
     return None
 
 # %% ../nbs/05_labels.ipynb #1eaf386d
-def _without_folders(named, folders): # class -> name; folders in front of or behind all names are checked and dropped
+def _without_folders(named, # class -> name
+                     folders # folders in front of or behind all names are checked and dropped
+                    ):
     for r in read_lines(list(named.values())):
         known = [(k, key) for k, key in zip(named, r.keys) if key in folders]
         if 2 * len(known) <= len(named): continue
@@ -139,7 +151,10 @@ def _without_folders(named, folders): # class -> name; folders in front of or be
     return named
 
 
-def _why_not(numbers, where, n_classes): # what is wrong with a column of numbers
+def _why_not(numbers,
+             where,
+             n_classes # what is wrong with a column of numbers
+            ):
     if twice := [k for k, n in Counter(numbers).items() if n > 1]:
         return f"every line has a number {where}, but {twice[0]} stands there more than once"
     if sorted(numbers) == list(range(1, len(numbers) + 1)):
@@ -148,8 +163,11 @@ def _why_not(numbers, where, n_classes): # what is wrong with a column of number
     return f"every line has a number {where}, but {missing[0] if missing else len(numbers)} is missing"
 
 # %% ../nbs/05_labels.ipynb #9d1475f4
-def _by_order(lines, readings, folders,
-              n_classes): # class -> name; refused where something looks like a number or a folder
+def _by_order(lines,
+              readings,
+              folders,
+              n_classes # class -> name; refused where something looks like a number or a folder
+             ):
     n = len(lines)
     for r in readings:
         if r.numbers and (len(set(r.names)) > 1 or r.numbers != sorted(r.numbers)):
@@ -208,7 +226,8 @@ KEY_WORDS = ("y", "class_id", "label_id", "id", "idx", "index", "number", "targe
              "folder", "key")
 
 # %% ../nbs/05_labels.ipynb #a537d2eb
-def word(text)->str: # a column's name in one spelling
+def word(text
+        )->str: # a column's name in one spelling
     "Lower case, with underscores"
     return re.sub(r"[\s-]+", "_", str(text).strip().lower())
 
@@ -234,13 +253,15 @@ def read_rows(header:list|None, # names of the columns, None where there are non
     return [r for r in out if not r.covers or r in own] if own else out
 
 # %% ../nbs/05_labels.ipynb #ea5e97d8
-def _cells(value): # of a JSON value, as texts
+def _cells(value # of a JSON value, as texts
+          ):
     if isinstance(value, (list, tuple)): return [t for v in value for t in _cells(v)]
     if isinstance(value, bool) or not isinstance(value, (str, int)): raise ValueError(f"{value!r} is no name or number")
     return [str(value)]
 
 
-def _once(pairs): # a JSON dict; a key that stands twice would lose a class
+def _once(pairs # a JSON dict; a key that stands twice would lose a class
+         ):
     if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]:
         raise ValueError(f"the key {twice[0]!r} stands twice")
     return dict(pairs)
@@ -280,14 +301,17 @@ def csv_rows(text:str, # of a csv or tsv file
     return header, [r for r in rows if str(UNUSED_CLASS) not in r]
 
 # %% ../nbs/05_labels.ipynb #135df7e7
-def _lines_of(text): # without blank lines, comments and a header
+def _lines_of(text # without blank lines, comments and a header
+             ):
     lines = [x.strip() for x in text.split("\n") if x.strip()]
     lines = [x for x in lines if not re.match(r"#(\s|$)", x)] or lines
     head = [word(w) for w in re.split(r"[\s,;:|]+", lines[0])] if len(lines) > 2 else []
     return lines[1:] if len(head) > 1 and set(head) <= {*NAME_WORDS, *KEY_WORDS} else lines
 
 
-def _take_apart(path, text): # (readings, lines or None)
+def _take_apart(path, # (readings
+                text # lines or None)
+               ):
     kind = Path(path).suffix.lower()
     if kind == ".json": header, rows = json_rows(json.loads(text, object_pairs_hook=_once))
     elif kind in (".csv", ".tsv"): header, rows = csv_rows(text, kind == ".tsv")
@@ -300,8 +324,8 @@ def _take_apart(path, text): # (readings, lines or None)
 
 # %% ../nbs/05_labels.ipynb #60b83da3
 def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
-                     paths=(), labels=(),
-                     # of the train list: they tell a folder from a name, and how many classes there are
+                     paths=(),
+                     labels=(),
                      folders:dict|None=None, # folder -> class, instead of those of the paths
                      n_classes:int|None=None # K, instead of the largest label + 1
                     )->tuple: # K names

@@ -36,7 +36,8 @@ def alpha_sigma(t:torch.Tensor # (B,) times in (0, 1)
 class Block(nn.Module):
     "A residual MLP block, modulated by the condition (adaLN-zero; Peebles and Xie, 2023)"
 
-    def __init__(self, width:int # of the residual stream
+    def __init__(self,
+                 width:int # of the residual stream
                 ):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -51,7 +52,8 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     "Predicts the velocity of a noisy feature, given time and class"
 
-    def __init__(self, n_features:int, # d
+    def __init__(self,
+                 n_features:int, # d
                  n_classes:int, # K; class number K is the null class
                  width:int=128, # of the residual stream
                  n_blocks:int=3 # residual blocks
@@ -64,12 +66,14 @@ class Denoiser(nn.Module):
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), 32)))
         self.register_buffer("class_means", torch.zeros(n_classes + 1, n_features))
 
-    def code(self, y:torch.Tensor # (B,) classes, K for none
+    def code(self, # (B,) classes
+             y:torch.Tensor # K for none
             )->torch.Tensor: # (B, width)
         "What the network is told about a class"
         return self.label(y) + self.mean(self.class_means[y])
 
-    def forward(self, x:torch.Tensor, # (B, d) noisy, standardised
+    def forward(self,
+                x:torch.Tensor, # (B, d) noisy, standardised
                 t:torch.Tensor, # (B,) times
                 code:torch.Tensor # (B, width) of `code`, or between two of them
                )->torch.Tensor: # (B, d) velocity
@@ -81,7 +85,8 @@ class Denoiser(nn.Module):
 
 # %% ../nbs/40_latent.ipynb #ef2a3020
 def denoising_loss(net:Denoiser, # the model
-                   x0:torch.Tensor, y:torch.Tensor, # (B, d) standardised features, (B,) classes
+                   x0:torch.Tensor,
+                   y:torch.Tensor, # (B, d) standardised features, (B,) classes
                    g:torch.Generator, # on their device
                    label_drop:float=0.1, # share of labels replaced by the null class
                    precision:str="fp32" # of the forward pass
@@ -107,13 +112,15 @@ class LatentModel:
     counts: np.ndarray # (K,) training items
 
     @property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of the weights"
         h = hashlib.blake2b(digest_size=8)
         for v in (*self.net.state_dict().values(), self.mean, self.sd, torch.tensor(self.floor)): h.update(v.detach().cpu().numpy().tobytes())
         return h.hexdigest()
 
-    def to(self, device # where to sample
+    def to(self,
+           device # where to sample
           )->"LatentModel": # itself where it is there already, else a copy
         "The model on another device"
         if self.mean.device == torch.empty(0, device=device).device: return self
@@ -127,7 +134,8 @@ def standardisation(z:torch.Tensor # (N, d) features
     return z.mean(0), z.std(0).clamp_min(1e-6), 0. if z.min() >= 0 else -math.inf
 
 
-def class_means(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
+def class_means(z:torch.Tensor,
+                y:torch.Tensor, # (N, d) features, (N,) classes
                 n_classes:int # K
                )->torch.Tensor: # (K, d); 0 for a class without items
     "The mean feature of each class"
@@ -135,11 +143,16 @@ def class_means(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
     return z.new_zeros(n_classes, z.shape[1]).index_add_(0, y, z) / counts
 
 # %% ../nbs/40_latent.ipynb #66f26a93
-def latent_step(net:Denoiser, averages:Averages, optimizer:torch.optim.Optimizer, # the model, its EMA, AdamW
-                z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
+def latent_step(net:Denoiser, # the model
+                averages:Averages, # its EMA
+                optimizer:torch.optim.Optimizer, # AdamW
+                z:torch.Tensor,
+                y:torch.Tensor, # (N, d) features, (N,) classes
                 scale:tuple, # mean and standard deviation, (d,) each
-                step:int, n_steps:int, # from 0, and how many
-                diff_bs:int, diff_lr:float, # items a step, learning rate
+                step:int, # from 0
+                n_steps:int, # and how many
+                diff_bs:int, # items a step
+                diff_lr:float, # learning rate
                 g:torch.Generator, # of this step
                 precision:str="fp32" # of the forward pass
                )->torch.Tensor: # scalar loss
@@ -154,12 +167,17 @@ def latent_step(net:Denoiser, averages:Averages, optimizer:torch.optim.Optimizer
     return loss.detach()
 
 # %% ../nbs/40_latent.ipynb #5a5b720d
-def train_latent(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
+def train_latent(z:torch.Tensor,
+                 y:torch.Tensor, # (N, d) features, (N,) classes
                  n_classes:int, # K
                  n_steps:int=600, # optimiser steps
-                 diff_bs:int=512, diff_lr:float=1e-3, # items a step, learning rate
-                 width:int=128, n_blocks:int=3, # of the denoiser
-                 seed:int=0, device:str="cpu", precision:str="fp32", # where and in which number format
+                 diff_bs:int=512, # items a step
+                 diff_lr:float=1e-3, # learning rate
+                 width:int=128,
+                 n_blocks:int=3, # of the denoiser
+                 seed:int=0,
+                 device:str="cpu",
+                 precision:str="fp32", # where and in which number format
                  run=None, # a Run that keeps checkpoints and metrics
                  name:str="denoiser", # of the stage
                  save_every:float=20. # seconds between checkpoints
@@ -232,7 +250,8 @@ def shrink_strength(counts:np.ndarray, # (K,) training items
 
 
 def memorised(head:Head, # of stage 1
-              z:torch.Tensor, y:torch.Tensor, # (N, d) its training features, (N,) classes
+              z:torch.Tensor,
+              y:torch.Tensor, # (N, d) its training features, (N,) classes
               n_classes:int # K
              )->np.ndarray: # (K,) rho in 0 to 1
     "How sure the head is of its own training items: mean probability of the right class, prior removed"
@@ -249,23 +268,29 @@ class Neighbourhood:
     strength: np.ndarray # (K,) a_c, the mean of u
 
     @classmethod
-    def find(cls, head:Head, # of stage 1
-             z:torch.Tensor, y:torch.Tensor, n_classes:int, # (N, d) training features, (N,) classes, K
-             shrink_n0:float=60., temperature:float=0.5 # n0 and T_Q
+    def find(cls,
+             head:Head, # of stage 1
+             z:torch.Tensor,
+             y:torch.Tensor,
+             n_classes:int, # (N, d) training features, (N,) classes, K
+             shrink_n0:float=60.,
+             temperature:float=0.5 # n0 and T_Q
             )->"Neighbourhood":
         "From the training features alone"
         a = shrink_strength(torch.bincount(y, minlength=n_classes).numpy(), shrink_n0) * memorised(head, z, y, n_classes)
         return cls(neighbour_classes(head, class_means(z, y, n_classes), temperature), a)
 
     @property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of both"
         h = hashlib.blake2b(self.toward.contiguous().numpy(), digest_size=8)
         h.update(self.strength.tobytes())
         return h.hexdigest()
 
 # %% ../nbs/40_latent.ipynb #82938ae6
-def draw_pull(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) rows (class, k)
+def draw_pull(key:tuple, # what the draw is for
+              plan:np.ndarray, # (N, 2) rows (class, k)
               strength, # (K,) a_c
               kappa:float # how alike the pulls of one class are: Beta(kappa a, kappa (1 - a))
              )->np.ndarray: # (N,) u, an item's own pull
@@ -273,7 +298,8 @@ def draw_pull(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) rows (c
     return draw_items((*key, "pull"), plan, lambda g, n, c: g.beta(kappa * strength[c], max(kappa * (1 - strength[c]), 1e-9), n) if strength[c] > 0 else np.zeros(n))
 
 
-def draw_neighbours(key:tuple, plan:np.ndarray, # what the draw is for; (N, 2) rows (class, k)
+def draw_neighbours(key:tuple, # what the draw is for
+                    plan:np.ndarray, # (N, 2) rows (class, k)
                     toward:torch.Tensor # (K, K) of `neighbour_classes`
                    )->np.ndarray: # (N,) class numbers
     "Toward which class each item is pulled"
@@ -323,7 +349,8 @@ def garbage_features(z:torch.Tensor, # (N, d) training features
     return torch.from_numpy(u).mul_(high - low).add_(low)
 
 # %% ../nbs/40_latent.ipynb #16468869
-def pooled_covariance(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
+def pooled_covariance(z:torch.Tensor,
+                      y:torch.Tensor, # (N, d) features, (N,) classes
                       means:torch.Tensor, # (K, d) of `class_means`
                       shrink:float=0.05 # share replaced by the same variance in all directions
                      )->torch.Tensor: # (d, d) float64
@@ -333,7 +360,8 @@ def pooled_covariance(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) cl
     return (1 - shrink) * cov + (shrink * cov.diagonal().mean() + 1e-9) * torch.eye(len(cov), dtype=cov.dtype)
 
 
-def gaussian_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features, (N,) classes
+def gaussian_features(z:torch.Tensor,
+                      y:torch.Tensor, # (N, d) training features, (N,) classes
                       plan:np.ndarray, # (M, 2) rows (class, k)
                       seed:int=0
                      )->torch.Tensor: # (M, d)
@@ -344,7 +372,8 @@ def gaussian_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features
     return out.add_(means[torch.from_numpy(plan[:, 0])]).clamp_min_(floor)
 
 # %% ../nbs/40_latent.ipynb #93554fd9
-def mixed_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features, (N,) classes
+def mixed_features(z:torch.Tensor,
+                   y:torch.Tensor, # (N, d) training features, (N,) classes
                    plan:np.ndarray, # (M, 2) rows (class, k)
                    around:Neighbourhood, # of the real features
                    kappa:float=1., # how alike the items of a class are mixed
@@ -354,7 +383,9 @@ def mixed_features(z:torch.Tensor, y:torch.Tensor, # (N, d) training features, (
     key, counts = ("mixed", seed), torch.bincount(y, minlength=len(around.toward)).numpy()
     order, first = torch.argsort(y, stable=True), np.concatenate([[0], counts.cumsum()])
     u = torch.from_numpy(draw_pull(key, plan, around.strength, kappa)).float()[:, None]
-    def pick(classes, what): # a real item of each class
+    def pick(classes,
+             what # a real item of each class
+            ):
         r = draw_items((*key, what), plan, lambda g, n, c: g.random(n))
         return z[order[torch.from_numpy(first[classes] + np.minimum((r * counts[classes]).astype(np.int64), counts[classes] - 1))]]
     return pick(plan[:, 0], "own").lerp_(pick(draw_neighbours(key, plan, around.toward), "other"), u)
@@ -372,7 +403,9 @@ def planned_counts(counts:np.ndarray, # (K,) training items
     return made
 
 # %% ../nbs/40_latent.ipynb #872538cc
-def neighbourhood(cfg, f:Features, base:Head # resolved; frozen features; the stage-1 head
+def neighbourhood(cfg, # resolved
+                  f:Features, # frozen features
+                  base:Head # the stage-1 head
                  )->Neighbourhood:
     "Toward which classes the features of rare ones are pulled, and how far"
     return Neighbourhood.find(base, f.train, f.train_labels, f.n_classes, cfg.shrink_n0, cfg.neighbour_temperature)
@@ -386,7 +419,8 @@ def plan_of(made:Synthetic # whose manifest is in memory or on disk
 
 # %% ../nbs/40_latent.ipynb #614db3b7
 def sources(cfg, # resolved
-            f:Features, base:Head, # real features and the stage-1 head
+            f:Features,
+            base:Head, # real features and the stage-1 head
             made:Synthetic, # generated features
             seed:int
            )->dict: # name -> function that gives items; with the labels of `made`, none for the first

@@ -149,7 +149,9 @@ def resolve(cfg:LDMLRConfig, # as given
 # %% ../nbs/43_ldmlr.ipynb #71d1ad43
 def stage_encode(cfg:LDMLRConfig, # resolved
                  data:LongTail, # images
-                 seed:int, device:str="cpu", precision:str="fp32",
+                 seed:int,
+                 device:str="cpu",
+                 precision:str="fp32",
                  run:Run|None=None # keeps checkpoints
                 )->tuple[Classifier, Features]: # trained, and its frozen features
     "Train the classifier, then encode train and test images in evaluation mode"
@@ -183,7 +185,9 @@ def base_head(f:Features, # with or without a head
 # %% ../nbs/43_ldmlr.ipynb #afd6e656
 def stage_generate(cfg:LDMLRConfig, # resolved
                    f:Features, # frozen features
-                   seed:int, device:str="cpu", precision:str="fp32",
+                   seed:int,
+                   device:str="cpu",
+                   precision:str="fp32",
                    run:Run|None=None, # keeps checkpoints
                    name:str="denoiser" # of the checkpoints
                   )->tuple[LatentModel, np.ndarray]: # the generator, and the plan of what to make
@@ -193,9 +197,12 @@ def stage_generate(cfg:LDMLRConfig, # resolved
 
 
 def stage_sample(cfg:LDMLRConfig, # resolved
-                 model:LatentModel, plan:np.ndarray, # of `stage_generate`
-                 f:Features, base:Head, # frozen features and the stage-1 head
-                 seed:int, folder:str|Path, # gets shards and manifest
+                 model:LatentModel,
+                 plan:np.ndarray, # of `stage_generate`
+                 f:Features,
+                 base:Head, # frozen features and the stage-1 head
+                 seed:int,
+                 folder:str|Path, # gets shards and manifest
                  device="cpu" # where to compute; the noise is the same everywhere
                 )->Synthetic: # generated features
     "Make the planned features, a shard at a time"
@@ -210,8 +217,10 @@ def stage_sample(cfg:LDMLRConfig, # resolved
 
 # %% ../nbs/43_ldmlr.ipynb #8e14cf19
 def fit_heads(cfg:LDMLRConfig, # resolved
-              f:Features, base:Head, # real features and the stage-1 head
-              items:torch.Tensor, labels:np.ndarray, # (M, d) extra features, (M,) their classes
+              f:Features,
+              base:Head, # real features and the stage-1 head
+              items:torch.Tensor,
+              labels:np.ndarray, # (M, d) extra features, (M,) their classes
               seed:int,
               progress=lambda n: None # told 1 after each step
              )->dict[str, Head]: # "label shift" and "scratch", the two starts
@@ -223,7 +232,8 @@ def fit_heads(cfg:LDMLRConfig, # resolved
 
 # %% ../nbs/43_ldmlr.ipynb #70eb721b
 def stage_classify(cfg, # resolved
-                   f:Features, base:Head, # real features and the stage-1 head
+                   f:Features,
+                   base:Head, # real features and the stage-1 head
                    made:Synthetic, # generated features
                    seed:int
                   )->dict[tuple[str, str], Head]: # (source, "label shift" or "scratch") -> head
@@ -239,7 +249,8 @@ def stage_classify(cfg, # resolved
 
 # %% ../nbs/43_ldmlr.ipynb #f8808d4f
 def decoupled_heads(cfg:LDMLRConfig, # resolved
-                    f:Features, base:Head, # real features and the stage-1 head
+                    f:Features,
+                    base:Head, # real features and the stage-1 head
                     seed:int
                    )->dict[tuple[str, None], Head]: # (method, None) -> head
     "Class-balanced refits with as many draws as the other heads: cRT as those from scratch, LWS as those from label shift; tau = 1"
@@ -256,7 +267,8 @@ METHODS = ("cross-entropy", "label shift", "real refit", "crt", "lws", "tau-norm
 CONTROLS = tuple(m for m in METHODS if m != "cross-entropy" and "ldmlr" not in m)
 
 
-def read_heads(base:Head, heads:dict, # of stages 1 and 3
+def read_heads(base:Head,
+               heads:dict, # of stages 1 and 3
                test_prior=None # (K,) probabilities; what removes the prior is then also read with these added
               )->dict: # (method, start) -> function that gives (M, K) logits
     "What each method says of the test features; a method without a start has only one"
@@ -270,8 +282,11 @@ def read_heads(base:Head, heads:dict, # of stages 1 and 3
     return said | {(f"{m}, test prior", start): toward(said[m, start]) for m, start in shifted}
 
 # %% ../nbs/43_ldmlr.ipynb #6ba8ed0b
-def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
-               seed:int, shown=METHODS, # rows to make
+def score_rows(f:Features,
+               base:Head,
+               heads:dict, # of stages 1 and 3
+               seed:int,
+               shown=METHODS, # rows to make
                test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
               )->list[dict]: # one a method; numbers of heads from scratch begin with scratch_
     "All rows of one seed, with standard errors over test images of the differences to the controls"
@@ -284,7 +299,9 @@ def score_rows(f:Features, base:Head, heads:dict, # of stages 1 and 3
         scores[k], right[k] = score(None, truth, f.counts, k[0], seed, z), z.argmax(1) == truth
         bar.step()
     bar.close()
-    def se(method, start): # of the difference to each control with the same start
+    def se(method,
+           start # of the difference to each control with the same start
+          ):
         others = {c: (c, start) if (c, start) in right else (c, None) for c in CONTROLS if c != method}
         of = {c: paired_over_images(right[method, start], right[k]) for c, k in others.items() if k in right}
         return {c: (d.high - d.mean) / 1.959964 for c, d in of.items()}
@@ -319,9 +336,15 @@ def ablation_settings(cfg:LDMLRConfig, # resolved
 
 
 def ablation_rows(cfg:LDMLRConfig, # resolved
-                  clf:Classifier|None, data, f:Features, base:Head, # encoder and its images, where there are some; frozen features; the stage-1 head
+                  clf:Classifier|None, # encoder and its images
+                  data, # where there are some
+                  f:Features, # frozen features
+                  base:Head, # the stage-1 head
                   model:LatentModel, # of stage 2
-                  seed:int, device:str, precision:str, run:Run # where; open
+                  seed:int,
+                  device:str,
+                  precision:str,
+                  run:Run # where; open
                  )->list[dict]: # of scores.json, each with the key `ablation`
     "Stages 2 and 3 again, with one setting changed at a time"
     rows, settings = [], ablation_settings(cfg, f.counts)
@@ -348,7 +371,8 @@ def room_of(variant:str # of VARIANTS
     return importlib.import_module(VARIANTS[variant])
 
 
-def data_name(cfg:LDMLRConfig)->str: # how directory and report call the data
+def data_name(cfg:LDMLRConfig
+             )->str: # how directory and report call the data
     "The name of the data"
     return Path(cfg.features).stem if cfg.features else cfg.source_name
 
@@ -369,7 +393,9 @@ def check_inputs(cfg:LDMLRConfig # as given
 # %% ../nbs/43_ldmlr.ipynb #f0cefc03
 def run_seed(cfg:LDMLRConfig, # resolved
              data:LongTail|Features, # of this seed
-             seed:int, device:str, precision:str,
+             seed:int,
+             device:str,
+             precision:str,
              run:Run # open
             )->list[dict]: # rows of scores.json
     "The three stages with one seed; each is kept when it is done"

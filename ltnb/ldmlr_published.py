@@ -48,7 +48,9 @@ def encode_as_coded(clf:Classifier, # stays as it is
                     augment=Augment("crop+flip"), # (x, generator) -> x, or None
                     batch_stats:bool=True, # BatchNorm in training mode
                     drop_relu:bool=True, # lose the first ReLU
-                    seed:int=0, device:str="cpu", precision:str="fp32", # of order and views; where and in which number format
+                    seed:int=0,
+                    device:str="cpu",
+                    precision:str="fp32", # of order and views; where and in which number format
                     progress=lambda n: None # told the number of images after each batch
                    )->torch.Tensor: # (N, d) float32 on the CPU, in the order of the images
     "Training features as the released code makes them"
@@ -96,7 +98,8 @@ def posterior(alpha_bar:torch.Tensor, # of the time t
 class ChannelNorm(nn.Module):
     "Scales the channels at each position to length sqrt(C) (RMSNorm)"
 
-    def __init__(self, dim:int # C, channels
+    def __init__(self, # C
+                 dim:int # channels
                 ):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(dim, 1))
@@ -107,7 +110,9 @@ class ChannelNorm(nn.Module):
 class ResBlock(nn.Module):
     "Two convolutions of width 1; the condition scales and shifts the first"
 
-    def __init__(self, n_in:int, n_out:int, # channels
+    def __init__(self,
+                 n_in:int,
+                 n_out:int, # channels
                  n_condition:int # length of the conditioning vector
                 ):
         super().__init__()
@@ -125,7 +130,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     "Four heads of 32 over the positions, added to the input"
 
-    def __init__(self, dim:int, # channels
+    def __init__(self,
+                 dim:int, # channels
                  linear:bool=False # attention of linear cost: softmax of keys over positions, of queries over channels
                 ):
         super().__init__()
@@ -139,14 +145,18 @@ class Attention(nn.Module):
         return x + self.out(h.flatten(1, 2))
 
 # %% ../nbs/41_ldmlr_published.ipynb #c9169632
-def _level(width, n_condition, joined=0): # two blocks and linear attention; with `joined`, channels of a skip before each block
+def _level(width, # two blocks and linear attention
+           n_condition, # with `joined`
+           joined=0 # channels of a skip before each block
+          ):
     return [ResBlock(width + joined, width, n_condition), ResBlock(width + joined, width, n_condition), Attention(width, linear=True)]
 
 
 class PublishedUNet(nn.Module):
     "1-D U-Net over the entries of a feature vector, all its convolutions of width 1"
 
-    def __init__(self, n_features:int, # d; 2048 is squeezed to 512 by a linear layer
+    def __init__(self, # d
+                 n_features:int, # 2048 is squeezed to 512 by a linear layer
                  n_classes:int, # K
                  dim:int=64, # base channels; 512 for ImageNet-LT
                  mults:tuple=(1, 2, 4, 8) # channels of the levels, in dim; (1, 2, 4) for ImageNet-LT
@@ -167,7 +177,8 @@ class PublishedUNet(nn.Module):
         self.last, self.leave = ResBlock(2 * base, base, c), nn.Conv1d(base, 1, 1)
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, -math.log(10000), dim // 2)))
 
-    def forward(self, x:torch.Tensor, # (B, d) noisy, in the range of -1 to 1
+    def forward(self,
+                x:torch.Tensor, # (B, d) noisy, in the range of -1 to 1
                 t:torch.Tensor, # (B,) whole times 0 to 999
                 y:torch.Tensor # (B,) classes
                )->torch.Tensor: # (B, d) prediction of x0
@@ -177,7 +188,8 @@ class PublishedUNet(nn.Module):
 
 # %% ../nbs/41_ldmlr_published.ipynb #a84d937c
 @patch
-def walk(self:PublishedUNet, x:torch.Tensor, # (B, 1, L)
+def walk(self:PublishedUNet,
+         x:torch.Tensor, # (B, 1, L)
          condition:torch.Tensor # (B, 4 dim)
         )->torch.Tensor: # (B, 1, L)
     "Down, through the middle, and up again"
@@ -197,7 +209,8 @@ def walk(self:PublishedUNet, x:torch.Tensor, # (B, 1, L)
 
 # %% ../nbs/41_ldmlr_published.ipynb #8a2605b4
 def x0_error(net:PublishedUNet, # the model
-             x0:torch.Tensor, y:torch.Tensor, # (B, d) features in the range of -1 to 1, (B,) classes
+             x0:torch.Tensor,
+             y:torch.Tensor, # (B, d) features in the range of -1 to 1, (B,) classes
              t:torch.Tensor, # (B,) whole times
              alpha_bar:torch.Tensor, # (T,) on their device
              g:torch.Generator, # on their device; draws the noise
@@ -210,7 +223,12 @@ def x0_error(net:PublishedUNet, # the model
     return (guess.float() - x0).square().mean(1)
 
 
-def published_loss(net:PublishedUNet, x0:torch.Tensor, y:torch.Tensor, alpha_bar:torch.Tensor, g:torch.Generator, precision:str="fp32" # as in `x0_error`
+def published_loss(net:PublishedUNet,
+                   x0:torch.Tensor,
+                   y:torch.Tensor,
+                   alpha_bar:torch.Tensor,
+                   g:torch.Generator,
+                   precision:str="fp32" # as in `x0_error`
                   )->torch.Tensor: # scalar
     "Squared error of x0 at uniform times, weighted by the signal-to-noise ratio"
     t = torch.randint(len(alpha_bar), (len(x0),), generator=g, device=x0.device)
@@ -225,19 +243,25 @@ class PublishedModel:
     n_features: int # d
 
     @property
-    def fingerprint(self)->str: # 16 hexadecimal digits
+    def fingerprint(self
+                   )->str: # 16 hexadecimal digits
         "A hash of the weights"
         h = hashlib.blake2b(digest_size=8)
         for v in self.net.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
         return h.hexdigest()
 
 # %% ../nbs/41_ldmlr_published.ipynb #9d0a8469
-def train_published(z:torch.Tensor, y:torch.Tensor, # (N, d) features, (N,) classes
+def train_published(z:torch.Tensor,
+                    y:torch.Tensor, # (N, d) features, (N,) classes
                     n_classes:int, # K
                     n_steps:int|None=None, # optimiser steps; None means 201 passes over the features
-                    diff_bs:int=256, diff_lr:float=1e-4, # items a step, learning rate
-                    dim:int=64, mults:tuple=(1, 2, 4, 8), # of the U-Net; 512 and (1, 2, 4) for ImageNet-LT
-                    seed:int=0, device:str="cpu", precision:str="fp32", # where and in which number format
+                    diff_bs:int=256, # items a step
+                    diff_lr:float=1e-4, # learning rate
+                    dim:int=64, # of the U-Net
+                    mults:tuple=(1, 2, 4, 8), # 512 and (1, 2, 4) for ImageNet-LT
+                    seed:int=0,
+                    device:str="cpu",
+                    precision:str="fp32", # where and in which number format
                     run=None, # a Run that keeps checkpoints and metrics
                     name:str="published", # of the stage
                     save_every:float=20. # seconds between checkpoints
@@ -284,7 +308,8 @@ def ancestral_times(sample_steps:int=N_TIMES, # from 1 to T
 def sample_published(model:PublishedModel, # trained
                      plan:np.ndarray, # (N, 2) rows (class, k)
                      sample_steps:int=N_TIMES, # 1000 as released; fewer are strided
-                     device:str="cpu", precision:str="fp32", # where and in which number format
+                     device:str="cpu",
+                     precision:str="fp32", # where and in which number format
                      bs:int=1024 # items at a time
                     )->tuple[torch.Tensor, list[dict]]: # (N, d) features in 0 to 1, and what the manifest should know of each
     "Generate the items of a plan by ancestral sampling"
@@ -301,11 +326,13 @@ def sample_published(model:PublishedModel, # trained
     return torch.cat(out) if out else torch.zeros(0, *shape), [{"sample_steps": sample_steps}] * len(plan)
 
 # %% ../nbs/41_ldmlr_published.ipynb #94f06e57
-def published_head(features:torch.Tensor, labels:torch.Tensor, # (N, d) real and generated, (N,) classes
+def published_head(features:torch.Tensor,
+                   labels:torch.Tensor, # (N, d) real and generated, (N,) classes
                    start:Head, # of stage 1; its counts are those of the real features
                    n_epochs:int=400, # all of them; the last one counts
                    bs:int=1024, # items a step
-                   lr:float=1e-3, wd:float=1e-5, # of Adam; the decay is an L2 term
+                   lr:float=1e-3, # of Adam
+                   wd:float=1e-5, # the decay is an L2 term
                    key:tuple=(0,) # what the order is keyed by
                   )->Head: # with the counts of `start`, not of the fit: as released
     "Continue the head of stage 1 on real and generated features"
@@ -323,7 +350,9 @@ def published_head(features:torch.Tensor, labels:torch.Tensor, # (N, d) real and
 # %% ../nbs/41_ldmlr_published.ipynb #33e5c56d
 def stage_generate(cfg, # resolved, variant="published"
                    f:Features, # frozen features
-                   seed:int, device:str="cpu", precision:str="fp32",
+                   seed:int,
+                   device:str="cpu",
+                   precision:str="fp32",
                    run=None # a Run that keeps checkpoints
                   )->tuple[PublishedModel, np.ndarray]: # the generator, and the plan of what to make
     "Train the generator"
@@ -332,9 +361,12 @@ def stage_generate(cfg, # resolved, variant="published"
 
 
 def stage_sample(cfg, # resolved
-                 model:PublishedModel, plan:np.ndarray, # of `stage_generate`
-                 f:Features, base:Head, # not used: the released generator knows no neighbours
-                 seed:int, folder:str|Path, # gets shards and manifest
+                 model:PublishedModel,
+                 plan:np.ndarray, # of `stage_generate`
+                 f:Features,
+                 base:Head, # not used: the released generator knows no neighbours
+                 seed:int,
+                 folder:str|Path, # gets shards and manifest
                  device="cpu" # where to compute; the noise is the same everywhere
                 )->Synthetic: # generated features
     "Make the planned features, a shard at a time"
@@ -346,7 +378,8 @@ def stage_sample(cfg, # resolved
 
 
 def stage_classify(cfg, # resolved
-                   f:Features, base:Head, # real features and the stage-1 head
+                   f:Features,
+                   base:Head, # real features and the stage-1 head
                    made:Synthetic, # generated features
                    seed:int
                   )->dict[tuple[str, str], Head]: # (source, "label shift") -> head; there is one start

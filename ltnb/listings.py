@@ -27,14 +27,15 @@ class Listing:
     splits: list|None = None # N of "train", "val" and "test"
     groups: list|None = None # N groups, such as cameras or patients
 
-    def take(self, index # positions
+    def take(self,
+             index # positions
             )->"Listing": # a part of it
         "Some of the images"
         some = lambda v: None if v is None else [v[i] for i in index]
         return Listing(self.source, some(self.paths), some(self.labels), some(self.splits), some(self.groups))
 
 # %% ../nbs/06_listings.ipynb #d654e524
-def read_list(path:str|Path, # a text file, one 'path label' a line
+def read_list(path:str|Path # a text file, one 'path label' a line
              )->tuple[list[str], np.ndarray]: # N paths, (N,) int64 labels
     "Read a list file in OLTR's format"
     paths, labels, seen = [], [], {}
@@ -94,7 +95,10 @@ def find_column(header:list, # names of the columns
     return fits[0] if fits else None
 
 # %% ../nbs/06_listings.ipynb #be1ce8a1
-def _positions(header, columns, source): # name of the column -> its position
+def _positions(header,
+               columns,
+               source # name of the column -> its position
+              ):
     at = {"split": find_column(header, columns.split, (), "--split-column", source),
           "group": find_column(header, columns.group, (), "--group-column", source)}
     if columns.split is None:
@@ -114,7 +118,10 @@ def _positions(header, columns, source): # name of the column -> its position
     return {k: i for k, i in at.items() if i is not None}
 
 # %% ../nbs/06_listings.ipynb #a26f4ce5
-def _splits(found, columns, source): # "train", "val", "test"; None where a column that nobody named has something else
+def _splits(found,
+            columns,
+            source # "train", "val", "test"; None where a column that nobody named has something else
+           ):
     known = {v: part for part, values in SPLIT_VALUES.items() for v in values}
     odd = next((x for x in found if word(x) not in known), None)
     if odd is None: return [known[word(x)] for x in found]
@@ -232,7 +239,8 @@ def group_split(labels:np.ndarray, # (N,) class numbers
     return test[at]
 
 # %% ../nbs/06_listings.ipynb #fcf0f266
-def leak(train_groups, test_groups # of the images of each part
+def leak(train_groups,
+         test_groups # of the images of each part
         )->tuple[int, list]: # test images whose group is in train too, and those groups
     "How much of a test set train has seen the group of"
     both = set(train_groups) & set(test_groups)
@@ -282,7 +290,10 @@ def crossing(parts:dict # part -> Listing, "train" among them
     return out
 
 # %% ../nbs/06_listings.ipynb #8df0c5a9
-def _by_split(train, others, columns): # the parts that a split column makes, and what is to be said
+def _by_split(train,
+              others,
+              columns # the parts that a split column makes, and what is to be said
+             ):
     if train.splits is None or (others and columns.split is None): return {"train": train}, []
     if others:
         raise UsageError(f"--split-column takes train, val and test out of {train.source}: leave out "

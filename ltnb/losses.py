@@ -82,7 +82,8 @@ class Counted(nn.Module):
     "Remembers the class counts that it was built on, states them, and can be held against a training set"
     name = "counted" # in `LOSSES`
 
-    def __init__(self, counts, # (K,) items per class *as the fit sees them*: `effective_counts` once images were generated
+    def __init__(self,
+                 counts, # (K,) items per class *as the fit sees them*: `effective_counts` once images were generated
                  **options # what else made it, for its description
                 ):
         super().__init__()
@@ -93,7 +94,8 @@ class Counted(nn.Module):
         c, options = self.counts, ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items())
         return f"{self.name}(counts: {c.sum():.10g} items, {c.max():.10g} to {c.min():.10g}{options and '; ' + options})"
 
-    def check(self, labels, # (N,) of the whole training set
+    def check(self,
+              labels, # (N,) of the whole training set
               weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
              ):
         "Compare with the set to train on; once, before the first step"
@@ -117,23 +119,27 @@ class Loss(Counted):
     scale = 1. # what the logits must be multiplied by at test time, before a softmax or `label_shift`
 
     @property
-    def prior(self)->torch.Tensor: # (K,) float64
+    def prior(self
+             )->torch.Tensor: # (K,) float64
         "Counts whose prior training leaves in `scale * logits`, for `label_shift`; for focal, LDAM, smoothing and WCDAS the usual approximation, not a theorem"
         return self.counts
 
-    def adjust(self, logits:torch.Tensor, # (B, K)
+    def adjust(self, # (B
+               logits:torch.Tensor, # K)
                labels:torch.Tensor # (B,) int64
               )->torch.Tensor: # (B, K) what cross-entropy is taken of
         "The logits as training sees them"
         return logits
 
-    def items(self, logits:torch.Tensor, # (B, K) float32 or float64
+    def items(self, # (B
+              logits:torch.Tensor, # K) float32 or float64
               labels:torch.Tensor # (B,) int64
              )->torch.Tensor: # (B,)
         "Loss of each item"
         return F.cross_entropy(self.adjust(logits, labels), labels, reduction="none")
 
-    def total(self, logits:torch.Tensor, # (B, K); float16 and bfloat16 are computed in float32
+    def total(self, # (B, K)
+              logits:torch.Tensor, # float16 and bfloat16 are computed in float32
               labels:torch.Tensor, # (B,) int64
               weights:torch.Tensor|None=None # (B,) of the items, such as omega for a generated one
              )->tuple[torch.Tensor, torch.Tensor]: # sum of w * loss, sum of w
@@ -142,11 +148,18 @@ class Loss(Counted):
         w = torch.ones_like(losses) if weights is None else weights.to(losses)
         return (w * losses).sum(), w.sum()
 
-    def forward(self, logits, labels, weights=None): # as in `total`
+    def forward(self,
+                logits,
+                labels,
+                weights=None # as in `total`
+               ):
         total, weight = self.total(logits, labels, weights)
         return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
 
-    def set_epoch(self, epoch:int, n_epochs:int): # from 0, of the whole training
+    def set_epoch(self,
+                  epoch:int,
+                  n_epochs:int # from 0, of the whole training
+                 ):
         "To be told before every epoch; only `DRW` listens"
 
 # %% ../nbs/22_losses.ipynb #1009aa66
@@ -159,7 +172,8 @@ class Focal(Loss):
     "(1 - p_y)^gamma times cross-entropy (Lin et al., 2017)"
     name = title = "focal"
 
-    def __init__(self, counts, # (K,) items per class, for `check`
+    def __init__(self, # (K,) items per class
+                 counts, # for `check`
                  gamma:float=1. # 1 in the LDAM authors' code, 2 elsewhere; 0 is cross-entropy
                 ):
         if not gamma >= 0: raise UsageError(f"gamma must be at least 0, got {gamma}.")
@@ -184,7 +198,8 @@ def class_balanced_weights(counts, # (K,) items per class as the fit sees them
 class ClassBalanced(Loss):
     "Another loss, weighted by class (Cui et al., 2019)"
 
-    def __init__(self, counts, # (K,) items per class as the fit sees them
+    def __init__(self,
+                 counts, # (K,) items per class as the fit sees them
                  base:Loss|None=None, # what is weighted; cross-entropy when left out
                  beta:float=0.9999 # of `class_balanced_weights`
                 ):
@@ -215,7 +230,8 @@ class LDAM(Loss):
     "Cross-entropy of s (cos theta_k - Delta_k [k = y]), with a margin Delta_k = C / n_k^(1/4) (Cao et al., 2019)"
     name, title, head = "ldam", "ldam", "cosine"
 
-    def __init__(self, counts, # (K,) items per class as the fit sees them
+    def __init__(self,
+                 counts, # (K,) items per class as the fit sees them
                  s:float=30., # scale of the cosines. It lives here alone: the head's own scale must be 1
                  max_margin:float=0.5 # margin of the smallest class, which sets C
                 ):
@@ -233,7 +249,8 @@ class LDAM(Loss):
 class DRW(ClassBalanced):
     "Deferred re-weighting: equal weights first, class-balanced ones for the last epochs (Cao et al., 2019)"
 
-    def __init__(self, counts, # (K,) items per class as the fit sees them
+    def __init__(self,
+                 counts, # (K,) items per class as the fit sees them
                  base:Loss|None=None, # what is weighted; cross-entropy when left out
                  beta:float=0.9999, # of the late weights
                  start:float=0.8 # share of the epochs before them: 160 of 200
@@ -252,7 +269,8 @@ class DRW(ClassBalanced):
     @property
     def prior(self): return self.late_weights * self.base.prior if self.ends_weighted else self.base.prior
 
-    def set_epoch(self, epoch:int, # from 0
+    def set_epoch(self,
+                  epoch:int, # from 0
                   n_epochs:int # of the whole training; so few that none comes after `start` end without weights, and `prior` knows
                  ):
         "Fill the weights in for this epoch, also after a restart"
@@ -265,7 +283,8 @@ class BalancedSoftmax(Loss):
     "Cross-entropy of z + log n (Ren et al., 2020)"
     name, title = "balanced_softmax", "balanced softmax"
 
-    def __init__(self, counts # (K,) items per class as the fit sees them
+    def __init__(self,
+                 counts # (K,) items per class as the fit sees them
                 ):
         super().__init__(counts)
         self.register_buffer("shift", positive_counts(counts).log(), persistent=False)
@@ -280,7 +299,8 @@ class LogitAdjustment(Loss):
     "Cross-entropy of z + tau log pi (Menon et al., 2021); `label_shift` is its post-hoc form, for models of plain cross-entropy"
     name, title = "logit_adjustment", "logit adjustment"
 
-    def __init__(self, counts, # (K,) items per class as the fit sees them
+    def __init__(self,
+                 counts, # (K,) items per class as the fit sees them
                  tau:float=1. # 1 is the theory; with another one the logits are not those of the balanced classifier
                 ):
         super().__init__(counts, tau=float(tau))
@@ -305,7 +325,8 @@ class LabelAwareSmoothing(Loss):
     "Cross-entropy against labels smoothed by eps_y, more for large classes (MiSLAS, Zhong et al., 2021)"
     name, title = "label_aware_smoothing", "label-aware smoothing"
 
-    def __init__(self, counts, # (K,) items per class; real ones in MiSLAS, though its sampler is class-balanced
+    def __init__(self, # (K,) items per class
+                 counts, # real ones in MiSLAS, though its sampler is class-balanced
                  smooth_head:float=0.3, # eps of the largest class: 0.3 for CIFAR-10, 0.4 for CIFAR-100, at imbalance 100
                  smooth_tail:float=0., # eps of the smallest class: 0 for CIFAR-10, 0.1 for CIFAR-100
                  shape:str="concave" # how eps rises with n: "concave" (all the published configs), "linear" or "convex"

@@ -35,13 +35,15 @@ class Scores:
     ece: float = math.nan # expected calibration error
     nll: float = math.nan # mean negative log-likelihood, nats
 
-    def to_row(self)->dict: # flat, ready for scores.json
+    def to_row(self
+              )->dict: # flat, ready for scores.json
         "One row of a table"
         return {"method": self.method, "seed": self.seed, "all": self.all, **{b: self.bands[b] for b in BANDS}, "macro": self.macro, **{t: self.bands[t] for t in THIRDS},
                 "macro_f1": self.macro_f1, "worst_tenth": self.worst_tenth, "tail_to_head": self.tail_to_head, "ece": self.ece, "nll": self.nll, "per_class": self.per_class.tolist()}
 
 # %% ../nbs/13_metrics.ipynb #dee0c8ab
-def check_answers(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
+def check_answers(predicted:np.ndarray,
+                  labels:np.ndarray, # (N,) class numbers
                   n_classes:int # K
                  )->tuple[np.ndarray, np.ndarray]: # both, as int64
     "Predictions and labels that can be compared"
@@ -53,7 +55,8 @@ def check_answers(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
     return predicted.astype(np.int64), labels.astype(np.int64)
 
 
-def confusion(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
+def confusion(predicted:np.ndarray,
+              labels:np.ndarray, # (N,) class numbers
               n_classes:int # K
              )->np.ndarray: # (K, K) images, a row a true class, a column an answer
     "Confusion matrix"
@@ -132,7 +135,8 @@ class Calibration:
     accuracy: np.ndarray # (B,) share that is right, NaN in an empty bin
 
     @property
-    def ece(self)->float: # mean gap, weighted by images
+    def ece(self
+           )->float: # mean gap, weighted by images
         "Expected calibration error (Guo et al., 2017)"
         full = self.n > 0
         return float((self.n[full] * np.abs(self.accuracy - self.confidence)[full]).sum() / self.n.sum())
@@ -149,7 +153,10 @@ def calibration(probs:np.ndarray, # (N, K) probabilities
     return _binned(probs.max(1), probs.argmax(1) == labels, n_bins)
 
 
-def _binned(sure, right, n_bins=15): # (N,) largest probabilities, (N,) is it right -> Calibration
+def _binned(sure,
+            right,
+            n_bins=15 # (N,) largest probabilities, (N,) is it right -> Calibration
+           ):
     edges = np.linspace(0, 1, n_bins + 1)
     at = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, n_bins - 1)
     n = np.bincount(at, minlength=n_bins)
@@ -226,9 +233,11 @@ def bootstrap(statistic, # function of arrays (N, …) -> number
 
 
 def paired_bootstrap(statistic, # function of (predictions or logits, labels) -> number
-                     a:np.ndarray, b:np.ndarray, # (N, …) of the two methods
+                     a:np.ndarray, # (N
+                     b:np.ndarray, # …) of the two methods
                      labels:np.ndarray, # (N,)
-                     n_resamples:int=1000, seed:int=0 # draws
+                     n_resamples:int=1000,
+                     seed:int=0 # draws
                     )->Difference: # a - b
     "Difference of two methods on the same test images, for any number"
     low, high = bootstrap(lambda x, z, t: statistic(x, t) - statistic(z, t), a, b, labels, n_resamples=n_resamples, seed=seed)
@@ -249,7 +258,8 @@ class GenerativeScores:
     extractor: str # what made the features
 
 
-def generative_scores(real:np.ndarray, made:np.ndarray, # (N, d) and (M, d) features
+def generative_scores(real:np.ndarray,
+                      made:np.ndarray, # (N, d) and (M, d) features
                       extractor:str, # what made the features, for the record
                       group:str="all", # of which classes
                       subset_size:int=1000 # of KID, or the smaller set's size
@@ -271,8 +281,10 @@ def generative_scores(real:np.ndarray, made:np.ndarray, # (N, d) and (M, d) feat
     return GenerativeScores(group, len(b), len(a), extractor=extractor, **nan)
 
 # %% ../nbs/13_metrics.ipynb #bbda8048
-def generative_by_band(real:np.ndarray, real_labels:np.ndarray, # (N, d) features and (N,) classes; the test set, as a rule
-                       made:np.ndarray, made_labels:np.ndarray, # (M, d) and (M,)
+def generative_by_band(real:np.ndarray, # (N, d) features and (N,) classes
+                       real_labels:np.ndarray, # the test set, as a rule
+                       made:np.ndarray, # (M
+                       made_labels:np.ndarray, # d) and (M,)
                        counts:np.ndarray, # (K,) training images, which define the bands
                        extractor:str # what made the features
                       )->list[GenerativeScores]: # all, then each band; an empty one is NaN
@@ -284,7 +296,8 @@ def generative_by_band(real:np.ndarray, real_labels:np.ndarray, # (N, d) feature
 
 def inception_features(images:np.ndarray, # (N, 1 or 3, H, W) uint8
                        weights:str|None=None, # file of torch-fidelity's Inception weights; None downloads it once
-                       bs:int=64, device:str="cpu" # images at a time, and where
+                       bs:int=64, # images at a time
+                       device:str="cpu" # and where
                       )->np.ndarray: # (N, 2048) float32
     "The literature's features for FID and KID: Inception-v3 as converted from TensorFlow"
     try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -347,7 +360,8 @@ def show_difference(d:Difference|None # as fractions
     return "–" if d is None else f"{d.mean * 100:+.1f} [{d.low * 100:.1f}, {d.high * 100:.1f}]"
 
 # %% ../nbs/13_metrics.ipynb #ab94f8de
-def frechet_distance(a:torch.Tensor, b:torch.Tensor # (N, d) and (M, d) features, at least 2 of each
+def frechet_distance(a:torch.Tensor,
+                     b:torch.Tensor # (N, d) and (M, d) features, at least 2 of each
                     )->float: # squared distance, 0 for equal clouds
     "Fréchet distance of two clouds of features, taken as Gaussians"
     if min(len(a), len(b)) < 2: raise UsageError(f"a covariance needs at least 2 items, got {len(a)} and {len(b)}.")
@@ -371,8 +385,10 @@ def nearest_in_class(z:torch.Tensor, # (N, d) features
     return found
 
 
-def diversity(made:torch.Tensor, made_labels, # (N, d) features, (N,) classes
-              real:torch.Tensor, real_labels # (M, d) and (M,): what they are compared with
+def diversity(made:torch.Tensor,
+              made_labels, # (N, d) features, (N,) classes
+              real:torch.Tensor, # (M
+              real_labels # d) and (M,): what they are compared with
              )->float: # 1 where made items differ from one another as real ones do, 0 where all are the same
     "The median distance to the nearest of the class, made against equally many real ones; the mean over classes"
     made_labels, real_labels, shares = np.asarray(made_labels), np.asarray(real_labels), []

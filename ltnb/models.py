@@ -20,7 +20,8 @@ from .core import LtnbError, UsageError, nearest, seeded
 class BasicBlock(nn.Module):
     "Two 3 x 3 convolutions around an option-A shortcut (He et al., 2016)"
 
-    def __init__(self, n_in:int, # channels in
+    def __init__(self,
+                 n_in:int, # channels in
                  n_out:int, # channels out
                  stride:int=1 # 2 halves the image
                 ):
@@ -38,7 +39,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     "CIFAR ResNet with 6n + 2 layers, option-A shortcuts and 64 features; ResNet-32 has 0.46 M parameters, not the 7.4 M of one with 64, 128 and 256 channels (He et al., 2016)"
 
-    def __init__(self, n_classes:int, # K
+    def __init__(self,
+                 n_classes:int, # K
                  n_blocks:int=5, # n, blocks a stage; 5 makes ResNet-32
                  in_channels:int=3 # 1 for grey images
                 ):
@@ -50,7 +52,8 @@ class ResNet(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
 
-    def features(self, x:torch.Tensor # (B, C, H, W), normalised
+    def features(self,
+                 x:torch.Tensor # (B, C, H, W), normalised
                 )->torch.Tensor: # (B, 64)
         "What the head sees"
         x = F.relu(self.bn1(self.conv1(x)))
@@ -69,7 +72,8 @@ class Halve(nn.MaxPool2d):
 class ConvNet(nn.Module):
     "Four 3 x 3 convolutions, 64 features, for images of 8 to 16 pixels"
 
-    def __init__(self, n_classes:int, # K
+    def __init__(self,
+                 n_classes:int, # K
                  in_channels:int=3 # 1 for grey images
                 ):
         super().__init__()
@@ -77,7 +81,8 @@ class ConvNet(nn.Module):
         self.body = nn.Sequential(conv(in_channels, 32), conv(32, 32), Halve(), conv(32, 64), conv(64, 64))
         self.n_features, self.fc = 64, nn.Linear(64, n_classes)
 
-    def features(self, x:torch.Tensor # (B, C, H, W), normalised
+    def features(self,
+                 x:torch.Tensor # (B, C, H, W), normalised
                 )->torch.Tensor: # (B, 64)
         "What the head sees"
         return self.body(x).mean((2, 3))
@@ -88,13 +93,16 @@ class ConvNet(nn.Module):
 class LinearNet(nn.Module):
     "A head alone: its images are feature vectors that somebody else encoded"
 
-    def __init__(self, n_classes:int, # K
+    def __init__(self,
+                 n_classes:int, # K
                  n_features:int # length of a feature vector
                 ):
         super().__init__()
         self.n_features, self.fc = n_features, nn.Linear(n_features, n_classes)
 
-    def features(self, x:torch.Tensor)->torch.Tensor: # the vectors as they are
+    def features(self,
+                 x:torch.Tensor
+                )->torch.Tensor: # the vectors as they are
         "What the head sees"
         return x
 
@@ -104,14 +112,16 @@ class LinearNet(nn.Module):
 class Backbone(nn.Module):
     "A network of torchvision or timm that pools an image to features, and a head"
 
-    def __init__(self, body:nn.Module, # (B, C, H, W) to (B, d)
+    def __init__(self,
+                 body:nn.Module, # (B, C, H, W) to (B, d)
                  n_features:int, # d
                  n_classes:int # K
                 ):
         super().__init__()
         self.body, self.n_features, self.fc = body, n_features, nn.Linear(n_features, n_classes)
 
-    def features(self, x:torch.Tensor # (B, C, H, W), normalised
+    def features(self,
+                 x:torch.Tensor # (B, C, H, W), normalised
                 )->torch.Tensor: # (B, d)
         "What the head sees"
         return self.body(x)
@@ -119,7 +129,10 @@ class Backbone(nn.Module):
     def forward(self, x): return self.fc(self.features(x))
 
 
-def _imagenet(block, layers, **more): # -> a builder of that ResNet, from (n_classes, in_channels)
+def _imagenet(block, # -> a builder of that ResNet
+              layers, # from (n_classes
+              **more # in_channels)
+             ):
     def make(n_classes, in_channels):
         from torchvision.models import resnet
         body = resnet.ResNet(getattr(resnet, block), layers, num_classes=1, **more)
@@ -131,7 +144,11 @@ def _imagenet(block, layers, **more): # -> a builder of that ResNet, from (n_cla
     return make
 
 # %% ../nbs/20_models.ipynb #4c7a96bc
-def _timm(name, n_classes, in_channels, pretrained): # -> Backbone
+def _timm(name,
+          n_classes,
+          in_channels,
+          pretrained # -> Backbone
+         ):
     try: import timm
     except ImportError as e: raise LtnbError(f"arch='timm:{name}' needs the package timm: pip install timm") from e
     if not timm.is_model(name):
@@ -156,7 +173,8 @@ def cosines(x:torch.Tensor, # (B, d) features
 class CosineHead(nn.Module):
     "scale cos theta_k: a classifier that large classes cannot win by long weights, as it has only directions (Wang et al., 2018)"
 
-    def __init__(self, n_features:int, # d
+    def __init__(self,
+                 n_features:int, # d
                  n_classes:int, # K
                  scale:float=1. # 1 where the loss scales (LDAM); a loss without a scale needs one here, such as 25
                 ):
@@ -172,7 +190,8 @@ class CosineHead(nn.Module):
 class WCDASHead(nn.Module):
     "s times a wrapped Cauchy density of the angle, as wide in each class as its trained g_k says (Han, 2023)"
 
-    def __init__(self, n_features:int, # d
+    def __init__(self,
+                 n_features:int, # d
                  n_classes:int, # K
                  gamma:float=0., # g_k = sigmoid(gamma_k) at the start: 0 for CIFAR-LT, -1 for ImageNet-LT, 1 for iNaturalist
                  s:float|None=None # fixed scale, 250 for iNaturalist; None trains it as softplus(raw_s) + 1, from 1.69
@@ -212,7 +231,12 @@ ARCHS = {"convnet": ConvNet, **{f"resnet{6 * n + 2}": (lambda k, c, n=n: ResNet(
          "resnet10": _imagenet("BasicBlock", [1, 1, 1, 1]), "resnet50": _imagenet("Bottleneck", [3, 4, 6, 3]), "resnext50": _imagenet("Bottleneck", [3, 4, 6, 3], groups=32, width_per_group=4)}
 
 
-def _finish(net, arch, seed, head, norm): # put head and norm in; -> the net, which knows both
+def _finish(net,
+            arch,
+            seed,
+            head,
+            norm # put head and norm in; -> the net, which knows both
+           ):
     if norm == "group": group_norm(net)
     if head != "linear":
         with seeded(seed, "head", arch, head): net.fc = HEADS[head](net.n_features, net.fc.out_features)

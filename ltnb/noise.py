@@ -49,7 +49,8 @@ class Objective:
     "What a network is asked for, at which noise levels, and the way back to the image"
     name, default_schedule = None, "linear"
 
-    def __init__(self, schedule:str|None=None, # a name of `SCHEDULES`; None is the objective's own
+    def __init__(self, # a name of `SCHEDULES`
+                 schedule:str|None=None, # None is the objective's own
                  min_snr:float=0. # gamma of the min-SNR weights; 0 weighs all times equally
                 ):
         self.schedule, self.min_snr = schedule or self.default_schedule, float(min_snr)
@@ -57,7 +58,8 @@ class Objective:
 
     def __repr__(self): return f"{self.name}|{self.schedule}"
 
-    def ratio(self, t:torch.Tensor # (B,) what the network is told: a time from 0 to T - 1, also between two
+    def ratio(self, # (B,) what the network is told: a time from 0 to T - 1
+              t:torch.Tensor # also between two
              )->torch.Tensor: # (B,) r_t
         "The schedule"
         if t.device not in self._tables: self._tables[t.device] = self.ratios.float().to(t.device)
@@ -65,17 +67,21 @@ class Objective:
         low = t.long().clamp(max=len(table) - 2)
         return torch.lerp(table[low], table[low + 1], t - low)
 
-    def time(self, r:float # noise ratio
+    def time(self,
+             r:float # noise ratio
             )->float: # what the network is told of it
         "The schedule, read backwards"
         return float(np.interp(r, self.ratios.numpy(), np.arange(len(self.ratios))))
 
-    def draw(self, u): # (B,) uniform numbers -> what the network is told; u can be rounded to 1
+    def draw(self, # (B,) uniform numbers -> what the network is told
+             u # u can be rounded to 1
+            ):
         return (u * len(self.ratios)).floor().clamp(max=len(self.ratios) - 1)
 
     def share(self, t): return t / len(self.ratios) # (B,) t / T
     def enter(self, x, t): return x # what the network sees of x_t
-    def scales(self, t:torch.Tensor # (B,) what the network is told
+    def scales(self,
+               t:torch.Tensor # (B,) what the network is told
               )->tuple[torch.Tensor, torch.Tensor]: # alpha and sigma, (B, 1, 1, 1)
         "Signal and noise"
         r = _each(self.ratio(t))
@@ -84,7 +90,10 @@ class Objective:
 
 # %% ../nbs/50_noise.ipynb #583f7bc4
 @patch
-def noise(self:Objective, p:torch.Tensor, x:torch.Tensor, t:torch.Tensor # (B, C, H, W) prediction and x_t, (B,) times
+def noise(self:Objective,
+          p:torch.Tensor,
+          x:torch.Tensor,
+          t:torch.Tensor # (B, C, H, W) prediction and x_t, (B,) times
          )->torch.Tensor: # (B, C, H, W) epsilon
     "The noise that a prediction means"
     alpha, sigma = self.scales(t)
@@ -138,7 +147,9 @@ class EDM(Objective):
     def share(self, t): return torch.special.ndtr((4 * t - self.p_mean) / self.p_std) # rank of sigma among those of the training
     def scales(self, t): return torch.ones_like(_each(t)), _each(self.ratio(t))
 
-    def constants(self, t): # c_skip, c_out, c_in
+    def constants(self,
+                  t # c_skip, c_out, c_in
+                 ):
         sigma, d = _each(self.ratio(t)), self.sigma_data
         total = sigma**2 + d**2
         return d**2 / total, sigma * d * total.rsqrt(), total.rsqrt()
@@ -160,7 +171,8 @@ OBJECTIVES = {o.name: o for o in (Eps, Velocity, EDM)}
 
 
 def build_objective(name:str, # a name of `OBJECTIVES`
-                    schedule:str|None=None, min_snr:float=0. # as in `Objective`
+                    schedule:str|None=None,
+                    min_snr:float=0. # as in `Objective`
                    )->Objective:
     "An objective by name"
     if name not in OBJECTIVES: raise UsageError(f"objective={name!r} is not an objective. {nearest(name, OBJECTIVES)}")
@@ -172,21 +184,26 @@ def build_objective(name:str, # a name of `OBJECTIVES`
 class NoiseModel:
     "A network with its objective: what losses and samplers call"
 
-    def __init__(self, net:nn.Module, # (x, t, class_labels) -> (prediction,), such as a UNet2DModel
+    def __init__(self,
+                 net:nn.Module, # (x, t, class_labels) -> (prediction,), such as a UNet2DModel
                  objective:Objective, # what it predicts
                  n_classes:int, # K, the null class
                  precision:str="fp32" # of the forward pass
                 ):
         self.net, self.objective, self.n_classes, self.precision = net, objective, n_classes, precision
 
-    def __call__(self, x:torch.Tensor, # (B, C, H, W) x_t
+    def __call__(self,
+                 x:torch.Tensor, # (B, C, H, W) x_t
                  t:torch.Tensor, # (B,) what the network is told of the time
                  y:torch.Tensor # (B,) classes, K for any
                 )->torch.Tensor: # (B, C, H, W) prediction, float32
         with autocast(x.device.type, self.precision): p = self.net(self.objective.enter(x, t), t, class_labels=y, return_dict=False)[0]
         return p.float()
 
-    def guided(self, x, t, y, # as in a call
+    def guided(self,
+               x,
+               t,
+               y, # as in a call
                guidance_scale:float # g
               )->torch.Tensor: # (B, C, H, W) prediction
         "p_any + g (p_y - p_any), in one forward pass of 2B; g = 1 is p_y in one of B"
@@ -208,12 +225,15 @@ class NoisyBatch:
 
     def __len__(self): return len(self.labels)
 
-    def mine(self, team:Team)->"NoisyBatch": # the part of this process
+    def mine(self,
+             team:Team
+            )->"NoisyBatch": # the part of this process
         return self if team.size == 1 else NoisyBatch(*(team.mine(v) for v in vars(self).values()))
 
 
 def noisy_batch(objective:Objective, # which times, how much noise
-                x:torch.Tensor, y:torch.Tensor, # (B, C, H, W) uint8, (B,) classes
+                x:torch.Tensor,
+                y:torch.Tensor, # (B, C, H, W) uint8, (B,) classes
                 n_classes:int, # K
                 g:torch.Generator, # on their device
                 label_drop:float=.1 # share of labels that are dropped
@@ -250,9 +270,14 @@ def cbdm_prior(cb_label:str, # a name of `CB_LABELS`
     return torch.tensor(p) / sum(p)
 
 # %% ../nbs/50_noise.ipynb #a8e97b7a
-def cbdm_loss(model:NoiseModel, batch:NoisyBatch, noise, prediction, t, # as for every extra loss
+def cbdm_loss(model:NoiseModel,
+              batch:NoisyBatch,
+              noise,
+              prediction,
+              t, # as for every extra loss
               prior:torch.Tensor, # (K + 1,) of `cbdm_prior`
-              tau:float=1., gamma:float=.25, # of the whole, and of the commitment term
+              tau:float=1., # of the whole
+              gamma:float=.25, # and of the commitment term
               share:float=1., # of the batch; less is cheaper
               space:str="prediction" # a name of `CB_SPACES`: what is compared
              )->torch.Tensor: # scalar

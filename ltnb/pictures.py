@@ -19,14 +19,17 @@ from .metrics import BASELINE, Calibration, check_answers, methods, values
 
 # %% ../nbs/14_pictures.ipynb #b9554218
 @cache
-def _characters(path): # numbers of the characters that a font has
+def _characters(path # numbers of the characters that a font has
+               ):
     from matplotlib import font_manager
     try: return frozenset(font_manager.get_font(path).get_charmap())
     except Exception: return frozenset()
 
 
 @cache
-def _fonts_for(missing, usual): # characters; family names -> installed families that have some of them, the best first
+def _fonts_for(missing, # characters
+               usual # family names -> installed families that have some of them, the best first
+              ):
     from matplotlib import font_manager
     fonts = {f.name: f.fname for f in font_manager.fontManager.ttflist if f.name not in usual}
     found, fonts = [], {n: path for n, path in fonts.items() if "last resort" not in n.lower()} # it draws boxes
@@ -56,7 +59,8 @@ def figure_names(names, # of classes
     return [t.replace("$", r"\$") for t in shown], [*usual, *more]
 
 # %% ../nbs/14_pictures.ipynb #20368375
-def new_axes(width:float=6., height:float=2.6 # inches
+def new_axes(width:float=6.,
+             height:float=2.6 # inches
             ): # one matplotlib Axes that a notebook shows
     "Axes for a picture that was not given any"
     import matplotlib.pyplot as plt
@@ -156,7 +160,8 @@ def plot_by_rank(accuracy:dict, # method -> (K,) accuracies per class, or (S, K)
     return ax
 
 
-def confusion_flow(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
+def confusion_flow(predicted:np.ndarray,
+                   labels:np.ndarray, # (N,) class numbers
                    counts:np.ndarray # (K,) training images
                   )->np.ndarray: # (3, 3): of the images of a third (row), the share answered correctly is left out; the others by the third of the answer (column)
     "Where the mistakes of each third go, as shares of its images"
@@ -168,7 +173,8 @@ def confusion_flow(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
     return np.divide(flow, total, out=np.full((3, 3), np.nan), where=total > 0)
 
 # %% ../nbs/14_pictures.ipynb #762f9f2c
-def plot_flow(predicted:np.ndarray, labels:np.ndarray, # (N,) class numbers
+def plot_flow(predicted:np.ndarray,
+              labels:np.ndarray, # (N,) class numbers
               counts:np.ndarray, # (K,) training images
               ax=None # matplotlib Axes; a new one when left out
              ): # the Axes
@@ -201,7 +207,9 @@ def plot_reliability(c:Calibration,
     return ax
 
 # %% ../nbs/14_pictures.ipynb #274422b5
-def new_figure(width:float=6.4, height:float=3., n:int=1 # inches, and axes side by side
+def new_figure(width:float=6.4,
+               height:float=3.,
+               n:int=1 # inches, and axes side by side
               ): # (matplotlib Figure, its Axes or a list of them)
     "A figure that needs no display and leaves no global state"
     from matplotlib.figure import Figure
@@ -258,9 +266,12 @@ def plot_starts(rows:list[dict], # of scores.json
     return ax
 
 # %% ../nbs/14_pictures.ipynb #05c1a912
-def plot_feature_map(train, train_labels, # (N, d) real training features, (N,) labels
-                     made, made_labels, # (M, d) generated ones
-                     test=None, test_labels=None, # (T, d) unseen real ones
+def plot_feature_map(train,
+                     train_labels, # (N, d) real training features, (N,) labels
+                     made, # (M
+                     made_labels, # d) generated ones
+                     test=None, # (T
+                     test_labels=None, # d) unseen real ones
                      class_names=None, # K names
                      n_shown:int=3, # classes, spread over the ranks
                      axes=None # three Axes; new ones when left out

@@ -20,7 +20,9 @@ COUNT_WORDS = ("prior", "probability", "prob", "p", "share", "frequency", "freq"
                "images", "value", "number")
 
 
-def _amount(x, source): # a count or probability
+def _amount(x,
+            source # a count or probability
+           ):
     if isinstance(x, bool) or not isinstance(x, (int, float, str)):
         raise UsageError(f"{source}: {x!r} is no count or probability.")
     try: v = float(x)
@@ -31,11 +33,14 @@ def _amount(x, source): # a count or probability
     return v
 
 
-def _numeric(c): # is a cell a number, good or bad?
+def _numeric(c # is a cell a number, good or bad?
+            ):
     return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf", c.strip(), re.IGNORECASE))
 
 
-def _prior_table(path, text): # class -> amount, or a list
+def _prior_table(path, # class -> amount
+                 text # or a list
+                ):
     rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;", key=text.count))
             if any(c.strip() for c in r)]
     if not rows: raise UsageError(f"{path} is empty.")

@@ -22,7 +22,10 @@ def terminal_width(stream=None, # a text stream; standard error when left out
     return min((s for s in sizes if s > 0), default=default)
 
 
-def _make_bar(name, total, start): # of tqdm; as wide as the terminal is at that moment
+def _make_bar(name,
+              total,
+              start # of tqdm; as wide as the terminal is at that moment
+             ):
     from tqdm import tqdm
     class Bar(tqdm):
         @property
@@ -36,7 +39,8 @@ def _make_bar(name, total, start): # of tqdm; as wide as the terminal is at that
 class Shown:
     "A stage on this process's standard error: a bar in a terminal, else a line at its end"
 
-    def __init__(self, name:str, # what is going on
+    def __init__(self,
+                 name:str, # what is going on
                  total:int, # how many steps it takes
                  start:int=0 # how many are done already
                 ):
@@ -44,13 +48,15 @@ class Shown:
         with contextlib.suppress(OSError, ValueError, AttributeError): # a closed terminal stops no work
             if sys.stderr.isatty(): self.bar = _make_bar(name, total, start)
 
-    def to(self, done:int # steps
+    def to(self,
+           done:int # steps
           ):
         "Move the bar"
         with contextlib.suppress(OSError, ValueError):
             if self.bar is not None: self.bar.update(done - self.bar.n)
 
-    def close(self, finished:bool=True # or broken off
+    def close(self,
+              finished:bool=True # or broken off
              ):
         "The stage is over"
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -58,7 +64,10 @@ class Shown:
             elif finished: print(f"{self.name}: done ({self.total})", file=sys.stderr, flush=True)
 
 # %% ../nbs/02_progress.ipynb #d79c6c8f
-def _send(pipe, keep=False, **message): # one line of JSON to the command; what nobody reads is dropped
+def _send(pipe,
+          keep=False,
+          **message # one line of JSON to the command; what nobody reads is dropped
+         ):
     data = (json.dumps(message) + "\n").encode()
     with contextlib.suppress(OSError):
         fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK) # fails at once when the command is gone
@@ -100,7 +109,8 @@ class Progress:
     _cell, _handle = None, None # the notebook cell that shows progress, and its output
     _numbers = itertools.count()
 
-    def __init__(self, name:str, # what is going on
+    def __init__(self,
+                 name:str, # what is going on
                  total:int, # how many steps it takes
                  start:int=0 # how many are done already
                 ):
@@ -113,7 +123,8 @@ class Progress:
 
 # %% ../nbs/02_progress.ipynb #1c55dc2c
 @patch
-def step(self:Progress, n:int=1 # how many more are done
+def step(self:Progress,
+         n:int=1 # how many more are done
         ):
     "Count on"
     self.done += n
@@ -125,7 +136,9 @@ def step(self:Progress, n:int=1 # how many more are done
 
 
 @patch
-def _show(self:Progress, text): # one line per cell, which is replaced
+def _show(self:Progress, # one line per cell
+          text # which is replaced
+         ):
     from IPython.display import display
     cell = notebook_shell().execution_count
     if Progress._cell == cell: Progress._handle.update({"text/plain": text}, raw=True)

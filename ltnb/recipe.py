@@ -20,7 +20,9 @@ from .threads import computing_threads
 
 # %% ../nbs/33_recipe.ipynb #ca3a7446
 @patch
-def _notes(self:Run, data): # what was done to the data on the way: said once, and kept in config.json
+def _notes(self:Run, # what was done to the data on the way: said once
+           data # and kept in config.json
+          ):
     notes = list(getattr(data, "notes", ()))
     if not Progress.quiet:
         for n in notes: tell(f"note: {n}")
@@ -37,7 +39,11 @@ class _Alone: # the team of a recipe that one process runs; the others come from
 
 
 @patch
-def _rows(self:Run, seed, team, make): # seed -> rows; made once, and none where another process writes
+def _rows(self:Run,
+          seed,
+          team,
+          make # seed -> rows; made once, and none where another process writes
+         ):
     done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
     if not team.told(f"seed {seed}", done.exists()):
         rows = make(seed)
@@ -47,7 +53,8 @@ def _rows(self:Run, seed, team, make): # seed -> rows; made once, and none where
 
 # %% ../nbs/33_recipe.ipynb #917ec0b3
 @patch
-def counted(self:Run, cfg:Config # resolved
+def counted(self:Run,
+            cfg:Config # resolved
            )->Config: # with as many seeds as the run will have
     "Seeds that are done stay, even when fewer are asked for"
     if not hasattr(cfg, "seeds"): return cfg
@@ -66,7 +73,8 @@ def tell_seeds(self:Run):
          f"all {n} are kept and shown.")
 
 # %% ../nbs/33_recipe.ipynb #f92f4fee
-def step_work(config:Config, data # the settings, a LongTail or Features
+def step_work(config:Config, # the settings
+              data # a LongTail or Features
              )->int|None: # numbers in the widest layer of a step, roughly
     "How much there is for several threads to share"
     shape = tuple(getattr(data.train, "images", data.train).shape[1:]) if hasattr(data, "train") else ()
@@ -79,7 +87,8 @@ def step_work(config:Config, data # the settings, a LongTail or Features
 
 @patch
 @contextmanager
-def computing(self:Run, data # a LongTail or Features
+def computing(self:Run,
+              data # a LongTail or Features
              ):
     "Choose the threads of this run; another number than it began with is said"
     begun = self.begun_threads()
@@ -94,7 +103,8 @@ def computing(self:Run, data # a LongTail or Features
 
 
 @patch
-def begun_threads(self:Run)->int|None: # of the last process that worked on this run; None where there was none
+def begun_threads(self:Run
+                 )->int|None: # of the last process that worked on this run; None where there was none
     "With how many threads the run was computed so far"
     try: there = read_json(self.path/"environment.json")
     except DataError: return None
@@ -104,7 +114,10 @@ def begun_threads(self:Run)->int|None: # of the last process that worked on this
 
 # %% ../nbs/33_recipe.ipynb #bfe40f80
 @patch
-def _left(self:Run, load, team): # a finished run, with what a kill at its very end left to do
+def _left(self:Run,
+          load,
+          team # a finished run, with what a kill at its very end left to do
+         ):
     there = self.path/"checkpoints"
     if team.writes and there.exists() and (self.left_over() or not any(there.iterdir())):
         with self.open(): self.sweep()
@@ -114,7 +127,13 @@ def _left(self:Run, load, team): # a finished run, with what a kill at its very 
 
 
 @patch
-def _begin(self:Run, cfg, data, device, precision, team): # the settings of all processes, in config.json
+def _begin(self:Run,
+           cfg,
+           data,
+           device,
+           precision,
+           team # the settings of all processes, in config.json
+          ):
     cfg, train = team.told("the settings", cfg), data.fingerprint()
     if team.writes:
         own = replace(cfg, device=device, precision=precision)
@@ -127,7 +146,8 @@ def _begin(self:Run, cfg, data, device, precision, team): # the settings of all 
 
 # %% ../nbs/33_recipe.ipynb #5b56d3d8
 @patch
-def carry_out(self:Run, load, # seed -> data with a `fingerprint()`
+def carry_out(self:Run,
+              load, # seed -> data with a `fingerprint()`
               resolve, # (config, data) -> config with nothing left open
               one_seed, # (config, data, seed, device, precision, run) -> rows of scores.json
               finish, # (run, config, rows, data): figures and report

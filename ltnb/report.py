@@ -31,11 +31,16 @@ def table(rows:list[dict] # of scores.json
     return [[line[i] for i in order] for line in lines]
 
 # %% ../nbs/15_report.ipynb #f7766d51
-def _fold(text, width): # lines of at most that many characters
+def _fold(text,
+          width # lines of at most that many characters
+         ):
     return textwrap.wrap(text, width, subsequent_indent=" " * (width > 9), break_on_hyphens=False) or [""]
 
 
-def _narrow(cells, i, width): # names and column i, where they do not fit beside one another as they are
+def _narrow(cells,
+            i,
+            width # names and column i, where they do not fit beside one another as they are
+           ):
     word = max(len(w) for line in cells for w in line[0].split() or [""])
     number = max((len(line[i]) for line in cells[1:]), default=1)
     number = max(number, min(len(cells[0][i]), width - 2 - word), 1) # the heading gives way first
@@ -75,7 +80,9 @@ def verdict(rows:list[dict], # of scores.json
             noise:str="garbage" # the control that knows nothing
            )->list[str]: # sentences
     "What the table says, in words"
-    def say(d, what): # a sentence for an interval
+    def say(d,
+            what # a sentence for an interval
+           ):
         how = "wins" if d.low > 0 else "loses" if d.high < 0 else "shows no clear difference"
         return f"{what} {how}: {show_difference(d)} points (95 % interval over {d.over})."
     out = []

@@ -79,14 +79,17 @@ _FOLDERS = ("checkpoints", "figures", "model", "synthetic", "judge", "generator"
 class Run:
     "A directory that holds one run, written by one process at a time"
 
-    def __init__(self, config:Config, # the settings as given
+    def __init__(self,
+                 config:Config, # the settings as given
                  name:str|None=None # how the directory's name begins, when the config has no `out`
                 ):
         self.config, self.threads, self._lock = config, None, None # `threads`: how it computes, once that is chosen
         self.path = Path(config.out) if config.out else _folder(config, name or config.recipe)
 
 # %% ../nbs/03_runs.ipynb #be6614ef
-def _folder(config, name): # runs/NAME-DIGEST; where older versions counted the seeds in, what lies there is found
+def _folder(config, # runs/NAME-DIGEST
+            name # where older versions counted the seeds in, what lies there is found
+           ):
     runs = Path(os.environ.get("LTNB_RUNS", "runs"))
     own, asked = runs/f"{name}-{config.digest()}", getattr(config, "seeds", None)
     if asked is None or own.exists(): return own
@@ -98,7 +101,8 @@ def _folder(config, name): # runs/NAME-DIGEST; where older versions counted the 
 
 
 @patch
-def rows_by_seed(self:Run)->dict: # seed -> its rows of scores.json, none where there is no such file
+def rows_by_seed(self:Run
+                )->dict: # seed -> its rows of scores.json, none where there is no such file
     "What is finished"
     known, rows = self.scores() if (self.path/"scores.json").exists() else [], {}
     if not isinstance(known, list) or not all(isinstance(r, dict) for r in known):
@@ -108,7 +112,8 @@ def rows_by_seed(self:Run)->dict: # seed -> its rows of scores.json, none where 
 
 
 @patch(as_prop=True)
-def finished(self:Run)->bool: # scores.json is written last
+def finished(self:Run
+            )->bool: # scores.json is written last
     "Is everything done, for as many seeds as are asked for?"
     if not os.path.exists(self.path/"scores.json"): return False # a name that no file can have is said elsewhere
     try: done = set(self.rows_by_seed())
@@ -151,7 +156,8 @@ def check_same(self:Run):
 
 # %% ../nbs/03_runs.ipynb #02c39889
 @patch
-def open(self:Run, wait:float=5. # seconds to wait for another writer to end
+def open(self:Run,
+         wait:float=5. # seconds to wait for another writer to end
         )->"Run": # itself, locked
     "Check, lock, and be ready to go on"
     self.check_same()
@@ -180,7 +186,8 @@ def close(self:Run):
 
 # %% ../nbs/03_runs.ipynb #664fd98d
 @patch(as_prop=True)
-def moved(self:Run)->dict: # path setting -> (where the data lay when the run began, where it is said to lie now)
+def moved(self:Run
+         )->dict: # path setting -> (where the data lay when the run began, where it is said to lie now)
     "Which paths differ from those that the run began with"
     if not (self.path/"config.json").exists(): return {}
     before, now = read_json(self.path/"config.json").get("given") or {}, plain(self.config.identity())
@@ -203,8 +210,10 @@ def check_data(self:Run,
 
 # %% ../nbs/03_runs.ipynb #841941a6
 @patch
-def start(self:Run, resolved:Config, # the settings with nothing left open
-          device:str, precision:str, # what they came to on this machine
+def start(self:Run,
+          resolved:Config, # the settings with nothing left open
+          device:str,
+          precision:str, # what they came to on this machine
           **data # what identifies the data
          ):
     "Write `config.json` and `environment.json`, or hold them against what is there"
@@ -229,7 +238,8 @@ def start(self:Run, resolved:Config, # the settings with nothing left open
 
 # %% ../nbs/03_runs.ipynb #cc8194eb
 @patch
-def log(self:Run, **row # what to remember; no time, host or path
+def log(self:Run, # what to remember
+        **row # no time, host or path
        ):
     "Append a row to `metrics.jsonl`"
     self._append("metrics.jsonl", row)
@@ -241,7 +251,8 @@ def _append(self:Run, name, row):
     except OSError as e: raise os_error(e, f"writing {self.path/name}") from e
 
 @patch
-def cut_back(self:Run, step:int=0, # keep what was logged up to this step
+def cut_back(self:Run,
+             step:int=0, # keep what was logged up to this step
              **key # of the rows that match these values
             ):
     "Drop rows of a stage that were logged after its checkpoint"
@@ -251,7 +262,8 @@ def cut_back(self:Run, step:int=0, # keep what was logged up to this step
 
 @patch
 @contextmanager
-def timed(self:Run, **key # which stage
+def timed(self:Run,
+          **key # which stage
          ):
     "Append how long a stage took to `timing.jsonl`; a continued stage counts what was left of it"
     t = time.perf_counter()
@@ -263,7 +275,8 @@ def timed(self:Run, **key # which stage
 def _checkpoint(self:Run, name, age=0): return self.path/"checkpoints"/f"{name}{f'.{age}' if age else ''}.safetensors"
 
 @patch
-def save(self:Run, name:str, # the checkpoint's name
+def save(self:Run,
+         name:str, # the checkpoint's name
          tensors:dict, # name -> tensor
          keep_last:int=1, # how many of this name to keep
          **meta # where the stage is
@@ -276,7 +289,8 @@ def save(self:Run, name:str, # the checkpoint's name
     save_tensors(self._checkpoint(name), tensors, meta)
 
 @patch
-def load(self:Run, name:str # the checkpoint's name
+def load(self:Run,
+         name:str # the checkpoint's name
         )->tuple[dict|None, dict]: # tensors and description, or (None, {}) when there is no usable one
     "Load the newest checkpoint that is whole; a torn one is skipped with a warning that names it"
     for path in (self._checkpoint(name, age) for age in range(100)):
@@ -290,7 +304,8 @@ def load(self:Run, name:str # the checkpoint's name
 
 # %% ../nbs/03_runs.ipynb #5acfd5ec
 @patch
-def finish(self:Run, rows:list[dict] # one a method and seed
+def finish(self:Run,
+           rows:list[dict] # one a method and seed
           ):
     "Write `scores.json`, the sign that the run is finished, and remove the checkpoints"
     write_json(self.path/"scores.json", rows)
@@ -298,13 +313,15 @@ def finish(self:Run, rows:list[dict] # one a method and seed
 
 
 @patch
-def scores(self:Run)->list[dict]: # one a method and seed
+def scores(self:Run
+          )->list[dict]: # one a method and seed
     "The rows of a finished run"
     return read_json(self.path/"scores.json")
 
 # %% ../nbs/03_runs.ipynb #e173eb54
 @patch
-def left_over(self:Run)->list[Path]: # checkpoints of seeds that are finished
+def left_over(self:Run
+             )->list[Path]: # checkpoints of seeds that are finished
     "What nobody needs any more; work on further seeds is kept"
     done = set(self.rows_by_seed())
     def over(name):

@@ -49,8 +49,11 @@ def build_scheduler(objective:Objective, # what the network predicts, and its no
 # %% ../nbs/52_samplers.ipynb #6a7eff8b
 @torch.no_grad()
 def sample_batch(model:NoiseModel, # in evaluation mode
-                 noise:torch.Tensor, y:torch.Tensor, # (B, C, H, W) start, (B,) classes
-                 sampler:str="dpm++", sample_steps:int=20, guidance_scale:float=1., # as in `sample_images`
+                 noise:torch.Tensor,
+                 y:torch.Tensor, # (B, C, H, W) start, (B,) classes
+                 sampler:str="dpm++",
+                 sample_steps:int=20,
+                 guidance_scale:float=1., # as in `sample_images`
                  generators=None, # one an item, for `ddpm`
                  spacing:str|None=None # as in `sampler_spacing`
                 )->torch.Tensor: # (B, C, H, W) images, -1 to 1
@@ -73,8 +76,11 @@ def sample_images(model:DiffusionModel, # trained
                   sampler:str="dpm++", # a name of `SAMPLERS`
                   sample_steps:int=20, # of the sampler
                   guidance_scale:float=1., # as in diffusers: 1 is none
-                  seed:int=0, attempt:int=0, # change the noise; for another set, and for another try of an item
-                  bs:int=256, device:str="cpu", precision:str="fp32", # images at a time, where, in which number format
+                  seed:int=0, # change the noise
+                  attempt:int=0, # for another set, and for another try of an item
+                  bs:int=256, # images at a time
+                  device:str="cpu", # where
+                  precision:str="fp32", # in which number format
                   progress=lambda n: None, # told the number of images after each batch
                   spacing:str|None=None, # as in `sampler_spacing`
                   net:nn.Module|None=None # the model's network as `on_device` gives it; None: as it is, not compiled

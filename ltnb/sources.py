@@ -72,7 +72,9 @@ def numbered(labels:dict, # part -> (N,) int64, with "train"
     return tuple(map(str, range(k)))
 
 
-def _texts(a, name): # an array of texts as a list
+def _texts(a,
+           name # an array of texts as a list
+          ):
     if a.ndim not in (1, 2) or a.shape[1:] == (1,) or a.dtype.kind not in "US":
         raise DataError(f"{name} must be a list of texts, got {a.dtype} of shape {a.shape}.")
     return (np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a).tolist()
@@ -114,7 +116,8 @@ def archive_labels(z:dict, # arrays of `read_npz`
     return {p: to[y] for p, y in labels.items()}, known
 
 # %% ../nbs/12_sources.ipynb #574f52f3
-def _to_uint8(x): # Python that makes 8 bits of an array x
+def _to_uint8(x # Python that makes 8 bits of an array x
+             ):
     if x.dtype.kind == "b": return "(255 * x.astype('uint8'))"
     if not np.isfinite(x).all(): return None
     low, high = (x.min(), x.max()) if x.size else (0, 0)
@@ -171,7 +174,12 @@ def npz(cls:LongTail,
     return cls(**sets, name=Path(path).stem).cut(imb_ratio, seed, **cut)
 
 # %% ../nbs/12_sources.ipynb #50395b09
-def _torchvision(cls, name, root, download, read): # errors of torchvision's readers, as ours
+def _torchvision(cls,
+                 name,
+                 root,
+                 download,
+                 read # errors of torchvision's readers, as ours
+                ):
     from torchvision import datasets
     try: return read(getattr(datasets, name))
     except RuntimeError as e: raise UsageError(f"{name} was not found under {root!r} ({e.args[0].splitlines()[0]}): give its folder with --data-root, or add --download.") from e
@@ -224,7 +232,10 @@ def fashion_mnist(cls:LongTail,
 BAD_IMAGES = ("stop", "skip", "tolerate")
 
 
-def _without_damaged(s, part, notes): # an ImageSet of files -> it without those that cannot be decoded, and the notes
+def _without_damaged(s,
+                     part,
+                     notes # an ImageSet of files -> it without those that cannot be decoded, and the notes
+                    ):
     bad, paths = damaged(s.images), s.images.paths
     for usable, what in ((True, "decoded what is there of {} truncated"), (False, "left out {} unreadable")):
         own = [paths[i] for i, _, ok in bad if ok == usable]
@@ -234,7 +245,8 @@ def _without_damaged(s, part, notes): # an ImageSet of files -> it without those
     return (s.take(np.setdiff1d(np.arange(len(s)), gone)) if gone else s), notes
 
 
-def from_paths(cls, root, # LongTail, and the folder of the paths or None
+def from_paths(cls, # LongTail
+               root, # and the folder of the paths or None
                parts:dict, # "train", "test" and perhaps "val" -> (paths, labels)
                class_names, # K names
                name:str, # of the set
@@ -260,13 +272,18 @@ def from_paths(cls, root, # LongTail, and the folder of the paths or None
     return data
 
 # %% ../nbs/12_sources.ipynb #b70a018b
-def _labelled(classes, index): # class -> paths; class -> its number: (paths, labels)
+def _labelled(classes, # class -> paths
+              index # class -> its number: (paths, labels)
+             ):
     classes = {c: classes[c] for c in index if c in classes}
     labels = [index[c] for c, paths in classes.items() for _ in paths]
     return [p for paths in classes.values() for p in paths], np.array(labels, dtype=np.int64)
 
 
-def _fitting(found, split, classes): # role -> folder; role -> class -> paths: what does not fit together is an error
+def _fitting(found,
+             split,
+             classes # role -> folder; role -> class -> paths: what does not fit together is an error
+            ):
     root, train, own = one_line(found.root), one_line(split["train"]), classes["train"]
     for part, there in classes.items():
         at = f"{root}/{one_line(split[part])}"
@@ -284,7 +301,10 @@ def _fitting(found, split, classes): # role -> folder; role -> class -> paths: w
                         "folders away.")
 
 # %% ../nbs/12_sources.ipynb #e4549b86
-def _split_parts(found, split, class_order): # role -> folder -> (classes in order, part -> (paths, labels), notes)
+def _split_parts(found,
+                 split,
+                 class_order # role -> folder -> (classes in order, part -> (paths, labels), notes)
+                ):
     classes, train, notes = {role: class_folders(found, name) for role, name in split.items()}, split["train"], []
     if "test" not in split and "val" in split:
         split, classes["test"] = {"train": train, "test": split["val"]}, classes.pop("val")
@@ -301,7 +321,11 @@ def _split_parts(found, split, class_order): # role -> folder -> (classes in ord
     return names, {part: _labelled(own, index) for part, own in classes.items()}, notes
 
 
-def _drawn_parts(found, test_fraction, seed, class_order): # the same, with a share of each class for the test
+def _drawn_parts(found,
+                 test_fraction,
+                 seed,
+                 class_order # the same, with a share of each class for the test
+                ):
     if not 0 < test_fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
     classes, root = class_folders(found), one_line(found.root)
     if len(classes) > 1 and (empty := _no_photographs(found, "", classes)):
@@ -402,7 +426,11 @@ def with_suffix(root:str|Path, # the folder of the images
     return out
 
 
-def _listed_names(train, labels, names, file): # K names, from the labels, a file, or the class numbers
+def _listed_names(train, # K names
+                  labels, # from the labels
+                  names, # a file
+                  file # or the class numbers
+                 ):
     if file is None: return names or numbered(labels, train.source)
     if names: return read_class_names(file, folders={n: k for k, n in enumerate(names)}, n_classes=len(names))
     return read_class_names(file, train.paths, labels["train"])
@@ -541,7 +569,8 @@ class DataConfig(Config):
 
 # %% ../nbs/12_sources.ipynb #4221851f
 @patch(as_prop=True)
-def source_name(self:DataConfig)->str: # how directory and report call the data
+def source_name(self:DataConfig
+               )->str: # how directory and report call the data
     "The name of the data"
     if self.dataset in ("npz", "folder") and self.data_root: # a name of more bytes could not be part of another one
         return valid_text(Path(self.data_root).resolve().stem).encode()[:200].decode("utf-8", "ignore")
@@ -550,7 +579,8 @@ def source_name(self:DataConfig)->str: # how directory and report call the data
 
 
 @patch
-def data_seed(self:DataConfig, seed:int # of a run
+def data_seed(self:DataConfig,
+              seed:int # of a run
              )->int: # of the data
     "Digits-LT is drawn anew for each seed; every other source keeps one set, which is then read once"
     return seed if self.dataset == "digits" else self.seed

@@ -21,7 +21,8 @@ from .jobs import ManifestRows, _code, _failed, _header, _open_job, bad_items
 class ShardItems:
     "Items in shard files that read like a tensor (N, ...): a part is read when it is asked for"
 
-    def __init__(self, paths:list, # shard files
+    def __init__(self,
+                 paths:list, # shard files
                  where:np.ndarray, # (N, 2) number of the file, row in it
                  shape:tuple, # of one item
                  dtype:torch.dtype, # of the items
@@ -34,7 +35,9 @@ class ShardItems:
     def ndim(self)->int: return len(self.shape)
     def __getstate__(self): return {**self.__dict__, "_cache": OrderedDict()}
 
-    def _shard(self, s): # its tensor
+    def _shard(self,
+               s # its tensor
+              ):
         from safetensors import safe_open
         x = self._cache.pop(s, None)
         if x is None:
@@ -45,7 +48,9 @@ class ShardItems:
         while len(self._cache) > 1 and sum(t.nbytes for t in list(self._cache.values())) > self.cache_mb * 1e6: self._cache.popitem(last=False)
         return x
 
-    def __getitem__(self, i): # whole number, slice, positions or mask, as of a tensor
+    def __getitem__(self,
+                    i # whole number, slice, positions or mask, as of a tensor
+                   ):
         if isinstance(i, (int, np.integer)): return self[[range(len(self))[i]]][0]
         where = self.where[np.arange(len(self))[i.cpu().numpy() if isinstance(i, torch.Tensor) else i]]
         out = torch.empty((len(where), *self.shape[1:]), dtype=self.dtype)
@@ -56,14 +61,16 @@ class ShardItems:
 
 # %% ../nbs/31_synthetic.ipynb #0344f9e7
 @patch
-def take(self:ShardItems, index:np.ndarray # positions
+def take(self:ShardItems,
+         index:np.ndarray # positions
         )->ShardItems: # nothing is read
     "Some of the items"
     return ShardItems(self.paths, self.where[index], self.shape[1:], self.dtype, self.cache_mb)
 
 
 @patch
-def tensor(self:ShardItems)->torch.Tensor: # (N, ...)
+def tensor(self:ShardItems
+          )->torch.Tensor: # (N, ...)
     "All items in memory"
     return self[:]
 
@@ -75,32 +82,37 @@ class Synthetic:
     manifest: list|ManifestRows # N rows: id, class, k, sha, source_id, level, prompt, seed, attempt, model, scores and more
 
     @property
-    def labels(self)->np.ndarray: # (N,) int64
+    def labels(self
+              )->np.ndarray: # (N,) int64
         if isinstance(self.manifest, ManifestRows): return self.manifest.plan[:, 0].copy()
         return np.array([r["class"] for r in self.manifest], dtype=np.int64)
 
     def __len__(self): return len(self.manifest)
 
-    def counts(self, n_classes:int # K
+    def counts(self,
+               n_classes:int # K
               )->np.ndarray: # (K,) made items per class
         "How many of each class"
         return np.bincount(self.labels, minlength=n_classes)
 
-    def take(self, index:np.ndarray # positions, or a mask
+    def take(self, # positions
+             index:np.ndarray # or a mask
             )->"Synthetic":
         "Some of the items"
         at = np.arange(len(self))[index]
         items = self.items.take(at) if isinstance(self.items, ShardItems) else self.items[torch.from_numpy(at)]
         return Synthetic(items, self.manifest.take(at) if isinstance(self.manifest, ManifestRows) else [self.manifest[i] for i in at])
 
-    def where(self, keep # row -> bool
+    def where(self,
+              keep # row -> bool
              )->"Synthetic": # the items whose row passes
         "A filter is a query: nothing is made or deleted"
         return self.take(np.array([i for i, r in enumerate(self.manifest) if keep(r)], dtype=np.int64))
 
 # %% ../nbs/31_synthetic.ipynb #3e5613cf
 @patch(cls_method=True)
-def open(cls:Synthetic, folder:str|Path # what `make_synthetic` wrote
+def open(cls:Synthetic,
+         folder:str|Path # what `make_synthetic` wrote
         )->Synthetic: # its items, read when they are asked for
     "Open a generation directory; an unfinished one, or one with lost shards, is a `DataError`"
     from safetensors import safe_open
@@ -164,7 +176,9 @@ def job_summary(folder:str|Path # of a finished job
 
 # %% ../nbs/31_synthetic.ipynb #fcf347bb
 def made_rows(folder:str|Path, # of a job, begun or not
-              model:str, seed:int=0, settings:tuple|dict=() # as in `make_synthetic`
+              model:str,
+              seed:int=0,
+              settings:tuple|dict=() # as in `make_synthetic`
              )->ManifestRows|list: # rows of the manifest; none where the folder is new, unfinished, or of another job
     "What a job has made so far"
     folder, header = Path(folder), _header(model, seed, settings)
@@ -172,7 +186,10 @@ def made_rows(folder:str|Path, # of a job, begun or not
     return ManifestRows(folder/"manifest.jsonl") if there == [header] and (folder/"manifest.jsonl").exists() else []
 
 # %% ../nbs/31_synthetic.ipynb #dc5d7ad4
-def _safe(name, c, taken): # a folder's name
+def _safe(name,
+          c,
+          taken # a folder's name
+         ):
     s = re.sub(r"[^\w\-.,()+ ]", "_", str(name)).strip(". ")[:60] or f"class-{c}"
     return f"{s}-{c}" if s.lower() in taken else s
 
@@ -201,8 +218,10 @@ def write_png(made:Synthetic, # uint8 images of 1 or 3 channels
     with ThreadPoolExecutor(4) as pool: return sum(sum(pool.map(one, made.manifest[i:i + 256], x[i:i + 256])) for i in range(0, len(made), 256))
 
 # %% ../nbs/31_synthetic.ipynb #ca32e755
-def mix(real:torch.Tensor, real_labels, # (N, ...) real items and their (N,) labels
-        made:torch.Tensor|ShardItems, made_labels, # (M, ...) made items and their (M,) labels
+def mix(real:torch.Tensor, # (N
+        real_labels, # ...) real items and their (N,) labels
+        made:torch.Tensor|ShardItems, # (M
+        made_labels, # ...) made items and their (M,) labels
         syn_weight:float=1. # omega
        )->tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # items, int64 labels, float32 weights, real ones first
     "Real and made items as one weighted set"

@@ -25,7 +25,8 @@ from .losses import Loss
 class Team:
     "The processes that train together; one, unless torchrun or accelerate started more"
 
-    def __init__(self, rank:int=0, # this process
+    def __init__(self,
+                 rank:int=0, # this process
                  size:int=1, # how many there are
                  store=None, # a torch.distributed.Store that all of them reach: what they tell each other
                  patience:float=7200. # seconds to wait for the others
@@ -35,12 +36,14 @@ class Team:
     @property
     def writes(self)->bool: return self.rank == 0 # one writer
 
-    def mine(self, x:torch.Tensor # (B, …)
+    def mine(self, # (B
+             x:torch.Tensor # …)
             )->torch.Tensor: # (about B / size, …)
         "This process's part of a batch"
         return x if self.size == 1 else x[self.rank::self.size]
 
-    def sum(self, x:torch.Tensor # any shape
+    def sum(self,
+            x:torch.Tensor # any shape
            )->torch.Tensor: # the same on every process
         "Sum over processes"
         if self.size == 1: return x
@@ -48,7 +51,9 @@ class Team:
         with self.exchanging("adding up"): torch.distributed.all_reduce(x)
         return x
 
-    def sum_gradients(self, parameters): # in place
+    def sum_gradients(self,
+                      parameters # in place
+                     ):
         "Add up gradients, in one message"
         if self.size == 1: return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -61,7 +66,8 @@ def _messenger(): return "cuda" if torch.distributed.get_backend() == "nccl" els
 
 @patch
 @torch.no_grad()
-def share(self:Team, tensors # of a network's state; the same names and shapes in every process, filled in place
+def share(self:Team, # of a network's state
+          tensors # the same names and shapes in every process, filled in place
          ):
     "Give every process the first one's numbers, in one message"
     tensors = sorted((v.detach() for v in tensors), key=lambda v: -v.element_size()) # each begins where its type may
@@ -72,7 +78,8 @@ def share(self:Team, tensors # of a network's state; the same names and shapes i
 
 
 @patch
-def whole(self:Team, part:torch.Tensor, # (about n / size, …) what `mine` gives of a batch
+def whole(self:Team, # (about n / size
+          part:torch.Tensor, # …) what `mine` gives of a batch
           n:int # items of the batch
          )->torch.Tensor: # (n, …)
     "The batch again, out of the parts of all processes"
@@ -114,9 +121,11 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
     return Team(rank, size, torch.distributed.PrefixStore(f"ltnb-{next(_joined)}", store), patience)
 
 # %% ../nbs/24_team.ipynb #e7ceb914
-def train_step(net:nn.Module, optimizer:torch.optim.Optimizer, # in place
+def train_step(net:nn.Module,
+               optimizer:torch.optim.Optimizer, # in place
                loss:Loss, # from (B, K) logits and labels
-               x:torch.Tensor, y:torch.Tensor, # (B, C, H, W) floats of `view`, (B,) labels
+               x:torch.Tensor,
+               y:torch.Tensor, # (B, C, H, W) floats of `view`, (B,) labels
                parts:list, # of `view`
                weights:torch.Tensor|None=None, # (B,) of the items
                precision:str="fp32", # of the forward pass
@@ -150,7 +159,8 @@ class TeamError(LtnbError):
 
 
 @patch
-def told(self:Team, what:str, # where the process is, for the others' sentences; the same in all of them
+def told(self:Team, # where the process is, for the others' sentences
+         what:str, # the same in all of them
          value=None # the first process's counts
         ): # that value, in every process
     "The first process decides, the others are told; nobody goes on before all are here"
@@ -167,14 +177,17 @@ def told(self:Team, what:str, # where the process is, for the others' sentences;
 
 
 @patch
-def wait(self:Team, what:str="the next stage" # as in `told`
+def wait(self:Team,
+         what:str="the next stage" # as in `told`
         ):
     "Until all are here"
     self.told(what)
 
 
 @patch
-def agree(self:Team, what:str, value # as in `told`; each process has its own
+def agree(self:Team,
+          what:str,
+          value # as in `told`; each process has its own
          ): # the value
     "A value that must be the first process's in all of them"
     first = self.told(what, value)
@@ -184,7 +197,10 @@ def agree(self:Team, what:str, value # as in `told`; each process has its own
 
 # %% ../nbs/24_team.ipynb #5fed22df
 @patch
-def until(self:Team, keys:list, what:str): # of the store; as in `told`
+def until(self:Team,
+          keys:list,
+          what:str # of the store; as in `told`
+         ):
     "Look until all keys are there, an error of another process is, or the patience is at its end"
     start, pause = time.monotonic(), .001
     while not self.store.check(keys):
@@ -195,7 +211,9 @@ def until(self:Team, keys:list, what:str): # of the store; as in `told`
 
 
 @patch
-def late(self:Team, what:str)->str: # as in `told`
+def late(self:Team,
+         what:str
+        )->str: # as in `told`
     "Who is missing, in a sentence"
     lost = [r for r in range(self.size) if not self.store.check([f"{self.met}.{r}"])] or [0]
     return (f"rank {self.rank} of {self.size} processes has waited {self.patience:g} seconds for rank "
@@ -204,7 +222,9 @@ def late(self:Team, what:str)->str: # as in `told`
 
 
 @patch
-def apart(self:Team, keys:list)->str: # in the store: where each process is
+def apart(self:Team,
+          keys:list
+         )->str: # in the store: where each process is
     "Where two processes are at different places, in a sentence"
     at = [self.store.get(k).decode() for k in keys]
     r = next((r for r, a in enumerate(at) if a != at[0]), 0)
@@ -214,7 +234,8 @@ def apart(self:Team, keys:list)->str: # in the store: where each process is
 
 # %% ../nbs/24_team.ipynb #f8c242d8
 @patch
-def failure(self:Team, seconds:float=0. # to wait for one
+def failure(self:Team,
+            seconds:float=0. # to wait for one
            ):
     "Raise what another process said when it stopped"
     end = time.monotonic() + seconds
@@ -226,7 +247,9 @@ def failure(self:Team, seconds:float=0. # to wait for one
 
 @patch
 @contextlib.contextmanager
-def exchanging(self:Team, what:str): # a block in which messages go to and fro
+def exchanging(self:Team,
+               what:str # a block in which messages go to and fro
+              ):
     "What torch says when another process is gone, as a sentence"
     start = time.monotonic()
     try: yield
@@ -241,7 +264,8 @@ def exchanging(self:Team, what:str): # a block in which messages go to and fro
                         "LTNB_TEAM_TIMEOUT sets how many seconds they wait.") from e
 
 # %% ../nbs/24_team.ipynb #bf620613
-def _last_words(e): # what the others are told of an error
+def _last_words(e # what the others are told of an error
+               ):
     if isinstance(e, LtnbError): return str(e)
     if isinstance(e, Exception): return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
     return "it was told to" # Ctrl-C, or a signal
@@ -262,7 +286,8 @@ def __exit__(self:Team, kind, e, trace):
 
 
 @patch
-def leave(self:Team, seconds:float=5. # at most
+def leave(self:Team,
+          seconds:float=5. # at most
          ):
     "The first process goes last: the store may end with it"
     if self.rank: self.store.set(f"left.{self.rank}", ""); return

@@ -16,7 +16,8 @@ from .config import valid_threads
 from .progress import tell
 
 # %% ../nbs/04_threads.ipynb #8973ac01
-def _lines(path): # of a file; none where it cannot be read
+def _lines(path # of a file; none where it cannot be read
+          ):
     try: return path.read_text().split("\n")
     except (OSError, ValueError): return []
 
@@ -79,12 +80,14 @@ class Machine:
     busy: float|None = None # cores that work for others at this moment, where that was looked at
 
     @property
-    def allowed(self)->float: # cores
+    def allowed(self
+               )->float: # cores
         "What this process may use at best"
         return min(self.cores, self.cores if self.quota is None else self.quota)
 
     @property
-    def spare(self)->float: # cores
+    def spare(self
+             )->float: # cores
         "What it may use without waiting for others"
         return min(self.allowed, self.cores - (self.busy or 0.))
 
@@ -110,7 +113,8 @@ def reading_threads(most:int=8 # so many at the most
 WORK_A_THREAD = 2**17 # numbers in the widest layer of a step, below which another thread does not pay
 
 
-def _asked_for(variables): # the first number of OMP_NUM_THREADS, None where it says none
+def _asked_for(variables # the first number of OMP_NUM_THREADS, None where it says none
+              ):
     first = str(variables.get("OMP_NUM_THREADS", "")).split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else None
 
@@ -198,6 +202,7 @@ def computing_threads(asked:str="auto", # or a number
         finally: torch.set_num_threads(before)
 
 
-def _waiting(handed): # the variables that torch's runtime has read
+def _waiting(handed # the variables that torch's runtime has read
+            ):
     late = handed.get("own", {}) if handed.get("late") == os.getpid() else {}
     return {k: os.environ.get(k) for k in _SAID[1:]} | {k: None for k in late if k in SPIN}

@@ -24,7 +24,8 @@ from .training import check_fit, least_batch, lr_factor, split_order, view
 class Stack(nn.Module):
     "Networks of one architecture whose weights are stacked"
 
-    def __init__(self, nets:list # of nn.Module, in training mode
+    def __init__(self, # of nn.Module
+                 nets:list # in training mode
                 ):
         super().__init__()
         weights, buffers = torch.func.stack_module_state(nets)
@@ -32,21 +33,41 @@ class Stack(nn.Module):
         for k, v in weights.items(): self.register_parameter(k.replace(".", "|"), nn.Parameter(v.detach().clone()))
         for k, v in buffers.items(): self.register_buffer(k.replace(".", "|"), v.clone())
 
-    def forward(self, x): # (S, B, C, H, W) -> (S, B, K)
+    def forward(self,
+                x # (S, B, C, H, W) -> (S, B, K)
+               ):
         one = lambda state, x: torch.func.functional_call(self._base[0], state, (x,))
         return torch.func.vmap(one, randomness="different")({self.names[k]: v for k, v in (*self.named_parameters(), *self.named_buffers())}, x)
 
-    def unstack(self, nets:list # of nn.Module, filled in place
+    def unstack(self, # of nn.Module
+                nets:list # filled in place
                ):
         "Give every network its weights"
         for i, net in enumerate(nets): net.load_state_dict({self.names[k]: v[i] for k, v in self.state_dict().items()})
 
 # %% ../nbs/27_together.ipynb #0afbd71b
 def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
-              images, labels, seeds:list, # of all seeds, or lists with those of each: (N, C, H, W) uint8 and (N,); S numbers
-              n_epochs:int=200, bs:int=64, lr:float=0.1, wd:float=5e-4, mixup:float=0., augment=None, # as in `fit`
-              device:str="cpu", precision:str="fp32", run=None, name:str="classifier", save_every:float=20., # as in `fit`; one checkpoint holds all seeds
-              *, losses:list|None=None, power:float=1., schedule:str="multistep", warmup:int=0, cutmix:float=0., ema:float=0. # S losses of `build_loss`; as in `fit`
+              images,
+              labels,
+              seeds:list, # of all seeds, or lists with those of each: (N, C, H, W) uint8 and (N,); S numbers
+              n_epochs:int=200,
+              bs:int=64,
+              lr:float=0.1,
+              wd:float=5e-4,
+              mixup:float=0.,
+              augment=None, # as in `fit`
+              device:str="cpu",
+              precision:str="fp32",
+              run=None,
+              name:str="classifier",
+              save_every:float=20., # as in `fit`; one checkpoint holds all seeds
+              *,
+              losses:list|None=None,
+              power:float=1.,
+              schedule:str="multistep",
+              warmup:int=0,
+              cutmix:float=0.,
+              ema:float=0. # S losses of `build_loss`; as in `fit`
              )->list: # the classifiers, trained, in evaluation mode
     "Train several seeds at once; each gets what `fit` would give it alone, up to rounding"
     images, labels = (v if isinstance(v, list) else [v] * len(clfs) for v in (images, labels))
@@ -83,8 +104,11 @@ def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
     return [c.eval() for c in clfs]
 
 # %% ../nbs/27_together.ipynb #4d0dd401
-def stack_step(stack:Stack, optimizer:torch.optim.Optimizer, # in place
-               losses:list, views:list, ys:list, # of each seed: its loss, what `view` gave, (B,) labels
+def stack_step(stack:Stack,
+               optimizer:torch.optim.Optimizer, # in place
+               losses:list, # of each seed: its loss
+               views:list, # what `view` gave
+               ys:list, # (B,) labels
                precision:str, # of the forward pass
                key:tuple|None=None # of the step's dropout; None leaves it to torch
               )->torch.Tensor: # (S,) losses

@@ -50,7 +50,8 @@ def view(clf:Classifier, # normalises
          x:torch.Tensor, # (B, C, H, W) uint8
          key:tuple, # what the step's randomness is keyed by
          augment=None, # (x, generator) -> x, such as `Augment("crop+flip")`
-         mixup:float=0., cutmix:float=0. # alphas, 0 for none; with both, each batch is mixed in one way or the other
+         mixup:float=0., # alphas, 0 for none
+         cutmix:float=0. # with both, each batch is mixed in one way or the other
         )->tuple[torch.Tensor, list]: # (B, C, H, W) floats, and what they answer to: [(share, positions in the batch)]
     "One random view of a batch"
     g, own = generator(*key, device=x.device), torch.arange(len(x), device=x.device)
@@ -119,9 +120,13 @@ def check_fit(n:int, bs:int, schedule:str, power:float, patience:int, held_out, 
 
 
 @torch.no_grad()
-def held_out_score(clf:Classifier, loss:Loss, # trained so far
-                   images, labels, # held-out training images
-                   device:str, precision:str, team:Team=Team()
+def held_out_score(clf:Classifier,
+                   loss:Loss, # trained so far
+                   images,
+                   labels, # held-out training images
+                   device:str,
+                   precision:str,
+                   team:Team=Team()
                   )->dict: # what to log
     "Accuracy on held-out images, each process taking its part"
     at = np.arange(len(labels))[team.rank::team.size]
@@ -133,16 +138,36 @@ def held_out_score(clf:Classifier, loss:Loss, # trained so far
 
 # %% ../nbs/26_training.ipynb #7a47bf9b
 def fit(clf:Classifier, # in place
-        images:np.ndarray|ImageFiles, labels:np.ndarray, # (N, C, H, W) uint8 and (N,)
-        n_epochs:int=200, bs:int=64, lr:float=0.1, wd:float=5e-4, # epochs, images a step, learning rate, weight decay: those of the LDMLR encoders
-        mixup:float=0., augment=None, # alpha, 0 for none; (x, generator) -> x, such as `Augment("crop+flip")`
-        seed:int=0, device:str="cpu", precision:str="fp32", # of all randomness; where and in which number format
-        run=None, name:str="classifier", save_every:float=20., # a Run that keeps checkpoints and metrics; the stage's name there; seconds between checkpoints
-        *, loss:Loss|None=None, weights:np.ndarray|None=None, # of `build_loss`, cross-entropy when left out; (N,) of the items, such as omega for a generated one
-        power:float=1., schedule:str="multistep", warmup:int=0, # classes are drawn with p_k ~ n_k^power; a name of `SCHEDULES`; epochs of linear warm-up
-        cutmix:float=0., ema:float=0., clip:float=0., # alpha, decay of averaged weights, longest gradient; 0 for none
-        held_out:tuple|None=None, eval_every:int=1, patience:int=0, # (images, labels) of training images; epochs between looks; looks without a gain before stopping with the best epoch's weights
-        after_epoch=None, team:Team=Team(), workers:int=2, compiled:bool=False # function of the epoch's number, for lessons; who shares the batches; processes that decode files; use torch.compile
+        images:np.ndarray|ImageFiles,
+        labels:np.ndarray, # (N, C, H, W) uint8 and (N,)
+        n_epochs:int=200, # epochs
+        bs:int=64, # images a step
+        lr:float=0.1, # learning rate
+        wd:float=5e-4, # weight decay: those of the LDMLR encoders
+        mixup:float=0., # alpha, 0 for none
+        augment=None, # (x, generator) -> x, such as `Augment("crop+flip")`
+        seed:int=0,
+        device:str="cpu",
+        precision:str="fp32", # of all randomness; where and in which number format
+        run=None, # a Run that keeps checkpoints and metrics
+        name:str="classifier", # the stage's name there
+        save_every:float=20., # seconds between checkpoints
+        *,
+        loss:Loss|None=None, # of `build_loss`, cross-entropy when left out
+        weights:np.ndarray|None=None, # (N,) of the items, such as omega for a generated one
+        power:float=1., # classes are drawn with p_k ~ n_k^power
+        schedule:str="multistep", # a name of `SCHEDULES`
+        warmup:int=0, # epochs of linear warm-up
+        cutmix:float=0.,
+        ema:float=0.,
+        clip:float=0., # alpha, decay of averaged weights, longest gradient; 0 for none
+        held_out:tuple|None=None, # (images, labels) of training images
+        eval_every:int=1, # epochs between looks
+        patience:int=0, # looks without a gain before stopping with the best epoch's weights
+        after_epoch=None, # function of the epoch's number, for lessons
+        team:Team=Team(), # who shares the batches
+        workers:int=2, # processes that decode files
+        compiled:bool=False # use torch.compile
        )->Classifier: # trained, in evaluation mode
     "Train a classifier; a training that was killed goes on where it stopped, bit for bit on the CPU"
     check_fit(len(labels), bs, schedule, power, patience, held_out, augment, mixup, cutmix)
@@ -190,7 +215,12 @@ class _Training:
         self.optimizer = torch.optim.SGD(clf.net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=wd)
         self.averages, self.best, self.meta, self.stopped, self.values = Averages(clf.net, ema), {}, {}, False, None
 
-    def begin(self, epoch, n_epochs, n_steps, first): # steps of this epoch that were done before a stop
+    def begin(self,
+              epoch,
+              n_epochs,
+              n_steps,
+              first # steps of this epoch that were done before a stop
+             ):
         self.loss.set_epoch(epoch, n_epochs)
         self.clf.train()
         done, before = max(first - epoch * n_steps, 0), self.values
@@ -202,7 +232,14 @@ class _Training:
         for group in self.optimizer.param_groups: group["lr"] = rate
         return rate
 
-    def step(self, key, index, x, parts, precision, clip): # the step's key; its positions; of `view`
+    def step(self,
+             key,
+             index,
+             x,
+             parts,
+             precision,
+             clip # the step's key; its positions; of `view`
+            ):
         y, w = self.y[index], None if self.w is None else self.w[index]
         try:
             with dropout_seeded(*key, self.team.rank, device=self.device):
@@ -222,13 +259,21 @@ def _finite(t:_Training, epoch, lr):
 
 
 @patch
-def finish_epoch(self:_Training, epoch, lr): # mean loss
+def finish_epoch(self:_Training,
+                 epoch,
+                 lr # mean loss
+                ):
     _finite(self, epoch, lr)
     return self.values.mean().item()
 
 
 @patch
-def look(self:_Training, held_out, epoch, patience, precision): # what to log, and whether to go on
+def look(self:_Training,
+         held_out,
+         epoch,
+         patience,
+         precision # what to log, and whether to go on
+        ):
     with self.averages.used():
         self.team.share(self.clf.net.buffers()) # BatchNorm's statistics differ: all score what the first one has
         found = held_out_score(self.clf.eval(), self.loss, *held_out, self.device, precision, self.team)
@@ -254,7 +299,10 @@ def keep(self:_Training, run, stage, step):
 
 
 @patch
-def restore(self:_Training, run, stage): # steps that are done
+def restore(self:_Training,
+            run,
+            stage # steps that are done
+           ):
     more = {}
     first = restore(run, stage, self.clf.net, self.optimizer, more, self.meta) if run else 0
     self.averages.take(more)
@@ -271,7 +319,9 @@ def restore(self:_Training, run, stage): # steps that are done
 
 
 @patch
-def result(self:_Training, patience): # the classifier
+def result(self:_Training,
+           patience # the classifier
+          ):
     if patience and self.best: self.clf.net.load_state_dict(self.best)
     else: self.averages.load()
     self.team.share(self.clf.net.state_dict().values()) # BatchNorm's statistics, and what rounding did elsewhere
