@@ -19,6 +19,7 @@ import torch
 
 import ltnb.recipe
 from .core import UsageError, nearest, read_json, read_jsonl
+from .config import limited
 from .progress import Progress, tell
 from .runs import Run
 from .priors import class_prior
@@ -43,36 +44,34 @@ class BaselineConfig(DataConfig):
     "Settings of a baseline"
     recipe: ClassVar[str] = "baseline"
     loss: Literal["cross_entropy", "focal", "class_balanced", "class_balanced_focal", "cross_entropy_drw", "balanced_softmax", "logit_adjustment", "ldam", "ldam_drw", "wcdas", "label_aware_smoothing"] = "cross_entropy" # what is minimised
-    tau: float = 1. # logit_adjustment: how much of the prior
-    gamma: float = 1. # focal: exponent, 1 in the LDAM code and 2 in the paper
-    beta: float = 0.9999 # class_balanced and drw: of the effective number of images
+    tau: float = limited(1., 0) # logit_adjustment: how much of the prior
+    gamma: float = limited(1., 0) # focal: exponent, 1 in the LDAM code and 2 in the paper
+    beta: float = limited(0.9999, 0, 0.999999) # class_balanced and drw: of the effective number of images
     arch: str|None = None # network (default: convnet below 16 pixels, resnet32 up to 64, else resnet10)
     norm: Literal["batch", "group"] = "batch" # normalisation layers
-    n_epochs: int|None = None # passes over the training set (default: 80 for digits, else 200)
-    bs: int|None = None # images a step (default: 32 for digits, else 128)
-    lr: float = 0.1 # learning rate
-    wd: float|None = None # weight decay (default: 5e-4 for digits, else 2e-4)
+    n_epochs: int|None = limited(None, 1) # passes over the training set (default: 80 for digits, else 200)
+    bs: int|None = limited(None, 1) # images a step (default: 32 for digits, else 128)
+    lr: float = limited(0.1, 0) # learning rate
+    wd: float|None = limited(None, 0) # weight decay (default: 5e-4 for digits, else 2e-4)
     schedule: Literal["multistep", "ldam", "cosine", "constant"]|None = None # how the learning rate falls (default: multistep for digits, else ldam)
-    warmup: int|None = None # epochs of linear warm-up (default: 0 for digits, else 5)
+    warmup: int|None = limited(None, 0) # epochs of linear warm-up (default: 0 for digits, else 5)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
-    mixup: float = 0. # mixup alpha, 0 for none
-    cutmix: float = 0. # CutMix alpha, 0 for none
-    power: float = 1. # classes are drawn with p_k ~ n_k^power: 1 as they come, 0.5 square root, 0 balanced
-    ema: float = 0. # decay of averaged weights, 0 for none
-    clip: float = 0. # longest gradient, 0 for any length
-    patience: int = 0 # looks at the validation images without a gain before stopping, 0 to train to the end
-    eval_every: int = 1 # epochs between looks at the validation images
+    mixup: float = limited(0., 0) # mixup alpha, 0 for none
+    cutmix: float = limited(0., 0) # CutMix alpha, 0 for none
+    power: float = limited(1., -2, 2) # classes are drawn with p_k ~ n_k^power: 1 as they come, 0.5 square root, 0 balanced
+    ema: float = limited(0., 0, 0.99999) # decay of averaged weights, 0 for none
+    clip: float = limited(0., 0) # longest gradient, 0 for any length
+    patience: int = limited(0, 0) # looks at the validation images without a gain before stopping, 0 to train to the end
+    eval_every: int = limited(1, 1) # epochs between looks at the validation images
     heads: bool = True # also fit cRT, LWS, tau-normalisation and nearest mean on the frozen features
     shifted_bn: bool = False # also cRT and LWS as released: BatchNorm moves under balanced sampling (rows crt, lws: the encoder's)
     test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     side_by_side: bool|None = None # train all seeds at once (default: off, as it was never timed on a GPU)
-    workers: int = 2 # processes that decode photographs which do not fit into memory
+    workers: int = limited(2, 0, 64) # processes that decode photographs which do not fit into memory
     compiled: bool = False # use torch.compile
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
     not_identity: ClassVar[tuple] = (*DataConfig.not_identity, "workers", "compiled")
     later: ClassVar[tuple] = (*DataConfig.later, "shifted_bn")
-    limits: ClassVar[dict] = {**DataConfig.limits, "n_epochs": (1, None), "bs": (1, None), "lr": (0, None), "wd": (0, None), "warmup": (0, None), "mixup": (0, None), "cutmix": (0, None), "power": (-2, 2), "ema": (0, 0.99999),
-                              "clip": (0, None), "patience": (0, None), "eval_every": (1, None), "tau": (0, None), "gamma": (0, None), "beta": (0, 0.999999), "workers": (0, 64)}
 
 # %% ../nbs/36_baseline.ipynb #82f42a55
 OPTIONS = {"logit_adjustment": ("tau",), "focal": ("gamma",), "class_balanced_focal": ("gamma", "beta"), "class_balanced": ("beta",), "cross_entropy_drw": ("beta",), "ldam_drw": ("beta",)} # settings that only some losses take

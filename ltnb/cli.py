@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import ltnb
 from .core import (DataError, LtnbError, UsageError, atomic_write, check_output, choose_device, choose_precision,
                        nearest, os_error, read_json, read_jsonl, work_is_kept, write_json)
-from .config import Config, valid_threads
+from .config import Config, valid_threads, limited
 from .progress import Progress, show_text, tell, terminal_width
 from .runs import Run, lock_file, unlock_file
 from .threads import computing_threads, thread_variables
@@ -261,13 +261,12 @@ class PredictConfig(Config):
     out: str|None = None # the csv file to write
     test_prior: str|None = None # class prior of these photographs (a .csv or .json file, 5,3,1 or train)
     bad_images: Literal["stop", "skip", "tolerate"] = "skip" # photographs that cannot be read: stop, skip them, or decode what is there of truncated JPEGs
-    grey_bits: int|None = None # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
-    bs: int = 64 # images at a time
+    grey_bits: int|None = limited(None, 8, 32) # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
+    bs: int = limited(64, 1) # images at a time
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     threads: str = "auto" # how many threads compute: auto or a number
     paths: ClassVar[tuple] = ("model", "images")
-    limits: ClassVar[dict] = {"bs": (1, None), "grey_bits": (8, 32)}
 
 
 @dataclass(frozen=True)
@@ -278,9 +277,8 @@ class EncodeConfig(DataConfig):
     arch: str|None = None # or a network of timm, such as timm:resnet50
     pretrained: bool = True # with arch: fetch its weights; false takes random ones
     out: str|None = None # the .npz file to write
-    bs: int = 64 # images at a time
+    bs: int = limited(64, 1) # images at a time
     paths: ClassVar[tuple] = (*DataConfig.paths, "model")
-    limits: ClassVar[dict] = {**DataConfig.limits, "bs": (1, None)}
 
 
 def needed(config,

@@ -26,6 +26,7 @@ from fastcore.basics import patch
 import ltnb.recipe
 from .core import (UsageError, choose_device, choose_precision, device_type, nearest, read_json, read_jsonl,
                        write_json)
+from .config import limited
 from .runs import Run
 from .priors import class_prior
 from .data import ImageSet, LongTail
@@ -55,30 +56,28 @@ class DiffuLTConfig(GeneratorConfig):
     recipe: ClassVar[str] = "diffult"
     cb_tau: float = 1. # weight of the class-balancing loss of CBDM, 0 for none
     guidance_scale: float = 2. # 1 for none; above 1: more typical items
-    target_per_class: int|None = None # fill each class up to so many (default: the size of the largest class)
+    target_per_class: int|None = limited(None, 1, 10**6 - 1) # fill each class up to so many (default: the size of the largest class)
     fill: Literal["all", "tail"] = "all" # fill up every class, or only the tail
     aid_form: Literal["per-time", "x0-band", "calibrated", "literal", "hinge", "feature-match"] = "per-time" # form of the AID-biased loss
-    aid_alpha: float|None = None # its weight (default: 0.1, for x0-band 1; of per-time and x0-band lowered until its gradient is at most half as long as the denoising loss's)
-    aid_after: float = 0.1 # share of the training after which it counts
-    aid_kappa: float|None = None # scale of its distances (default: calibrated on the model without it)
-    shrink: float = 0. # how many images the median diameter counts for in a class's own; 0 takes them literally
+    aid_alpha: float|None = limited(None, 0) # its weight (default: 0.1, for x0-band 1; of per-time and x0-band lowered until its gradient is at most half as long as the denoising loss's)
+    aid_after: float = limited(0.1, 0, 1) # share of the training after which it counts
+    aid_kappa: float|None = limited(None, 1e-9) # scale of its distances (default: calibrated on the model without it)
+    shrink: float = limited(0., 0) # how many images the median diameter counts for in a class's own; 0 takes them literally
     keep: Literal["id+aid", "aid", "id"] = "id+aid" # what the filter keeps
-    cap: float = 5. # draw at most so many times what is wanted
-    syn_weight: float = 0.3 # weight of a generated image in the classifier's loss
+    cap: float = limited(5., 1, 1000) # draw at most so many times what is wanted
+    syn_weight: float = limited(0.3, 0, 1) # weight of a generated image in the classifier's loss
     arch: str|None = None # network of the classifier (default: convnet below 16 pixels, resnet32 up to 64, else resnet10)
-    n_epochs: int|None = None # passes of the classifier over its training set (default: 80 for digits, else 200)
-    bs: int|None = None # images a step of the classifier (default: 32 for digits, else 128)
-    lr: float = 0.1 # learning rate of the classifier
-    wd: float|None = None # weight decay of the classifier (default: 5e-4 for digits, else 2e-4)
+    n_epochs: int|None = limited(None, 1) # passes of the classifier over its training set (default: 80 for digits, else 200)
+    bs: int|None = limited(None, 1) # images a step of the classifier (default: 32 for digits, else 128)
+    lr: float = limited(0.1, 0) # learning rate of the classifier
+    wd: float|None = limited(None, 0) # weight decay of the classifier (default: 5e-4 for digits, else 2e-4)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     pipelines: bool = True # also train with balanced softmax, AutoAugment + Cutout and LDAM-DRW on the same images
     test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
-    judge_epochs: int|None = None # epochs of the classifier that judges the images, 0 for none (default: 15 for digits, else 30)
+    judge_epochs: int|None = limited(None, 0) # epochs of the classifier that judges the images, 0 for none (default: 15 for digits, else 30)
     ablate: str|None = None # also measure what a part is worth: names joined by commas, or all
-    budget_minutes: float|None = None # scale steps and epochs so that the whole run takes about so long; measured once
+    budget_minutes: float|None = limited(None, 0.1) # scale steps and epochs so that the whole run takes about so long; measured once
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
-    limits: ClassVar[dict] = {**GeneratorConfig.limits, "target_per_class": (1, 10**6 - 1), "aid_alpha": (0, None), "aid_after": (0, 1), "aid_kappa": (1e-9, None), "shrink": (0, None), "cap": (1, 1000), "syn_weight": (0, 1),
-                              "n_epochs": (1, None), "bs": (1, None), "lr": (0, None), "wd": (0, None), "judge_epochs": (0, None), "budget_minutes": (0.1, None)}
 
 
 ABLATIONS = ("ddpm", "aid-forms", "head-share")

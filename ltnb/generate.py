@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .core import DataError, UsageError, choose_device, choose_precision, device_type, read_json, write_json
-from .config import Config
+from .config import Config, limited
 from .runs import Run
 from .threads import computing_threads
 from .data import LongTail
@@ -36,14 +36,14 @@ class GenerateConfig(Config):
     recipe: ClassVar[str] = "generate"
     model: str|None = None # a run of ltnb run diffusion, or its folder model
     out: str|None = None # folder for the images; an unfinished one is continued (default: runs/, named by model and settings)
-    per_class: int|None = None # images to make of each class
-    target_per_class: int|None = None # or: fill each class up to so many, training images included
+    per_class: int|None = limited(None, 1, 10**6 - 1) # images to make of each class
+    target_per_class: int|None = limited(None, 1, 10**6 - 1) # or: fill each class up to so many, training images included
     sampler: Literal["ddim", "dpm++", "heun", "ddpm"]|None = None # how images are made (default: as the run did, else dpm++)
-    sample_steps: int|None = None # steps of the sampler (default: as the run did, else 20)
-    guidance_scale: float|None = None # 1 for none; above 1: more typical items (default: as the run did, else 1.5)
+    sample_steps: int|None = limited(None, 1, 1000) # steps of the sampler (default: as the run did, else 20)
+    guidance_scale: float|None = limited(None, 0) # 1 for none; above 1: more typical items (default: as the run did, else 1.5)
     spacing: Literal["karras", "trailing"]|None = None # which noise levels the sampler visits (default: as the run did, else karras for dpm++ and heun)
-    seed: int = 0 # of the noise
-    shard_size: int = 1024 # images a file; also what a kill can cost
+    seed: int = limited(0, 0, 2**31 - 1) # of the noise
+    shard_size: int = limited(1024, 1, 10**6) # images a file; also what a kill can cost
     png: bool = False # also write class folders of PNG files
     copies: bool = True # look for near copies of the training images, where --model is a run and its images are at hand
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
@@ -52,7 +52,6 @@ class GenerateConfig(Config):
     threads: str = "auto" # how many threads compute: auto or a number
     paths: ClassVar[tuple] = ("model",)
     not_identity: ClassVar[tuple] = (*Config.not_identity, "compiled", "threads")
-    limits: ClassVar[dict] = {"per_class": (1, 10**6 - 1), "target_per_class": (1, 10**6 - 1), "sample_steps": (1, 1000), "guidance_scale": (0, None), "seed": (0, 2**31 - 1), "shard_size": (1, 10**6)}
 
 # %% ../nbs/56_generate.ipynb #f349bc65
 def model_folder(path:str|Path # a run directory, or its folder model

@@ -21,6 +21,7 @@ import torch
 import ltnb.recipe
 from .core import (DataError, LtnbError, UsageError, choose_device, choose_precision, device_type, read_json,
                        read_jsonl)
+from .config import limited
 from .progress import Progress, tell
 from .runs import Run
 from .files import free_memory
@@ -42,41 +43,38 @@ from .judge import Judge, judged_table, references, train_judge
 class GeneratorConfig(DataConfig):
     "Settings of an image diffusion model and of its sampler"
     unet: Literal["tiny", "medium", "cifar"]|None = None # network, of 0.65, 9 or 36 million parameters (default: tiny below 16 pixels, else cifar; medium where memory is short)
-    n_steps: int|None = None # optimiser steps of the diffusion model (default: 400 for digits, else 20000)
-    diff_bs: int|None = None # images a step of the diffusion model (default: 64 for digits, else 512, above 32 pixels 128; fewer where memory is short)
-    diff_lr: float|None = None # learning rate of the diffusion model (default: 2e-3 for digits, else 5e-4)
+    n_steps: int|None = limited(None, 1) # optimiser steps of the diffusion model (default: 400 for digits, else 20000)
+    diff_bs: int|None = limited(None, 1) # images a step of the diffusion model (default: 64 for digits, else 512, above 32 pixels 128; fewer where memory is short)
+    diff_lr: float|None = limited(None, 0) # learning rate of the diffusion model (default: 2e-3 for digits, else 5e-4)
     objective: Literal["eps", "v", "edm"] = "v" # what the network predicts
     noise_schedule: Literal["linear", "cosine", "karras"]|None = None # how the noise rises (default: linear for eps, cosine for v, karras for edm)
-    min_snr: float = 0. # gamma of the min-SNR weights, 0 for none
-    diff_power: float = 1. # classes are drawn with p_k ~ n_k^power: 1 natural, 0.5 square root, 0 balanced
+    min_snr: float = limited(0., 0) # gamma of the min-SNR weights, 0 for none
+    diff_power: float = limited(1., -2, 2) # classes are drawn with p_k ~ n_k^power: 1 natural, 0.5 square root, 0 balanced
     diff_flip: bool|None = None # mirror half of the images (default: not for digits)
-    diff_nudge: float|None = None # share of the images that are turned, scaled and shifted a little (default: 0 for digits, else 0.12)
-    label_drop: float = 0.1 # share of labels that are dropped, so that guidance can be used
-    cb_tau: float = 0. # weight of the class-balancing loss of CBDM, 0 for none
-    cb_gamma: float = 0.25 # weight of its second term
-    cb_share: float = 1. # share of the batch that it sees; less is cheaper
+    diff_nudge: float|None = limited(None, 0, 1) # share of the images that are turned, scaled and shifted a little (default: 0 for digits, else 0.12)
+    label_drop: float = limited(0.1, 0, 1) # share of labels that are dropped, so that guidance can be used
+    cb_tau: float = limited(0., 0) # weight of the class-balancing loss of CBDM, 0 for none
+    cb_gamma: float = limited(0.25, 0) # weight of its second term
+    cb_share: float = limited(1., 0, 1) # share of the batch that it sees; less is cheaper
     cb_label: Literal["frequency", "uniform", "null"] = "frequency" # from where it draws the other class
     cb_space: Literal["prediction", "noise"] = "prediction" # what it compares; the noise weakens it under v and edm
-    diff_ema: float = 0.9996 # decay of the averaged weights, after a ramp
+    diff_ema: float = limited(0.9996, 0, 0.99999) # decay of the averaged weights, after a ramp
     sampler: Literal["ddim", "dpm++", "heun", "ddpm"] = "dpm++" # how images are made
-    sample_steps: int = 20 # steps of the sampler
-    guidance_scale: float = 1.5 # 1 for none; above 1: more typical items
+    sample_steps: int = limited(20, 1, 1000) # steps of the sampler
+    guidance_scale: float = limited(1.5, 0) # 1 for none; above 1: more typical items
     spacing: Literal["karras", "trailing"]|None = None # which noise levels the sampler visits (default: karras for dpm++ and heun, else trailing)
     compiled: bool|None = None # use torch.compile (default: on a GPU)
     not_identity: ClassVar[tuple] = (*DataConfig.not_identity, "compiled")
-    limits: ClassVar[dict] = {**DataConfig.limits, "n_steps": (1, None), "diff_bs": (1, None), "diff_lr": (0, None), "min_snr": (0, None), "diff_power": (-2, 2), "diff_nudge": (0, 1), "label_drop": (0, 1), "cb_tau": (0, None),
-                              "cb_gamma": (0, None), "cb_share": (0, 1), "diff_ema": (0, 0.99999), "sample_steps": (1, 1000), "guidance_scale": (0, None)}
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(GeneratorConfig):
     "Settings of `ltnb run diffusion`"
     recipe: ClassVar[str] = "diffusion"
-    per_class: int|None = None # images to make of each class for the judge (default: 60 for digits, else 100)
-    sample_every: int|None = None # steps between pictures of samples (default: a quarter of the steps)
-    judge_epochs: int|None = None # epochs of the classifier that judges the images, 0 for none (default: 15 for digits, else 30)
+    per_class: int|None = limited(None, 2, 10**5) # images to make of each class for the judge (default: 60 for digits, else 100)
+    sample_every: int|None = limited(None, 1) # steps between pictures of samples (default: a quarter of the steps)
+    judge_epochs: int|None = limited(None, 0) # epochs of the classifier that judges the images, 0 for none (default: 15 for digits, else 30)
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
-    limits: ClassVar[dict] = {**GeneratorConfig.limits, "per_class": (2, 10**5), "sample_every": (1, None), "judge_epochs": (0, None)}
 
 # %% ../nbs/55_generator.ipynb #5f617c8e
 MAX_SIDE = 64 # pixels: beyond these, models of pixels are no use at a budget that a recipe can have

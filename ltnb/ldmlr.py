@@ -21,6 +21,7 @@ import torch
 
 import ltnb.recipe
 from .core import UsageError, choose_device, nearest, read_json
+from .config import limited
 from .progress import Progress
 from .runs import Run
 from .priors import class_prior
@@ -48,25 +49,25 @@ class LatentConfig(DataConfig):
     variant: Literal["corrected", "published"] = "corrected" # which form of LDMLR
     features: str|None = None # an .npz of frozen features: skips stage 1 (train_features, train_labels, test_features, test_labels, optional fc_weight, fc_bias)
     encoding: Literal["clean", "as coded"]|None = None # how training images are encoded: as test images are, or as the released code does it (default: clean; published: as coded)
-    n_steps: int|None = None # optimiser steps of the diffusion model (default: 600, 300 for digits; published: 201 passes)
-    diff_bs: int|None = None # features a step of the diffusion model (default: 512; published: 256)
-    diff_lr: float|None = None # learning rate of the diffusion model (default: 1e-3; published: 1e-4)
-    diff_width: int|None = None # width of the denoiser (default: 128, 256 for more than 512 features; published: 64)
-    sample_steps: int|None = None # steps of the sampler (default: 20; published: 1000)
-    per_class: int|None = None # features to make of each class (default: a fifteenth of the largest class, at least 30)
-    ratio: float|None = None # make this share of each class instead, at least 5 (default: not used; published: 0.2)
+    n_steps: int|None = limited(None, 1) # optimiser steps of the diffusion model (default: 600, 300 for digits; published: 201 passes)
+    diff_bs: int|None = limited(None, 1) # features a step of the diffusion model (default: 512; published: 256)
+    diff_lr: float|None = limited(None, 0) # learning rate of the diffusion model (default: 1e-3; published: 1e-4)
+    diff_width: int|None = limited(None, 8) # width of the denoiser (default: 128, 256 for more than 512 features; published: 64)
+    sample_steps: int|None = limited(None, 1) # steps of the sampler (default: 20; published: 1000)
+    per_class: int|None = limited(None, 1) # features to make of each class (default: a fifteenth of the largest class, at least 30)
+    ratio: float|None = limited(None, 0) # make this share of each class instead, at least 5 (default: not used; published: 0.2)
     bands: str = "all" # which classes get generated features: all, or names of bands such as medium+few (by training images; the released code's on CIFAR: by class number)
     pull: Literal["neighbours", "any class", "none"] = "neighbours" # what rare classes are pulled toward
-    shrink_n0: float|None = None # at this many images the pull is one half of what it is for none; 0 for no pull (default: 60; 0 for digits and for features without a head)
-    kappa: float = 4. # how alike the pulls of one class are
-    neighbour_temperature: float = 0.5 # small: only the class that is confused most
-    temperature: float|None = None # scale of the sampler's start noise (default: 1.4; 1 where there is no pull by default)
-    guidance_scale: float = 1. # above 1: more typical items
-    syn_weight: float = 1. # weight of a generated feature in the head's loss
-    head_steps: int|None = None # steps of a head started from label shift (default: 200; published: 400 passes)
-    head_lr: float|None = None # its learning rate (default: 2e-3; published: 1e-3)
-    scratch_steps: int = 300 # steps of a head fitted from scratch
-    scratch_lr: float = 1e-2 # its learning rate
+    shrink_n0: float|None = limited(None, 0) # at this many images the pull is one half of what it is for none; 0 for no pull (default: 60; 0 for digits and for features without a head)
+    kappa: float = limited(4., 0.01) # how alike the pulls of one class are
+    neighbour_temperature: float = limited(0.5, 0.01) # small: only the class that is confused most
+    temperature: float|None = limited(None, 0) # scale of the sampler's start noise (default: 1.4; 1 where there is no pull by default)
+    guidance_scale: float = limited(1., 0) # above 1: more typical items
+    syn_weight: float = limited(1., 0) # weight of a generated feature in the head's loss
+    head_steps: int|None = limited(None, 1) # steps of a head started from label shift (default: 200; published: 400 passes)
+    head_lr: float|None = limited(None, 0) # its learning rate (default: 2e-3; published: 1e-3)
+    scratch_steps: int = limited(300, 1) # steps of a head fitted from scratch
+    scratch_lr: float = limited(1e-2, 0) # its learning rate
     ablate: str|None = None # also measure what a setting is worth: names joined by commas, or all
 
     def __post_init__(self):
@@ -91,17 +92,15 @@ class LDMLRConfig(LatentConfig):
     "Settings of LDMLR"
     recipe: ClassVar[str] = "ldmlr"
     arch: str|None = None # network (default: convnet below 16 pixels, else resnet32)
-    n_epochs: int|None = None # passes over the training set (default: 80 for digits, else 200)
-    bs: int|None = None # images a step (default: 32 for digits, else 64)
-    lr: float = 0.1 # learning rate of the classifier
-    wd: float = 5e-4 # weight decay of the classifier
-    mixup: float|None = None # mixup alpha, 0 for none (default: 0 for digits, else 0.5)
+    n_epochs: int|None = limited(None, 1) # passes over the training set (default: 80 for digits, else 200)
+    bs: int|None = limited(None, 1) # images a step (default: 32 for digits, else 64)
+    lr: float = limited(0.1, 0) # learning rate of the classifier
+    wd: float = limited(5e-4, 0) # weight decay of the classifier
+    mixup: float|None = limited(None, 0) # mixup alpha, 0 for none (default: 0 for digits, else 0.5)
     augment: str|None = None # such as crop+flip or crop+flip+autoaugment+cutout (default: none for digits, else crop+flip)
     test_prior: str|None = None # also correct to this class prior (a .csv or .json file, 5,3,1 or train)
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
     paths: ClassVar[tuple] = (*DataConfig.paths, "features")
-    limits: ClassVar[dict] = {**DataConfig.limits, **{k: (1, None) for k in ("n_epochs", "bs", "n_steps", "diff_bs", "sample_steps", "per_class", "head_steps", "scratch_steps")}, "diff_width": (8, None), "kappa": (0.01, None), "neighbour_temperature": (0.01, None),
-                              **{k: (0, None) for k in ("lr", "wd", "mixup", "diff_lr", "ratio", "shrink_n0", "temperature", "guidance_scale", "syn_weight", "head_lr", "scratch_lr")}}
 
     def __post_init__(self):
         super().__post_init__()

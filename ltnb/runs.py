@@ -96,7 +96,7 @@ def _folder(config, # runs/NAME-DIGEST
     try: there = {e.name for e in os.scandir(runs) if e.name.startswith(f"{name}-")}
     except OSError: return own
     if not there: return own
-    older = (f"{name}-{config.digest(n)}" for n in (asked, *range(config.limits["seeds"][1], 0, -1)))
+    older = (f"{name}-{config.digest(n)}" for n in (asked, *range(config.limits()["seeds"][1], 0, -1)))
     return next((runs/n for n in older if n in there), own)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
-from .config import Config
+from .config import Config, limited
 from .labels import UNUSED_CLASS, names_in_order, read_class_names, read_text
 from .listings import Columns, number_labels, read_parts
 from .folders import (Photographs, _no_photographs, _photographs_in, _scan, _subfolders, class_folders,
@@ -542,17 +542,17 @@ class DataConfig(Config):
     group_column: str|None = None # csv tables: column of what may not stand in both train and test, such as a camera
     domain: Literal["ood", "id"]|None = None # iwildcam: which split tests (default: ood, unseen cameras)
     download: bool = False # fetch a missing set of torchvision into data_root
-    image_size: int|None = None # photographs: pixels a side (default: 224, or the first image's shorter side where that is smaller)
+    image_size: int|None = limited(None, 1, 4096) # photographs: pixels a side (default: 224, or the first image's shorter side where that is smaller)
     bad_images: Literal["stop", "skip", "tolerate"]|None = None # photographs that cannot be read: stop, or check all first and skip them, or decode what is there of truncated JPEGs (default: stop)
-    grey_bits: int|None = None # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
+    grey_bits: int|None = limited(None, 8, 32) # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
     class_order: str|None = None # folder: name, natural (2 before 10), or a text file with a class a line (default: name)
-    test_fraction: float|None = None # folder and lists without a test set: share of each class for it (default: 0.2)
-    imb_ratio: float|None = None # largest / smallest class, at least 1 (default: 100 for digits and torchvision's sets; others are taken as they are)
+    test_fraction: float|None = limited(None, 0.01, 0.9) # folder and lists without a test set: share of each class for it (default: 0.2)
+    imb_ratio: float|None = limited(None, 1) # largest / smallest class, at least 1 (default: 100 for digits and torchvision's sets; others are taken as they are)
     profile: Literal["exp", "step", "pareto"] = "exp" # how the classes fall to that ratio
-    n_max: int|None = None # images of the largest class after the cut (default: the size of the smallest class before it)
-    val_per_class: int = 0 # validation images of each class, carved from train before the cut
-    seed: int = 0 # the first seed
-    seeds: int = 1 # how many seeds
+    n_max: int|None = limited(None, 1) # images of the largest class after the cut (default: the size of the smallest class before it)
+    val_per_class: int = limited(0, 0) # validation images of each class, carved from train before the cut
+    seed: int = limited(0, 0, 2**31 - 1) # the first seed
+    seeds: int = limited(1, 1, 1000) # how many seeds
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
     threads: str = "auto" # how many threads compute: auto or a number
@@ -561,7 +561,6 @@ class DataConfig(Config):
     words: ClassVar[dict] = {"class_order": ("name", "natural")}
     later: ClassVar[tuple] = ("path_column", "label_column", "split_column", "group_column", "test_prior", "grey_bits",
                               "class_order")
-    limits: ClassVar[dict] = {"imb_ratio": (1, None), "n_max": (1, None), "val_per_class": (0, None), "image_size": (1, 4096), "grey_bits": (8, 32), "test_fraction": (0.01, 0.9), "seed": (0, 2**31 - 1), "seeds": (1, 1000)}
 
     def __post_init__(self):
         super().__post_init__()

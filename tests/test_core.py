@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ltnb import core, progress, runs
 from ltnb.core import DataError, LtnbError, UsageError, load_tensors, read_jsonl, save_tensors, stable_seed, write_json
-from ltnb.config import Config
+from ltnb.config import Config, limited
 from ltnb.runs import Run
 
 
 @dataclass(frozen=True)
 class Toy(Config):
     recipe: ClassVar[str] = "toy"
-    limits: ClassVar[dict] = {"n": (1, 9)}
-    n: int = 3
+    n: int = limited(3, 1, 9)
     x: float | None = None
     mode: Literal["a", "b"] = "a"
     flag: bool = False

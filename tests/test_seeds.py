@@ -13,7 +13,7 @@ import torch
 from ltnb import baseline, diffult, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
 from ltnb.core import DataError, read_json, write_json
-from ltnb.config import Config
+from ltnb.config import Config, limited
 from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.diffult import DiffuLTConfig
@@ -140,9 +140,8 @@ def test_directories_that_count_the_seeds_in_are_continued(main, tmp_path, monke
 class Counting(Config):
     recipe: ClassVar[str] = "counting"
     not_identity: ClassVar[tuple] = ("out", "seeds")
-    limits: ClassVar[dict] = {"seeds": (1, 1000)}
     seed: int = 0  # the first seed
-    seeds: int = 1  # how many seeds
+    seeds: int = limited(1, 1, 1000)  # how many seeds
     device: str = "cpu"  # where
     precision: str = "fp32"  # how
     out: str | None = None  # where the run is kept

@@ -15,7 +15,7 @@ from ltnb import progress, threads
 from ltnb.baseline import BaselineConfig
 from ltnb.cli import COMPUTING, main as command, threads_for
 from ltnb.core import UsageError
-from ltnb.config import Config, valid_threads
+from ltnb.config import Config, limited, valid_threads
 from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.threads import (
@@ -283,9 +283,8 @@ class Idle(Config):
 
     recipe: ClassVar[str] = "idle"
     not_identity: ClassVar[tuple] = ("out", "seeds", "threads")
-    limits: ClassVar[dict] = {"seeds": (1, 1000)}
     seed: int = 0  # the first seed
-    seeds: int = 1  # how many seeds
+    seeds: int = limited(1, 1, 1000)  # how many seeds
     device: str = "cpu"  # where
     precision: str = "fp32"  # how
     threads: str = "auto"  # how many
