@@ -163,7 +163,8 @@ def train(cfg:BaselineConfig, # resolved
          )->Classifier: # trained
     "One classifier"
     val = None if data.val is None else (data.val.images, data.val.labels)
-    return fit(new_classifier(cfg, data, seed), data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment), seed, device, precision, run,
+    return fit(new_classifier(cfg, data, seed), data.train.images, data.train.labels, n_epochs=cfg.n_epochs, bs=cfg.bs, lr=cfg.lr, wd=cfg.wd,
+               mixup=cfg.mixup, augment=Augment(cfg.augment), seed=seed, device=device, precision=precision, run=run,
                loss=new_loss(cfg, data.counts), power=cfg.power, schedule=cfg.schedule, warmup=cfg.warmup, cutmix=cfg.cutmix, ema=cfg.ema, clip=cfg.clip, held_out=val, eval_every=cfg.eval_every,
                patience=cfg.patience, team=team, workers=cfg.workers, compiled=cfg.compiled)
 
@@ -189,8 +190,8 @@ def train_together(cfg:BaselineConfig, # resolved
         seeds = list(next((g for g in begun if left[0] in g), new))
         sets = [load(s) for s in seeds]
         clfs = fit_seeds([new_classifier(cfg, d, s) for d, s in zip(sets, seeds)], [d.train.images for d in sets],
-                         [d.train.labels for d in sets], seeds, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup,
-                         Augment(cfg.augment), device, precision, run, losses=[new_loss(cfg, d.counts) for d in sets],
+                         [d.train.labels for d in sets], seeds, n_epochs=cfg.n_epochs, bs=cfg.bs, lr=cfg.lr, wd=cfg.wd, mixup=cfg.mixup,
+                         augment=Augment(cfg.augment), device=device, precision=precision, run=run, losses=[new_loss(cfg, d.counts) for d in sets],
                          power=cfg.power, schedule=cfg.schedule, warmup=cfg.warmup, cutmix=cfg.cutmix, ema=cfg.ema)
         for s, c in zip(seeds, clfs): run.save(f"trained-seed-{s}", c.net.state_dict())
         left = [s for s in left if s not in seeds]

@@ -158,7 +158,8 @@ def stage_encode(cfg:LDMLRConfig, # resolved
     mean, std = set_stats(images)
     shape = images.shape[1:]
     clf = Classifier(build_model(cfg.arch, data.n_classes, shape[0], seed), data.class_names, shape, mean, std, cfg.arch)
-    fit(clf, data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment), seed, device, precision, run)
+    fit(clf, data.train.images, data.train.labels, n_epochs=cfg.n_epochs, bs=cfg.bs, lr=cfg.lr, wd=cfg.wd, mixup=cfg.mixup,
+        augment=Augment(cfg.augment), seed=seed, device=device, precision=precision, run=run)
     name = f"features-seed-{seed}"
     saved = run.load(name)[0] if run else None
     if saved: return clf, Features(saved["train"], torch.from_numpy(data.train.labels), saved["test"], torch.from_numpy(data.test.labels), data.class_names, Head(saved["weight"], saved["bias"], torch.from_numpy(data.counts).double()))
