@@ -224,7 +224,8 @@ def shifted_answers(cfg:BaselineConfig, # resolved
     steps = [max(min(e * f.n_classes * int(f.counts.max()), MAX_DRAWS) // 512, 1) for e in (10, 5)]
     bar = Progress(f"seed {seed}: shifted BatchNorm", sum(steps))
     views = Augment(cfg.augment)
-    fitted = shifted_heads(clf, f.head, data.train.images, f.train_labels, views, (seed,), bar.step, **how)
+    fitted = shifted_heads(clf, f.head, data.train.images, f.train_labels, views, key=(seed,), progress=bar.step,
+                           **how)
     bar.close()
     return {f"{name}, shifted bn": head.logits(encode(moved, data.test.images, **how))
             for name, (moved, head) in fitted.items()}

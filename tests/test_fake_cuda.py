@@ -390,10 +390,10 @@ def test_heads(monkeypatch):
     def refit(device):
         z, labels, base = FEATURES.to(device), y.to(device), Head(*(v.to(device) for v in vars(start).values()))
         heads = [
-            fit_head(z, labels, COUNTS, w.to(device), start, 3),
-            fit_head(z, labels, COUNTS, None, None, 3),
-            crt(z, labels, K, 0.5),
-            lws(base, z, labels, 0.5),
+            fit_head(z, labels, COUNTS, w.to(device), start, steps=3),
+            fit_head(z, labels, COUNTS, steps=3),
+            crt(z, labels, K, n_epochs=0.5),
+            lws(base, z, labels, n_epochs=0.5),
             tau_norm(base, 0.7),
             nearest_mean(z, labels),
             nearest_mean(z, labels, "cosine"),

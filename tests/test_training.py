@@ -24,7 +24,7 @@ from ltnb.losses import build_loss
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, pixel_stats
 from ltnb.batches import Batches, balanced_indices, epoch_order, held_out
-from ltnb.team import Team, train_step
+from ltnb.team import Team, Where, train_step
 from ltnb.checkpoint import Averages
 from ltnb.training import LR_SCHEDULES, fit, lr_factor, view
 from ltnb.together import fit_seeds
