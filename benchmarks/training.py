@@ -20,7 +20,7 @@ from ltnb.losses import build_loss
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, pixel_stats
 from ltnb.batches import Batches, epoch_order
-from ltnb.team import train_step
+from ltnb.team import Where, train_step
 from ltnb.training import lr_factor, view
 from PIL import Image
 from torchvision import transforms
@@ -61,9 +61,8 @@ def our_epoch(clf, optimizer, batches, y, loss, epoch, bs, layout, precision):
     order = epoch_order(y, 1.0, generator("bench", epoch, device=y.device)).split(bs)
     for i, x in enumerate(batches.follow(order)):
         x, parts = view(clf, x, ("bench", epoch, i), Augment("crop+flip"))
-        train_step(
-            clf.net, optimizer, loss, x.contiguous(memory_format=layout), y[order[i]], parts, precision=precision
-        )
+        shown = x.contiguous(memory_format=layout), parts
+        train_step(clf.net, optimizer, loss, shown, y[order[i]], where=Where(precision=precision))
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def step_classify(cfg:DiffuLTConfig, # resolved
         y, w = y.numpy(), None if syn_weight == 1 else w.numpy()
     the_loss = OverBatch(counts) if loss == "cross_entropy" else new_loss(base, counts)
     n = max(round(base.n_epochs * epochs), 1)
-    clf = fit(new_classifier(base, data, seed), x.numpy(), y, n, base.bs, base.lr, base.wd, augment=Augment(base.augment, size=min(16, x.shape[-1] // 2)), seed=seed, device=device, precision=precision, run=run, name=name, weights=w,
+    clf = fit(new_classifier(base, data, seed), x.numpy(), y, n_epochs=n, bs=base.bs, lr=base.lr, wd=base.wd, augment=Augment(base.augment, size=min(16, x.shape[-1] // 2)), seed=seed, device=device, precision=precision, run=run, name=name, weights=w,
               loss=the_loss, schedule=base.schedule, warmup=base.warmup, team=team)
     the_loss.set_epoch(n - 1, n) # as it was at the end: its prior depends on that
     return clf.logits(data.test.images, device=device, precision=precision).float() * the_loss.scale, the_loss.prior.cpu()
@@ -660,7 +660,7 @@ def seconds_a_run(cfg:DiffuLTConfig,
     for i in range(4): image(make(np.stack([np.zeros(n, np.int64), np.arange(i * n, (i + 1) * n)], 1)))
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more
     part, base = data.train.take(at), resolve_baseline(classifier_config(cfg), data)
-    fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, 6, min(cfg.bs, len(at)), cfg.lr, cfg.wd,
+    fit(new_classifier(base, data, 0), np.asarray(part.images), part.labels, n_epochs=6, bs=min(cfg.bs, len(at)), lr=cfg.lr, wd=cfg.wd,
         augment=Augment(base.augment), device=device, precision=precision, after_epoch=epoch)
     wanted = int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
     items = cfg.n_epochs * (len(data.train) + (10 + 3 * cfg.pipelines) * (len(data.train) + wanted))

@@ -32,7 +32,7 @@ def train_judge(cfg, # resolved
     images, labels = (np.concatenate([np.asarray(getattr(p, n)) for p in parts]) for n in ("images", "labels"))
     arch = default_arch(min(images.shape[2:]))
     clf = Classifier(build_model(arch, data.n_classes, images.shape[1], seed), data.class_names, images.shape[1:], *pixel_stats(images), arch)
-    return fit(clf, images, labels, cfg.judge_epochs, bs=min(64, len(labels)), seed=seed, device=device, precision=precision, run=run, name="judge")
+    return fit(clf, images, labels, n_epochs=cfg.judge_epochs, bs=min(64, len(labels)), seed=seed, device=device, precision=precision, run=run, name="judge")
 
 # %% ../nbs/54_judge.ipynb #937ce4c0
 @dataclass(frozen=True, eq=False)

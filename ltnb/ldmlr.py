@@ -158,7 +158,8 @@ def stage_encode(cfg:LDMLRConfig, # resolved
     mean, std = set_stats(images)
     shape = images.shape[1:]
     clf = Classifier(build_model(cfg.arch, data.n_classes, shape[0], seed), data.class_names, shape, mean, std, cfg.arch)
-    fit(clf, data.train.images, data.train.labels, cfg.n_epochs, cfg.bs, cfg.lr, cfg.wd, cfg.mixup, Augment(cfg.augment), seed, device, precision, run)
+    fit(clf, data.train.images, data.train.labels, n_epochs=cfg.n_epochs, bs=cfg.bs, lr=cfg.lr, wd=cfg.wd, mixup=cfg.mixup,
+        augment=Augment(cfg.augment), seed=seed, device=device, precision=precision, run=run)
     name = f"features-seed-{seed}"
     saved = run.load(name)[0] if run else None
     if saved: return clf, Features(saved["train"], torch.from_numpy(data.train.labels), saved["test"], torch.from_numpy(data.test.labels), data.class_names, Head(saved["weight"], saved["bias"], torch.from_numpy(data.counts).double()))
@@ -176,8 +177,8 @@ def base_head(f:Features, # with or without a head
     "The head that came with the features, or one fitted on the real ones by cross-entropy"
     if f.head is not None: return f.head
     bar = Progress(f"seed {seed}: first head", cfg.scratch_steps)
-    how = cfg.scratch_steps, cfg.scratch_lr
-    head = fit_head(f.train, f.train_labels, f.counts, None, None, *how, key=(seed, "base"), progress=bar.step)
+    how = dict(steps=cfg.scratch_steps, lr=cfg.scratch_lr)
+    head = fit_head(f.train, f.train_labels, f.counts, **how, key=(seed, "base"), progress=bar.step)
     bar.close()
     return head
 
@@ -227,7 +228,8 @@ def fit_heads(cfg:LDMLRConfig, # resolved
     x, y, w = mix(f.train, f.train_labels, items, labels, cfg.syn_weight)
     counts = effective_counts(f.counts, np.bincount(labels, minlength=f.n_classes), cfg.syn_weight)
     starts = {"label shift": (base, cfg.head_steps, cfg.head_lr), "scratch": (None, cfg.scratch_steps, cfg.scratch_lr)}
-    return {s: fit_head(x, y, counts, w, *args, key=(seed, s), progress=progress) for s, args in starts.items()}
+    return {s: fit_head(x, y, counts, w, start, steps=steps, lr=lr, key=(seed, s), progress=progress)
+            for s, (start, steps, lr) in starts.items()}
 
 # %% ../nbs/43_ldmlr.ipynb #70eb721b
 def stage_classify(cfg, # resolved
@@ -255,8 +257,8 @@ def decoupled_heads(cfg:LDMLRConfig, # resolved
     "Class-balanced refits with as many draws as the other heads: cRT as those from scratch, LWS as those from label shift; tau = 1"
     unit, d = 5 / f.train.norm(dim=1).mean().clamp_min(1e-6), f.n_classes * int(f.counts.max()) # features of other lengths would need other learning rates
     bar = Progress(f"seed {seed}: decoupled heads", 2 * (cfg.scratch_steps + cfg.head_steps)) # 512 items a step, not 1024
-    new = crt(f.train * unit, f.train_labels, f.n_classes, cfg.scratch_steps * 1024 / d, key=(seed,), progress=bar.step)
-    scaled = lws(base, f.train, f.train_labels, cfg.head_steps * 1024 / d, key=(seed,), progress=bar.step)
+    new = crt(f.train * unit, f.train_labels, f.n_classes, n_epochs=cfg.scratch_steps * 1024 / d, key=(seed,), progress=bar.step)
+    scaled = lws(base, f.train, f.train_labels, n_epochs=cfg.head_steps * 1024 / d, key=(seed,), progress=bar.step)
     heads = {("crt", None): Head(new.weight * unit, new.bias, new.counts), ("lws", None): scaled}
     bar.close()
     return heads | ({("tau-norm", None): tau_norm(base)} if (base.weight != 0).any(1).all() else {}) # a class without weights cannot be normalised: that row is left out

@@ -94,12 +94,34 @@ class Counted(nn.Module):
         c, options = self.counts, ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items())
         return f"{self.name}(counts: {c.sum():.10g} items, {c.max():.10g} to {c.min():.10g}{options and '; ' + options})"
 
+    def stated(self
+              )->torch.Tensor: # (K,) float64, on the CPU
+        "The share of each class in the counts"
+        return self.counts.cpu() / self.counts.sum().cpu()
+
+    def check_epochs(self,
+                     shares:torch.Tensor, # (E, K) of the classes in each epoch, or (1, K) counts that an order states
+                     n:float # images that all epochs show
+                    ):
+        "Compare with an order that changes by epoch: the share of each class lies between its least and its largest"
+        stated, shares = self.stated(), shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
+        if shares.shape[1] != len(stated):
+            raise DataError(f"{self} has {len(stated)} classes, the order shows {shares.shape[1]}.")
+        low, high = shares.amin(0), shares.amax(0)
+        room = 1e-3 * stated + 1e-9 + 4 * (stated * (1 - stated) / n).sqrt() # rounding, and four standard errors
+        outside = torch.maximum(low - stated, stated - high) - room
+        j = int(outside.argmax())
+        if not outside[j] > 0: return
+        raise DataError(f"{self} was built on other counts than those that its order shows: class {j} makes up "
+                        f"{stated[j]:.4%} there and {low[j]:.4%} to {high[j]:.4%} of an epoch here. Build it on the "
+                        "counts of what is shown.")
+
     def check(self,
               labels, # (N,) of the whole training set
               weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
              ):
         "Compare with the set to train on; once, before the first step"
-        labels, stated = torch.as_tensor(labels).cpu(), self.counts.cpu() / self.counts.sum().cpu()
+        labels, stated = torch.as_tensor(labels).cpu(), self.stated()
         k, weights = len(stated), None if weights is None else torch.as_tensor(weights).double().cpu()
         if labels.is_floating_point(): raise DataError(f"labels must be whole numbers, got {labels.dtype}.")
         bad = labels[(labels < 0) | (labels >= k)]

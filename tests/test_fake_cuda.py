@@ -203,8 +203,8 @@ def test_a_step_of_fit(head, gpu, monkeypatch):
         optimizer = torch.optim.SGD(leaves, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         loss.to("cuda:0")
         for step in range(2):  # the second one has momentum
-            shown, parts = view(clf, x, (0, step), Augment("crop+flip+randaugment+cutout", size=4), **how)
-            value = train_step(clf.net, optimizer, loss, shown, y, parts, w, "fp32", 1.0)
+            shown = view(clf, x, (0, step), Augment("crop+flip+randaugment+cutout", size=4), **how)
+            value = train_step(clf.net, optimizer, loss, shown, y, w, 1.0)
         assert on_gpu(gpu, [value, *leaves], leaves)
 
 
@@ -294,7 +294,7 @@ def test_fit(how, monkeypatch):
     def train(device):
         loss = build_loss(how["loss"], COUNTS.astype(float) ** how.get("power", 1.0))
         more = {k: v for k, v in how.items() if k not in ("loss", "head")}
-        clf = fit(classifier(head=how["head"]), IMAGES, LABELS, 2, 8, 0.01, loss=loss, device=device, **more)
+        clf = fit(classifier(head=how["head"]), IMAGES, LABELS, n_epochs=2, bs=8, lr=0.01, loss=loss, device=device, **more)
         return weights(clf.net), clf.logits(IMAGES, device=device), encode(clf, IMAGES, device=device)
 
     for a, b in zip(*both(monkeypatch, train)):
@@ -390,10 +390,10 @@ def test_heads(monkeypatch):
     def refit(device):
         z, labels, base = FEATURES.to(device), y.to(device), Head(*(v.to(device) for v in vars(start).values()))
         heads = [
-            fit_head(z, labels, COUNTS, w.to(device), start, 3),
-            fit_head(z, labels, COUNTS, None, None, 3),
-            crt(z, labels, K, 0.5),
-            lws(base, z, labels, 0.5),
+            fit_head(z, labels, COUNTS, w.to(device), start, steps=3),
+            fit_head(z, labels, COUNTS, steps=3),
+            crt(z, labels, K, n_epochs=0.5),
+            lws(base, z, labels, n_epochs=0.5),
             tau_norm(base, 0.7),
             nearest_mean(z, labels),
             nearest_mean(z, labels, "cosine"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ltnb.core import DataError, UsageError, generator
 from ltnb.data import LongTail
 from ltnb.heads import Features, Head, fit_head
-from ltnb.decoupled import DirectionHead, choose_tau, crt, lws, nearest_mean, sgd_steps, tau_norm
+from ltnb.decoupled import DirectionHead, SecondStage, choose_tau, crt, lws, nearest_mean, sgd_steps, tau_norm
 from ltnb.models import build_model
 from ltnb.classifier import Classifier
 from ltnb.batches import balanced_indices, held_out, power_indices, sqrt_indices
@@ -110,11 +110,11 @@ def test_sgd_steps_is_sgd():
     )
     p = (x @ w.detach().T).softmax(1) - torch.eye(3, dtype=torch.float64)[y]
     want = w.detach() - 0.2 * (p.T @ x / 6 + 0.01 * w.detach())
-    sgd_steps(lambda x: x @ w.T, [w], x, y, torch.arange(6), 0.2, 0.01, 6)
+    sgd_steps(lambda x: x @ w.T, [w], x, y, torch.arange(6), SecondStage(lr=0.2, wd=0.01, bs=6))
     assert torch.allclose(w, want)
     bad = torch.ones(3, requires_grad=True)
     with pytest.raises(DataError, match="lower lr"):
-        sgd_steps(lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), 1e30, 0.0, 2)
+        sgd_steps(lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2))
 
 
 def test_lws_only_scales():

@@ -24,9 +24,9 @@ from ltnb.losses import build_loss
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, pixel_stats
 from ltnb.batches import Batches, balanced_indices, epoch_order, held_out
-from ltnb.team import Team, train_step
+from ltnb.team import Team, Where, train_step
 from ltnb.checkpoint import Averages
-from ltnb.training import SCHEDULES, fit, lr_factor, view
+from ltnb.training import LR_SCHEDULES, fit, lr_factor, view
 from ltnb.together import fit_seeds
 
 
@@ -67,7 +67,7 @@ def test_schedules():
         and lr_factor("cosine", 9.999, 10) < 1e-5
         and lr_factor("constant", 3, 10) == 1
     )
-    assert all(lr_factor(s, e, 10) <= 1 for s in SCHEDULES for e in range(10))
+    assert all(lr_factor(s, e, 10) <= 1 for s in LR_SCHEDULES for e in range(10))
 
 
 def test_views_mix_what_they_say():
@@ -465,7 +465,7 @@ def test_a_team_shares_one_mean():
         for p in clf.net.parameters():
             p.grad = None
         opt = torch.optim.SGD(clf.net.parameters(), lr=0.0)
-        train_step(clf.net, opt, loss, x, y, parts, team=team)
+        train_step(clf.net, opt, loss, (x, parts), y, where=Where(team=team))
         return [p.grad.clone() for p in clf.net.parameters()]
 
     whole = gradients(Team())
