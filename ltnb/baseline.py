@@ -172,7 +172,8 @@ def shifted_readings(s:Stage, # its settings and data
     steps = [max(min(e * f.n_classes * int(f.counts.max()), MAX_DRAWS) // 512, 1) for e in (10, 5)]
     bar = Progress(f"seed {s.seed}: shifted BatchNorm", sum(steps))
     views = Augment(s.cfg.augment)
-    fitted = shifted_heads(clf, f.head, s.data.train.images, f.train_labels, views, (s.seed,), bar.step, **how)
+    fitted = shifted_heads(clf, f.head, s.data.train.images, f.train_labels, views, key=(s.seed,), progress=bar.step,
+                           **how)
     bar.close()
     return {f"{name}, shifted bn": head.logits(encode(moved, s.data.test.images, **how))
             for name, (moved, head) in fitted.items()}

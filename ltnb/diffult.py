@@ -46,8 +46,8 @@ from .diffusion import DiffusionModel
 from .judge import train_judge
 from .generator import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid,
                             settled, train_model)
-from .aid import AID_BANDS, Extractor, Filtered, band_shares, check_extractor, class_geometry, draw_filtered
-from .aid_loss import ALPHA, FORMS, AIDLoss, Balance, Calibration, balanced_alpha, calibrate, gradient_balance
+from .aid import ZONES, Extractor, Filtered, zone_shares, check_extractor, class_geometry, draw_filtered
+from .aid_loss import ALPHA, FORMS, AIDLoss, AIDScale, Balance, balanced_alpha, calibrate, gradient_balance
 
 # %% ../nbs/63_diffult.ipynb #09e62ee4
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def step_calibrate(cfg:DiffuLTConfig, # resolved
                    eye:Eye, # of step 1
                    device:str="cpu",
                    precision:str="fp32" # where
-                  )->Calibration:
+                  )->AIDScale:
     "The scale of the AID-biased loss, on the classes that are going to be filled up"
     found = calibrate(model, eye.phi, eye.geometry, data.train, wanted=images_wanted(cfg, data), seed=seed, device=device, precision=precision,
                       sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale, spacing=cfg.spacing)
@@ -185,7 +185,7 @@ def step_balance(cfg:DiffuLTConfig,
                  seed:int,
                  model:DiffusionModel,
                  eye:Eye, # as in `step_calibrate`
-                 calibration:Calibration, # of `step_calibrate`
+                 calibration:AIDScale, # of `step_calibrate`
                  form:str|None=None, # instead of cfg's form
                  device:str="cpu",
                  precision:str="fp32" # where
@@ -193,7 +193,7 @@ def step_balance(cfg:DiffuLTConfig,
     "The AID-biased loss with its weight"
     form = form or cfg.aid_form
     alpha = ALPHA.get(form, .1) if cfg.aid_alpha is None else cfg.aid_alpha
-    loss = AIDLoss(eye.phi, eye.geometry, form, alpha=alpha, calibration=calibration)
+    loss = AIDLoss(eye.phi, eye.geometry, form, alpha=alpha, scale=calibration)
     found = gradient_balance(model, loss, data.train, power=cfg.diff_power, seed=seed, device=device, precision=precision)
     if cfg.aid_alpha is None and form in ("per-time", "x0-band"): loss.alpha = balanced_alpha(found)
     return loss, found
@@ -293,7 +293,7 @@ def describe_real(data:LongTail, # images
                  )->dict: # shares and numbers
     "What is said of a generator, of real images that it has not seen: in the mix of classes that is made"
     z, y, k = eye.phi.encode(data.test.images, device=device), data.test.labels, data.n_classes
-    zones = {b: weighed(v, wanted) for b, v in band_shares(eye.geometry.ratios(z, y), y, k).items()}
+    zones = {b: weighed(v, wanted) for b, v in zone_shares(eye.geometry.ratios(z, y), y, k).items()}
     return zones | recognised_shares(judge, data.test.images, y, wanted, data, device) | {"diversity": 1.}
 
 # %% ../nbs/63_diffult.ipynb #079da5bb
@@ -337,7 +337,7 @@ def describe_generator(f:Filtered, # of `step_generate`
     flagged = flag_copies(folder, data.train, device=device).where(lambda r: r["id"] in want)
     near, few = copies(flagged, limit), np.isin(flagged.labels, data.bands["few"])
     real, z, at = eye.phi.encode(data.test.images, device=device), eye.phi.encode(made.items, device=device), real_mix(data, made.counts(data.n_classes))
-    facts = {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept")}
+    facts = {**{b: share(b) for b in ZONES}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept")}
     facts |= {"copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None}
     some = len(made) > 1 and len(at) > 1
     facts |= {"distance": frechet_distance(z, real[at]) if some else float("nan"), "diversity": diversity(z, made.labels, real, data.test.labels)}
@@ -424,7 +424,7 @@ def calibrate(self:Stages, model, eye):
         c = step_calibrate(self.cfg, self.data, self.seed, model, eye, self.device, self.precision)
         return [c.kappa, c.made, c.shift, *c.usual]
     kappa, made, shift, *usual = self.measured("calibration", measure)
-    return Calibration(kappa, made, shift, tuple(usual))
+    return AIDScale(kappa, made, shift, tuple(usual))
 
 
 @patch
@@ -439,7 +439,7 @@ def loss(self:Stages,
         loss, b = step_balance(self.cfg, self.data, self.seed, model, eye, calibration, form, self.device, self.precision)
         return [loss.alpha, b.alpha, b.ratio, b.cosine, *b.ratios, *b.cosines]
     alpha, before, ratio, cosine, *tenths = self.measured(f"gradients-{name}", measure)
-    loss = AIDLoss(eye.phi, eye.geometry, form or self.cfg.aid_form, alpha=alpha, calibration=calibration)
+    loss = AIDLoss(eye.phi, eye.geometry, form or self.cfg.aid_form, alpha=alpha, scale=calibration)
     gradients = {"ratio": ratio * alpha / max(before, 1e-30), "cosine": cosine, "ratios": [r * alpha / max(before, 1e-30) for r in tenths[:10]], "cosines": tenths[10:]}
     return loss, {"form": loss.form, "kappa": calibration.kappa, "alpha": alpha, "gradients": gradients}
 
@@ -535,7 +535,7 @@ def sweeps(s:Stages, # of one seed
            eye:Eye, # of step 1
            judge:Classifier|None, # who has seen everything
            model:DiffusionModel, # trained without the loss
-           calibration:Calibration, # of it
+           calibration:AIDScale, # of it
            f:Filtered # what it made
           )->dict: # method -> (logits, counts, more of the row)
     "The ablations that retrain the generator; classifiers get all images with weight 1, of the loss's forms also what the filter keeps with weight omega"
@@ -587,7 +587,7 @@ def tail_shares(f:Filtered,
                )->dict: # of the tail classes
     "Band shares of what was made for the tail"
     tail = [d for d in f.classes if d["class"] in tail_classes(data) and d["id"] is not None]
-    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in AID_BANDS}
+    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in ZONES}
 
 # %% ../nbs/63_diffult.ipynb #2dde29dc
 def class_table(data:LongTail, # images
@@ -599,11 +599,11 @@ def class_table(data:LongTail, # images
     of = lambda m: next(r["per_class"] for r in rows if r["method"] == m)
     before, after, drawn = of("cross-entropy"), of("diffult"), {d["class"]: d for d in g.classes}
     plain = {d["class"]: d for d in f.classes}
-    keys = ("wanted", "drawn", "kept", *AID_BANDS, "capped")
-    return [{"class": data.class_names[c], "images": int(data.counts[c]), **{k: drawn.get(c, {}).get(k) for k in keys}, **{f"cbdm_{b}": plain.get(c, {}).get(b) for b in AID_BANDS}, "before": before[c], "after": after[c]} for c in range(data.n_classes)]
+    keys = ("wanted", "drawn", "kept", *ZONES, "capped")
+    return [{"class": data.class_names[c], "images": int(data.counts[c]), **{k: drawn.get(c, {}).get(k) for k in keys}, **{f"cbdm_{b}": plain.get(c, {}).get(b) for b in ZONES}, "before": before[c], "after": after[c]} for c in range(data.n_classes)]
 
 
-def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:DiffusionModel, f:Filtered, calibration:Calibration, device:str, precision:str):
+def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:DiffusionModel, f:Filtered, calibration:AIDScale, device:str, precision:str):
     "The first seed's generator and pictures; its classifier is kept as run/model"
     model.save(run.path/"generator", seed=cfg.seed, kappa=calibration.kappa)
     eye.clf.save(run.path/"phi", method="cross-entropy", seed=cfg.seed, train_counts=data.counts.tolist())
@@ -731,7 +731,7 @@ def plot_classes(rows:list[dict], # of classes-seed-S.json
     "Bands of what was drawn, and accuracy before and after, from head to tail"
     order = np.argsort(-np.asarray(data_counts), kind="stable")
     low = np.zeros(len(order))
-    for b, color in zip(AID_BANDS, ("#0072B2", "#009E73", "#D55E00")):
+    for b, color in zip(ZONES, ("#0072B2", "#009E73", "#D55E00")):
         v = np.array([rows[i][b] or 0. for i in order])
         axes[0].bar(range(len(order)), v, bottom=low, color=color, label=b.upper(), width=.9)
         low += v
@@ -748,7 +748,7 @@ def classes_table(rows:list[dict]
     "Class by class"
     share = lambda x: "–" if x is None else f"{x:.0%}"
     lines = [["class", "training images", "wanted", "drawn", "kept", "ID", "AID", "OOD", "before", "after", ""]]
-    return lines + [[r["class"], f"{r['images']:,}", *("–" if r[k] is None else f"{r[k]:,}" for k in ("wanted", "drawn", "kept")), *(share(r[b]) for b in AID_BANDS), share(r["before"]), share(r["after"]), "capped" if r["capped"] else ""] for r in rows]
+    return lines + [[r["class"], f"{r['images']:,}", *("–" if r[k] is None else f"{r[k]:,}" for k in ("wanted", "drawn", "kept")), *(share(r[b]) for b in ZONES), share(r["before"]), share(r["after"]), "capped" if r["capped"] else ""] for r in rows]
 
 # %% ../nbs/63_diffult.ipynb #bcbb6b45
 def main_table(rows:list[dict], # of scores.json
