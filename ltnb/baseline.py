@@ -59,15 +59,15 @@ class Baseline(Recipe):
 class BaselineConfig(ClassifierConfig):
     "Settings of a baseline"
     recipe: ClassVar[str] = "baseline"
-    loss: Literal["cross_entropy", "focal", "class_balanced", "class_balanced_focal", "cross_entropy_drw",
-                  "balanced_softmax", "logit_adjustment", "ldam", "ldam_drw", "wcdas",
-                  "label_aware_smoothing"] = "cross_entropy" # what is minimised
+    loss: Literal[ # what is minimised
+        "cross_entropy", "focal", "class_balanced", "class_balanced_focal", "cross_entropy_drw", "balanced_softmax",
+        "logit_adjustment", "ldam", "ldam_drw", "wcdas", "label_aware_smoothing"] = "cross_entropy"
     tau: float = limited(1., 0) # logit_adjustment: how much of the prior
     gamma: float = limited(1., 0) # focal: exponent, 1 in the LDAM code and 2 in the paper
     beta: float = limited(0.9999, 0, 0.999999) # class_balanced and drw: of the effective number of images
     norm: Literal["batch", "group"] = "batch" # normalisation layers
-    schedule: Literal["multistep", "ldam", "cosine", "constant"] = auto(
-        digits="multistep", other="ldam") # how the learning rate falls
+    schedule: Literal["multistep", "ldam", "cosine", "constant"] = auto( # how the learning rate falls
+        digits="multistep", other="ldam")
     warmup: int = auto(digits=0, other=5, low=0) # epochs of linear warm-up
     mixup: float = limited(0., 0) # mixup alpha, 0 for none
     cutmix: float = limited(0., 0) # CutMix alpha, 0 for none
