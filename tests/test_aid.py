@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ltnb import aid, diffusion
+from ltnb import diffusion, draw
 from ltnb.aid import (
     AID_BANDS,
     Extractor,
@@ -20,7 +20,6 @@ from ltnb.aid import (
     class_geometry,
     diameter,
     draw_filtered,
-    needed,
     score_bands,
     shrunken,
 )
@@ -50,8 +49,9 @@ from ltnb.samplers import sample_images
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, encode, pixel_stats
 from ltnb.jobs import make_plan
-from ltnb.synthetic import Synthetic, made_rows, make_synthetic
-from ltnb.copies import add_scores, flag_copies
+from ltnb.synthetic import Synthetic, add_scores, made_rows, make_synthetic
+from ltnb.copies import flag_copies
+from ltnb.draw import needed
 from ltnb.training import fit
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
@@ -726,8 +726,10 @@ class Stop(Exception):
 
 def test_killed_anywhere_and_resumed_it_gives_the_same_files(tmp_path, data, phi, geo, monkeypatch):
     "Cut at every moment: before a shard is made, after a plan is, before and after scoring"
-    draw = lambda folder, make: draw_filtered(folder, [6] * 10, make, "m", phi, geo, shard_size=32, cap=4)
-    whole, at, moments = draw(tmp_path / "whole", blend(data)[0]), 0, []
+    def drawn(folder, make):
+        return draw_filtered(folder, [6] * 10, make, "m", phi, geo, shard_size=32, cap=4)
+
+    whole, at, moments = drawn(tmp_path / "whole", blend(data)[0]), 0, []
 
     def tick(name):
         moments.append(name)
@@ -748,12 +750,12 @@ def test_killed_anywhere_and_resumed_it_gives_the_same_files(tmp_path, data, phi
         moments.clear()
         with monkeypatch.context() as m:
             for f in (make_synthetic, add_scores):
-                m.setattr(aid, f.__name__, watched(f, f.__name__))
+                m.setattr(draw, f.__name__, watched(f, f.__name__))
             try:
-                draw(folder, watched(make, "make"))
+                drawn(folder, watched(make, "make"))
             except Stop:
                 pass
-        again = draw(folder, make)
+        again = drawn(folder, make)
         assert files(folder) == files(tmp_path / "whole"), moments[-1]
         assert again.classes == whole.classes and again.at.tolist() == whole.at.tolist()
         assert len(made) - len(set(made)) <= (32 if moments[-1] == "after make" else 0), (
