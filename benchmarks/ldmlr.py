@@ -50,10 +50,10 @@ def main():
             f.train,
             f.train_labels,
             f.n_classes,
-            cfg.n_steps,
-            cfg.diff_bs,
-            cfg.diff_lr,
-            cfg.diff_width,
+            n_steps=cfg.n_steps,
+            diff_bs=cfg.diff_bs,
+            diff_lr=cfg.diff_lr,
+            width=cfg.diff_width,
             precision=precision,
         )
     )
@@ -75,7 +75,7 @@ def main():
 
     def timed_steps():  # the difference of two trainings leaves out what happens once
         few, many = (
-            seconds(lambda: train_published(f.train, f.train_labels, f.n_classes, k, precision="fp32"))[0]
+            seconds(lambda: train_published(f.train, f.train_labels, f.n_classes, n_steps=k, precision="fp32"))[0]
             for k in (2, 2 + a.steps)
         )
         times.append((many - few) / a.steps)
@@ -83,7 +83,7 @@ def main():
     for _ in range(2):
         timed_steps()
     step = statistics.median(times)
-    net = train_published(f.train, f.train_labels, f.n_classes, 1)
+    net = train_published(f.train, f.train_labels, f.n_classes, n_steps=1)
     plan = make_plan(planned_counts(f.counts, ratio=0.2))
     few, many = (seconds(lambda: sample_published(net, plan[:256], k))[0] for k in (1, 4))
     per_item_step = (many - few) / 3 / 256

@@ -6,11 +6,10 @@
 __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUMNS', 'DiffuLTConfig', 'classifier_config',
            'ablations', 'images_wanted', 'resolve', 'Eye', 'step_extract', 'step_generator', 'step_calibrate',
            'step_balance', 'step_generate', 'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images',
-           'weighed', 'describe_real', 'recognised_shares', 'real_mix', 'describe_generator', 'generator_rows',
-           'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps', 'less_head',
-           'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'Ticks', 'seconds_a_run', 'fit_budget',
-           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
-           'finish_run', 'check_inputs', 'run', 'summary']
+           'describe_real', 'real_mix', 'describe_generator', 'generator_rows', 'control_rows', 'Stages', 'run_seed',
+           'standard_errors', 'insert_after', 'sweeps', 'less_head', 'tail_classes', 'tail_shares', 'class_table',
+           'keep_first', 'Ticks', 'seconds_a_run', 'fit_budget', 'published', 'generator_table', 'verdict',
+           'plot_classes', 'classes_table', 'main_table', 'split_rows', 'finish_run', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/63_diffult.ipynb #59ec0c9f
 import contextlib, math, time
@@ -36,18 +35,19 @@ from .report import html_figure, html_table, render, table, write_report
 from .classifier import Classifier, encode
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .augment import Augment
-from .team import Team, in_memory_together, join_team
+from .team import Team, Where, in_memory_together, join_team
 from .training import fit
 from .synthetic import Synthetic, mix
 from .copies import copies, copy_threshold, flag_copies
 from .baseline import (BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory,
                            score_answers, train as train_baseline)
 from .diffusion import DiffusionModel
-from .judge import train_judge
+from .judge import recognised_shares, train_judge, weighed
 from .generator import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid,
-                            settled, train_model)
-from .aid import AID_BANDS, Extractor, Filtered, band_shares, check_extractor, class_geometry, draw_filtered
-from .aid_loss import ALPHA, FORMS, AIDLoss, Balance, Calibration, balanced_alpha, calibrate, gradient_balance
+                            sampling_of, settled, train_model)
+from .aid import (ZONES, Extractor, Filter, Filtered, zone_shares, check_extractor, class_geometry,
+                      draw_filtered)
+from .aid_loss import ALPHA, FORMS, AIDLoss, AIDScale, Balance, balanced_alpha, calibrate, gradient_balance
 
 # %% ../nbs/63_diffult.ipynb #09e62ee4
 @dataclass(frozen=True)
@@ -163,7 +163,9 @@ def step_generator(cfg:DiffuLTConfig, # resolved
                    **more # instead of what cfg says, such as cb_tau=0 for DDPM
                   )->DiffusionModel:
     "Step 2: train a diffusion model on the long-tailed set"
-    return train_model(cfg, data, seed, device, precision, run, team, name, extra_losses=[loss] if loss else [], extra_after=cfg.aid_after, **more)
+    if loss: loss.after = cfg.aid_after
+    where = Where(device, precision, run=run, name=name, team=team)
+    return train_model(cfg, data, seed, where, extra_losses=[loss] if loss else [], **more)
 
 # %% ../nbs/63_diffult.ipynb #e9ec91b1
 def step_calibrate(cfg:DiffuLTConfig, # resolved
@@ -173,7 +175,7 @@ def step_calibrate(cfg:DiffuLTConfig, # resolved
                    eye:Eye, # of step 1
                    device:str="cpu",
                    precision:str="fp32" # where
-                  )->Calibration:
+                  )->AIDScale:
     "The scale of the AID-biased loss, on the classes that are going to be filled up"
     found = calibrate(model, eye.phi, eye.geometry, data.train, wanted=images_wanted(cfg, data), seed=seed, device=device, precision=precision,
                       sampler=cfg.sampler, sample_steps=cfg.sample_steps, guidance_scale=cfg.guidance_scale, spacing=cfg.spacing)
@@ -185,7 +187,7 @@ def step_balance(cfg:DiffuLTConfig,
                  seed:int,
                  model:DiffusionModel,
                  eye:Eye, # as in `step_calibrate`
-                 calibration:Calibration, # of `step_calibrate`
+                 calibration:AIDScale, # of `step_calibrate`
                  form:str|None=None, # instead of cfg's form
                  device:str="cpu",
                  precision:str="fp32" # where
@@ -193,7 +195,7 @@ def step_balance(cfg:DiffuLTConfig,
     "The AID-biased loss with its weight"
     form = form or cfg.aid_form
     alpha = ALPHA.get(form, .1) if cfg.aid_alpha is None else cfg.aid_alpha
-    loss = AIDLoss(eye.phi, eye.geometry, form, alpha=alpha, calibration=calibration)
+    loss = AIDLoss(eye.phi, eye.geometry, form, alpha=alpha, scale=calibration)
     found = gradient_balance(model, loss, data.train, power=cfg.diff_power, seed=seed, device=device, precision=precision)
     if cfg.aid_alpha is None and form in ("per-time", "x0-band"): loss.alpha = balanced_alpha(found)
     return loss, found
@@ -212,8 +214,11 @@ def step_generate(cfg:DiffuLTConfig, # resolved
                   **more # settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
-    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing, cfg.compiled)
-    return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
+    where = Where(device, precision, cfg.compiled, team=team)
+    make, settings = image_maker(model, sampling_of(cfg), where, seed)
+    return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry,
+                         Filter(tuple(cfg.keep.split("+")), cfg.cap, data.class_names), replace(where, precision="fp32"),
+                         seed=seed, settings=settings, attempts=3, **more)
 
 
 def unfiltered(f:Filtered # of `step_generate`
@@ -275,15 +280,6 @@ def noise_images(data:LongTail,
     x = np.random.default_rng(seed).integers(0, 256, (len(labels), *data.train.images.shape[1:]), dtype=np.uint8)
     return Synthetic(torch.from_numpy(x), [{"class": int(c)} for c in labels])
 
-# %% ../nbs/63_diffult.ipynb #426c90f0
-def weighed(shares,
-            weights
-           )->float: # both (K,), NaN where nothing was seen
-    "The mean over what was seen, by what is wanted, so that a class that is drawn again and again does not count more"
-    shares, weights = np.asarray(shares, dtype=float), np.asarray(weights, dtype=float)
-    seen = np.isfinite(shares) & (weights > 0)
-    return float(np.average(shares[seen], weights=weights[seen])) if seen.any() else float("nan")
-
 # %% ../nbs/63_diffult.ipynb #bc100b49
 def describe_real(data:LongTail, # images
                   eye:Eye, # of step 1
@@ -293,24 +289,8 @@ def describe_real(data:LongTail, # images
                  )->dict: # shares and numbers
     "What is said of a generator, of real images that it has not seen: in the mix of classes that is made"
     z, y, k = eye.phi.encode(data.test.images, device=device), data.test.labels, data.n_classes
-    zones = {b: weighed(v, wanted) for b, v in band_shares(eye.geometry.ratios(z, y), y, k).items()}
+    zones = {b: weighed(v, wanted) for b, v in zone_shares(eye.geometry.ratios(z, y), y, k).items()}
     return zones | recognised_shares(judge, data.test.images, y, wanted, data, device) | {"diversity": 1.}
-
-# %% ../nbs/63_diffult.ipynb #079da5bb
-def recognised_shares(judge:Classifier|None,
-                      images,
-                      labels:np.ndarray,
-                      wanted:np.ndarray,
-                      data:LongTail,
-                      device:str # who has seen everything; (N, C, H, W) uint8; (N,); (K,) weights; where
-                     )->dict: # "recognised" and "recognised_few"
-    "In how many images a judge sees the class that was asked for"
-    if judge is None or not len(labels): return {}
-    right = judge.predict(np.asarray(images), device=device).argmax(1) == labels
-    n = np.bincount(labels, minlength=data.n_classes)
-    share = np.divide(np.bincount(labels[right], minlength=data.n_classes), n, out=np.full(len(n), np.nan), where=n > 0)
-    few = np.where(np.isin(np.arange(len(n)), data.bands["few"]), wanted, 0)
-    return {"recognised": weighed(share, wanted), "recognised_few": weighed(share, few)}
 
 # %% ../nbs/63_diffult.ipynb #9faee98c
 def real_mix(data:LongTail, # images
@@ -337,7 +317,7 @@ def describe_generator(f:Filtered, # of `step_generate`
     flagged = flag_copies(folder, data.train, device=device).where(lambda r: r["id"] in want)
     near, few = copies(flagged, limit), np.isin(flagged.labels, data.bands["few"])
     real, z, at = eye.phi.encode(data.test.images, device=device), eye.phi.encode(made.items, device=device), real_mix(data, made.counts(data.n_classes))
-    facts = {**{b: share(b) for b in AID_BANDS}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept")}
+    facts = {**{b: share(b) for b in ZONES}, "wanted": total("wanted"), "drawn": total("drawn"), "kept": total("kept")}
     facts |= {"copies": float(near.mean()), "copies_few": float(near[few].mean()) if few.any() else None}
     some = len(made) > 1 and len(at) > 1
     facts |= {"distance": frechet_distance(z, real[at]) if some else float("nan"), "diversity": diversity(z, made.labels, real, data.test.labels)}
@@ -424,7 +404,7 @@ def calibrate(self:Stages, model, eye):
         c = step_calibrate(self.cfg, self.data, self.seed, model, eye, self.device, self.precision)
         return [c.kappa, c.made, c.shift, *c.usual]
     kappa, made, shift, *usual = self.measured("calibration", measure)
-    return Calibration(kappa, made, shift, tuple(usual))
+    return AIDScale(kappa, made, shift, tuple(usual))
 
 
 @patch
@@ -439,7 +419,7 @@ def loss(self:Stages,
         loss, b = step_balance(self.cfg, self.data, self.seed, model, eye, calibration, form, self.device, self.precision)
         return [loss.alpha, b.alpha, b.ratio, b.cosine, *b.ratios, *b.cosines]
     alpha, before, ratio, cosine, *tenths = self.measured(f"gradients-{name}", measure)
-    loss = AIDLoss(eye.phi, eye.geometry, form or self.cfg.aid_form, alpha=alpha, calibration=calibration)
+    loss = AIDLoss(eye.phi, eye.geometry, form or self.cfg.aid_form, alpha=alpha, scale=calibration)
     gradients = {"ratio": ratio * alpha / max(before, 1e-30), "cosine": cosine, "ratios": [r * alpha / max(before, 1e-30) for r in tenths[:10]], "cosines": tenths[10:]}
     return loss, {"form": loss.form, "kappa": calibration.kappa, "alpha": alpha, "gradients": gradients}
 
@@ -448,7 +428,8 @@ def loss(self:Stages,
 def judge(self:Stages # who has seen every real image; one process has it
          ):
     if not self.cfg.judge_epochs or not self.team.writes: return None
-    with self.timed("judge"): return train_judge(self.cfg, self.data, self.seed, self.device, self.precision, self.run)
+    with self.timed("judge"):
+        return train_judge(self.data, self.cfg.judge_epochs, self.seed, Where(self.device, self.precision, run=self.run))
 
 
 @patch
@@ -535,7 +516,7 @@ def sweeps(s:Stages, # of one seed
            eye:Eye, # of step 1
            judge:Classifier|None, # who has seen everything
            model:DiffusionModel, # trained without the loss
-           calibration:Calibration, # of it
+           calibration:AIDScale, # of it
            f:Filtered # what it made
           )->dict: # method -> (logits, counts, more of the row)
     "The ablations that retrain the generator; classifiers get all images with weight 1, of the loss's forms also what the filter keeps with weight omega"
@@ -587,7 +568,7 @@ def tail_shares(f:Filtered,
                )->dict: # of the tail classes
     "Band shares of what was made for the tail"
     tail = [d for d in f.classes if d["class"] in tail_classes(data) and d["id"] is not None]
-    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in AID_BANDS}
+    return {f"tail_{b}": float(np.average([d[b] for d in tail], weights=[d["wanted"] for d in tail])) if tail else None for b in ZONES}
 
 # %% ../nbs/63_diffult.ipynb #2dde29dc
 def class_table(data:LongTail, # images
@@ -599,11 +580,11 @@ def class_table(data:LongTail, # images
     of = lambda m: next(r["per_class"] for r in rows if r["method"] == m)
     before, after, drawn = of("cross-entropy"), of("diffult"), {d["class"]: d for d in g.classes}
     plain = {d["class"]: d for d in f.classes}
-    keys = ("wanted", "drawn", "kept", *AID_BANDS, "capped")
-    return [{"class": data.class_names[c], "images": int(data.counts[c]), **{k: drawn.get(c, {}).get(k) for k in keys}, **{f"cbdm_{b}": plain.get(c, {}).get(b) for b in AID_BANDS}, "before": before[c], "after": after[c]} for c in range(data.n_classes)]
+    keys = ("wanted", "drawn", "kept", *ZONES, "capped")
+    return [{"class": data.class_names[c], "images": int(data.counts[c]), **{k: drawn.get(c, {}).get(k) for k in keys}, **{f"cbdm_{b}": plain.get(c, {}).get(b) for b in ZONES}, "before": before[c], "after": after[c]} for c in range(data.n_classes)]
 
 
-def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:DiffusionModel, f:Filtered, calibration:Calibration, device:str, precision:str):
+def keep_first(run:Run, cfg:DiffuLTConfig, data:LongTail, eye:Eye, model:DiffusionModel, f:Filtered, calibration:AIDScale, device:str, precision:str):
     "The first seed's generator and pictures; its classifier is kept as run/model"
     model.save(run.path/"generator", seed=cfg.seed, kappa=calibration.kappa)
     eye.clf.save(run.path/"phi", method="cross-entropy", seed=cfg.seed, train_counts=data.counts.tolist())
@@ -654,8 +635,9 @@ def seconds_a_run(cfg:DiffuLTConfig,
     "An estimate from a few warm steps of each stage, each in one training"
     step, image, epoch = Ticks(device, 3), Ticks(device), Ticks(device) # a step is looked at before its backward pass
     def watch(model, batch, noise, prediction, t): step(); return prediction.new_zeros(())
-    model = train_model(replace(cfg, n_steps=9), data, 0, device, precision, extra_losses=[watch])
-    make, _ = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, 0, device, precision, cfg.spacing, cfg.compiled)
+    where = Where(device, precision, cfg.compiled)
+    model = train_model(replace(cfg, n_steps=9), data, 0, where, extra_losses=[watch])
+    make, _ = image_maker(model, sampling_of(cfg), where)
     n = 256 if image.gpu else 16
     for i in range(4): image(make(np.stack([np.zeros(n, np.int64), np.arange(i * n, (i + 1) * n)], 1)))
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more
@@ -731,7 +713,7 @@ def plot_classes(rows:list[dict], # of classes-seed-S.json
     "Bands of what was drawn, and accuracy before and after, from head to tail"
     order = np.argsort(-np.asarray(data_counts), kind="stable")
     low = np.zeros(len(order))
-    for b, color in zip(AID_BANDS, ("#0072B2", "#009E73", "#D55E00")):
+    for b, color in zip(ZONES, ("#0072B2", "#009E73", "#D55E00")):
         v = np.array([rows[i][b] or 0. for i in order])
         axes[0].bar(range(len(order)), v, bottom=low, color=color, label=b.upper(), width=.9)
         low += v
@@ -748,7 +730,7 @@ def classes_table(rows:list[dict]
     "Class by class"
     share = lambda x: "–" if x is None else f"{x:.0%}"
     lines = [["class", "training images", "wanted", "drawn", "kept", "ID", "AID", "OOD", "before", "after", ""]]
-    return lines + [[r["class"], f"{r['images']:,}", *("–" if r[k] is None else f"{r[k]:,}" for k in ("wanted", "drawn", "kept")), *(share(r[b]) for b in AID_BANDS), share(r["before"]), share(r["after"]), "capped" if r["capped"] else ""] for r in rows]
+    return lines + [[r["class"], f"{r['images']:,}", *("–" if r[k] is None else f"{r[k]:,}" for k in ("wanted", "drawn", "kept")), *(share(r[b]) for b in ZONES), share(r["before"]), share(r["after"]), "capped" if r["capped"] else ""] for r in rows]
 
 # %% ../nbs/63_diffult.ipynb #bcbb6b45
 def main_table(rows:list[dict], # of scores.json

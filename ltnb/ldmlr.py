@@ -40,7 +40,8 @@ from .heads import Features, Head, by_rows, fit_head
 from .decoupled import crt, lws, tau_norm
 from .jobs import make_plan
 from .synthetic import ShardItems, Synthetic, make_synthetic, mix
-from .latent import LatentModel, neighbourhood, planned_counts, sample_features, sources, train_latent
+from .latent import (FeatureSampling, LatentModel, Neighbourhood, planned_counts, sample_features, sources,
+                         train_latent)
 
 # %% ../nbs/43_ldmlr.ipynb #958fc50e
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def stage_generate(cfg:LDMLRConfig, # resolved
                    name:str="denoiser" # of the checkpoints
                   )->tuple[LatentModel, np.ndarray]: # the generator, and the plan of what to make
     "Train the generator"
-    model = train_latent(f.train, f.train_labels, f.n_classes, cfg.n_steps, cfg.diff_bs, cfg.diff_lr, cfg.diff_width, seed=seed, device=device, precision=precision, run=run, name=name)
+    model = train_latent(f.train, f.train_labels, f.n_classes, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, width=cfg.diff_width, seed=seed, device=device, precision=precision, run=run, name=name)
     return model, make_plan(planned_counts(f.counts, cfg.per_class, cfg.ratio, cfg.bands))
 
 
@@ -205,11 +206,12 @@ def stage_sample(cfg:LDMLRConfig, # resolved
                  device="cpu" # where to compute; the noise is the same everywhere
                 )->Synthetic: # generated features
     "Make the planned features, a shard at a time"
-    around, there = neighbourhood(cfg, f, base), model.to(device)
+    around, there = Neighbourhood.find(base, f.train, f.train_labels, f.n_classes, cfg.shrink_n0, cfg.neighbour_temperature), model.to(device)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps)
     bar = Progress(f"seed {seed}: sample", len(plan))
-    def make(part): return sample_features(there, part, around, *settings)
-    made = make_synthetic(folder, plan, make, model.fingerprint, seed, (*settings, around.fingerprint), progress=bar.step, keep=False)
+    def make(part): return sample_features(there, part, around, FeatureSampling(*settings))
+    made = make_synthetic(folder, plan, make, model.fingerprint, seed=seed, settings=(*settings, around.fingerprint),
+                          progress=bar.step, keep=False)
     bar.close()
     items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
     return Synthetic(items, made.manifest) # the rows stay on disk
@@ -237,7 +239,7 @@ def stage_classify(cfg, # resolved
                    seed:int
                   )->dict[tuple[str, str], Head]: # (source, "label shift" or "scratch") -> head
     "Refit the head on real features and each kind of extra ones"
-    extra, heads = sources(cfg, f, base, made, seed), {}
+    extra, heads = sources(f, base, made, seed, cfg.shrink_n0, cfg.neighbour_temperature), {}
     bar = Progress(f"seed {seed}: heads", len(extra) * (cfg.head_steps + cfg.scratch_steps))
     for name, make in extra.items():
         items = make()

@@ -11,23 +11,23 @@ import pytest
 import torch
 from ltnb import diffusion, draw
 from ltnb.aid import (
-    AID_BANDS,
+    ZONES,
     Extractor,
     aid_ratios,
-    band_of,
-    band_shares,
+    zone_of,
+    zone_shares,
     check_extractor,
     class_geometry,
     diameter,
     draw_filtered,
-    score_bands,
+    score_zones,
     shrunken,
 )
 from ltnb.aid_loss import (
     FORMS,
     AIDLoss,
     Balance,
-    Calibration,
+    AIDScale,
     aid_penalty,
     at_share,
     balanced_alpha,
@@ -55,7 +55,10 @@ from ltnb.draw import needed
 from ltnb.training import fit
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
-g = lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+def g(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +239,7 @@ def test_a_class_without_images_has_no_band(data, phi):
     z = phi.encode(data.test.images)
     r = geo.ratios(z, data.test.labels)
     assert np.isnan(r[data.test.labels == 3]).all() and np.isfinite(r[data.test.labels != 3]).all()
-    assert set(band_of(r[data.test.labels == 3])) == {"ood"}
+    assert set(zone_of(r[data.test.labels == 3])) == {"ood"}
     with pytest.raises(UsageError, match="0 to 9"):
         geo.ratios(z[:1], [10])
     z[0] = math.nan
@@ -251,7 +254,7 @@ def test_fingerprint_of_the_geometry(data, phi, geo):
 
 # bands
 def test_bands_at_their_edges():
-    assert band_of([0, 1, np.nextafter(1, 2), 2, np.nextafter(2, 3), math.inf, math.nan]).tolist() == [
+    assert zone_of([0, 1, np.nextafter(1, 2), 2, np.nextafter(2, 3), math.inf, math.nan]).tolist() == [
         "id",
         "id",
         "aid",
@@ -260,7 +263,7 @@ def test_bands_at_their_edges():
         "ood",
         "ood",
     ]
-    assert [band_of(r) for r in (1.0, 2.0, 2.1, None)] == ["id", "aid", "ood", "ood"] and list(AID_BANDS) == [
+    assert [zone_of(r) for r in (1.0, 2.0, 2.1, None)] == ["id", "aid", "ood", "ood"] and list(ZONES) == [
         "id",
         "aid",
         "ood",
@@ -268,7 +271,7 @@ def test_bands_at_their_edges():
 
 
 def test_shares_by_class():
-    s = band_shares([0.5, 1.5, 3, 4], [0, 0, 0, 2], 3)
+    s = zone_shares([0.5, 1.5, 3, 4], [0, 0, 0, 2], 3)
     assert (
         s["id"][0] == s["aid"][0] == s["ood"][0] == pytest.approx(1 / 3)
         and s["ood"][2] == 1
@@ -277,12 +280,17 @@ def test_shares_by_class():
 
 
 # the loss
-USUAL = Calibration(2.0, 0.8, 0.4, tuple(np.linspace(0.2, 0.6, 65)))  # as if the shift rose with time
+USUAL = AIDScale(2.0, 0.8, 0.4, tuple(np.linspace(0.2, 0.6, 65)))  # as if the shift rose with time
 
 
-def by_hand(form, m, b, p, phi, geo, kappa=1.0, alpha=0.1, floor=0.05, delta=1.0):
+def by_hand(loss, m, b, p):
     "Equations 5 and 6, image by image"
-    o, total = m.objective, 0.0
+    o, total, form, phi, geo = m.objective, 0.0, loss.form, loss.extractor, loss.geometry
+    kappa, alpha, floor, delta = loss.kappa, loss.alpha, loss.floor, loss.delta
+
+    def square(u):
+        return u * u if abs(u) <= delta else delta * (2 * abs(u) - delta)
+
     for i in range(len(b)):
         ratio = o.ratio(b.t[i : i + 1]).item()
         alpha_t, sigma_t = (1.0, ratio) if o.name == "edm" else ((1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5)
@@ -290,7 +298,6 @@ def by_hand(form, m, b, p, phi, geo, kappa=1.0, alpha=0.1, floor=0.05, delta=1.0
         eps = (b.x[i : i + 1] - alpha_t * x0_hat) / sigma_t
         shift = (phi(b.x0[i : i + 1]) - phi(b.x0[i : i + 1] + b.noise[i : i + 1] - eps)).norm().item()
         s, d_f, n = ratio / (1 + ratio**2) ** 0.5, geo.diameters[b.labels[i]].item(), mean_strength(o)
-        square = lambda u: u * u if abs(u) <= delta else delta * (2 * abs(u) - delta)
         if form == "x0-band":
             far = (phi(x0_hat.clamp(-1, 1))[0] - geo.centres[b.labels[i]]).norm().item() / d_f
             each = max(far - 2, 0) ** 2
@@ -313,9 +320,10 @@ def by_hand(form, m, b, p, phi, geo, kappa=1.0, alpha=0.1, floor=0.05, delta=1.0
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_forms_against_the_formula(name, form, data, phi, geo):
     m, b, p = near(build_objective(name), data, drop=0.2)
-    loss = AIDLoss(phi, geo, form, alpha=0.2, calibration=USUAL)
+    loss = AIDLoss(phi, geo, form, alpha=0.2, scale=USUAL)
+    assert (loss.kappa, loss.alpha, loss.floor, loss.delta) == (2.0, 0.2, 0.05, 1.0)
     found = loss(m, b, b.noise, p, b.t)
-    assert found.item() == pytest.approx(by_hand(form, m, b, p, phi, geo, 2.0, 0.2), rel=5e-3)
+    assert found.item() == pytest.approx(by_hand(loss, m, b, p), rel=5e-3)
     assert (b.seen == 10).any() and found.shape == ()
     assert torch.equal(diffusion_loss(m, b, [loss])[1], loss(m, b, b.noise, m(b.x, b.t, b.seen), b.t))
 
@@ -363,7 +371,7 @@ def test_gradient_reaches_the_denoiser_alone(name, data, phi, geo):
     o = build_objective(name)
     m, b, p = near(o, data, drop=0.0)
     for form in FORMS:
-        loss = AIDLoss(phi, geo, form, calibration=replace(USUAL, kappa=1.0))
+        loss = AIDLoss(phi, geo, form, scale=replace(USUAL, kappa=1.0))
         if form == "x0-band":
             m.net.size.data.fill_(4.0)  # far enough out that it counts
         (slope,) = torch.autograd.grad(loss(m, b, b.noise, m(b.x, b.t, b.seen), b.t), m.net.size)
@@ -412,10 +420,15 @@ def test_parts_of_a_team_add_up(data, phi, geo):
 
 def test_training_with_the_loss(data, phi, geo):
     seen, loss = [], AIDLoss(phi, geo)
-    spy = lambda *args: seen.append(1) or loss(*args)
-    train = lambda **more: train_diffusion(
-        data.train.images, data.train.labels, 10, unet="small", n_steps=10, diff_bs=16, **more
-    )
+
+    def spy(*args):
+        seen.append(1)
+        return loss(*args)
+
+    def train(**more):
+        how = dict(unet="small", n_steps=10, diff_bs=16)
+        return train_diffusion(data.train.images, data.train.labels, 10, **how, **more)
+
     before = phi.fingerprint
     a, b = (
         train(extra_losses=[spy], extra_after=0.3, cb_tau=1.0),
@@ -458,8 +471,7 @@ def test_calibration_equates_the_medians(data, phi, geo, model):
     on = NoiseModel(model.unet, model.objective, 10)
     with torch.no_grad():
         r, usual = (
-            AIDLoss(phi, geo, form, calibration=c).ratio(on, b, on(b.x, b.t, b.seen))
-            for form in ("calibrated", "per-time")
+            AIDLoss(phi, geo, form, scale=c).ratio(on, b, on(b.x, b.t, b.seen)) for form in ("calibrated", "per-time")
         )
     plan = make_plan(np.bincount(data.train.labels[i[:200].numpy()], minlength=10))
     made = np.median(geo.ratios(phi.encode(sample_images(model, plan, sample_steps=3)[0]), plan[:, 0]))
@@ -561,12 +573,12 @@ def blend(data, strange=(0,)):
 def test_scores_are_distances(tmp_path, data, phi, geo):
     make, _ = blend(data)
     made = make_synthetic(tmp_path, make_plan([7] * 10), make, "m")
-    scored = score_bands(tmp_path, phi, geo, class_names=data.class_names)
+    scored = score_zones(tmp_path, phi, geo, class_names=data.class_names)
     want = geo.ratios(phi.encode(made.items), made.labels)
     assert np.abs(aid_ratios(scored) - want).max() < 1e-4 and all(
         r["scores"]["aid_by"] == geo.fingerprint for r in scored.manifest
     )
-    kept = scored.where(lambda r: band_of(r["scores"]["aid_ratio"]) != "ood")
+    kept = scored.where(lambda r: zone_of(r["scores"]["aid_ratio"]) != "ood")
     assert len(kept) == (want.round(4) <= 2).sum() and 0 < len(kept) < 70
     assert aid_ratios(scored.where(lambda r: r["scores"]["aid_ratio"] <= 0.5)).max() <= 0.5
 
@@ -574,40 +586,40 @@ def test_scores_are_distances(tmp_path, data, phi, geo):
 def test_only_new_rows_are_scored(tmp_path, data, phi, geo, monkeypatch):
     make, _ = blend(data)
     make_synthetic(tmp_path, make_plan([4] * 10), make, "m")
-    score_bands(tmp_path, phi, geo)
+    score_zones(tmp_path, phi, geo)
     before, seen = (tmp_path / "manifest.jsonl").read_bytes(), []
     original = Extractor.encode
     monkeypatch.setattr(
         Extractor, "encode", lambda self, images, *a, **k: seen.append(len(images)) or original(self, images, *a, **k)
     )
-    score_bands(tmp_path, phi, geo)
+    score_zones(tmp_path, phi, geo)
     assert (tmp_path / "manifest.jsonl").read_bytes() == before and seen == []
     flag_copies(tmp_path, data.train)
     make_synthetic(tmp_path, make_plan([4] * 9 + [9]), make, "m")
-    with pytest.raises(UsageError, match="00009-000004.*score_bands"):
+    with pytest.raises(UsageError, match="00009-000004.*score_zones"):
         aid_ratios(Synthetic.open(tmp_path))
-    grown = score_bands(tmp_path, phi, geo)
+    grown = score_zones(tmp_path, phi, geo)
     assert seen == [5] and len(aid_ratios(grown)) == 45 and "pixel_distance" in grown.manifest[0]["scores"]
 
 
 def test_scores_of_another_phi_are_refused(tmp_path, data, phi, geo):
     make, _ = blend(data)
     make_synthetic(tmp_path, make_plan([2] * 10), make, "m")
-    before = score_bands(tmp_path, phi, geo)
+    before = score_zones(tmp_path, phi, geo)
     other = Extractor(classifier(data, seed=1))
     theirs = class_geometry(other, data.train)
     for call in (
-        lambda: score_bands(tmp_path, other, theirs),
-        lambda: score_bands(tmp_path, phi, class_geometry(phi, data.train, shrink=5)),
+        lambda: score_zones(tmp_path, other, theirs),
+        lambda: score_zones(tmp_path, phi, class_geometry(phi, data.train, shrink=5)),
         lambda: draw_filtered(tmp_path, [2] * 10, make, "m", other, theirs),
     ):
         with pytest.raises(UsageError, match="scored with another phi_0.*again=True"):
             call()
     with pytest.raises(UsageError, match="class_geometry anew"):
-        score_bands(tmp_path, other, geo)
+        score_zones(tmp_path, other, geo)
     with pytest.raises(UsageError, match="class_geometry anew"):
         AIDLoss(other, geo)
-    again = score_bands(tmp_path, other, theirs, again=True)
+    again = score_zones(tmp_path, other, theirs, again=True)
     assert {r["scores"]["aid_by"] for r in again.manifest} == {theirs.fingerprint} and (
         aid_ratios(again) != aid_ratios(before)
     ).any()
@@ -637,7 +649,7 @@ def test_other_data_is_refused(tmp_path, data, phi, geo):
         ("d", None, "0 to 9"),
     ):
         with pytest.raises(UsageError, match=text):
-            score_bands(tmp_path / folder, phi, geo, class_names=names)
+            score_zones(tmp_path / folder, phi, geo, class_names=names)
     with pytest.raises(UsageError, match="class 0 is"):
         class_geometry(phi, ImageSet(data.train.images, data.train.labels, data.class_names[::-1]))
 
@@ -844,7 +856,8 @@ def test_nothing_wanted(tmp_path, data, phi, geo):
 
 WORKER = """
 import sys; sys.path.insert(0, "tests")
-import numpy as np, torch; from test_aid import blend, classifier; from ltnb.aid import Extractor, class_geometry, draw_filtered
+import numpy as np, torch; from test_aid import blend, classifier
+from ltnb.aid import Extractor, class_geometry, draw_filtered
 from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
 Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
 phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)

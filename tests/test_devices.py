@@ -264,7 +264,7 @@ def test_a_gpu_alone_trains_no_seeds_side_by_side(gpu, monkeypatch, tmp_path):
 def test_features_are_the_same_wherever_they_are_sampled():
     "The model goes to the device; a model on the CPU is used as it is"
     z, y = torch.rand(20, 4), torch.arange(20) % 3
-    m = train_latent(z, y, 3, 2, 8, width=8, n_blocks=1)
+    m = train_latent(z, y, 3, n_steps=2, diff_bs=8, width=8, n_blocks=1)
     assert m.to("cpu") is m and m.to(torch.device("cpu")) is m
     moved = m.to("meta")
     assert {p.device.type for p in (*moved.net.parameters(), moved.mean, moved.sd)} == {"meta"}

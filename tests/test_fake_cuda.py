@@ -10,7 +10,7 @@ from pretend import BACKWARD, fake_gpu, pretend_gpu
 
 from ltnb import diffusion
 from ltnb.aid import Extractor, check_extractor, class_geometry
-from ltnb.aid_loss import FORMS, AIDLoss, Calibration, calibrate, mean_strength
+from ltnb.aid_loss import FORMS, AIDLoss, AIDScale, calibrate, mean_strength
 from ltnb.augment import AUGMENTATIONS, OPS, Augment, apply_ops, cutmix, mixup, op_levels
 from ltnb.core import generator
 from ltnb.data import ImageSet, LongTail
@@ -67,7 +67,7 @@ def unet_model(objective="v"):
 def aid_loss(form, objective):
     "The loss of an untrained phi_0, with its constants"
     phi = Extractor(classifier())
-    loss = AIDLoss(phi, class_geometry(phi, image_set()), form, calibration=Calibration(1.0, 0.8, 1.0, (0.5,) * 65))
+    loss = AIDLoss(phi, class_geometry(phi, image_set()), form, scale=AIDScale(1.0, 0.8, 1.0, (0.5,) * 65))
     loss._mean[repr(objective)] = mean_strength(objective)  # a number, which FakeTensors have not
     return loss
 
@@ -347,7 +347,7 @@ def test_sampling_images(objective, sampler, monkeypatch):
 
 @pytest.mark.parametrize("pull", PULLS)
 def test_sampling_features(pull, monkeypatch):
-    model = train_latent(FEATURES, torch.from_numpy(LABELS), K, 2, 8, width=16, n_blocks=1)
+    model = train_latent(FEATURES, torch.from_numpy(LABELS), K, n_steps=2, diff_bs=8, width=16, n_blocks=1)
     base = a_head()
     around, plan = Neighbourhood.find(base, FEATURES, torch.from_numpy(LABELS), K, 4.0), make_plan([2, 1, 0, 3])
     a, b = both(monkeypatch, lambda device: sample_features(model.to(device), plan, around, pull)[0])
@@ -358,8 +358,8 @@ def test_training_features(monkeypatch):
     y = torch.from_numpy(LABELS)
 
     def train(device):
-        one = train_latent(FEATURES, y, K, 3, 8, width=16, n_blocks=1, device=device)
-        other = train_published(FEATURES, y, K, 3, 8, dim=16, device=device)
+        one = train_latent(FEATURES, y, K, n_steps=3, diff_bs=8, width=16, n_blocks=1, device=device)
+        other = train_published(FEATURES, y, K, n_steps=3, diff_bs=8, dim=16, device=device)
         return weights(one.net), weights(other.net), sample_published(other, make_plan([1, 2, 0, 1]), 4, device)[0]
 
     for a, b in zip(*both(monkeypatch, train)):
@@ -412,9 +412,9 @@ def test_what_looks_at_images(monkeypatch):
         clf, model = classifier(), unet_model()
         phi = Extractor(clf)
         shape = class_geometry(phi, data.train, device=device)
-        found = calibrate(model, phi, shape, data.train, 8, device=device, sample_steps=2)
+        found = calibrate(model, phi, shape, data.train, n=8, device=device, sample_steps=2)
         check = check_extractor(phi, data.train, strict=False, device=device)
-        coded = encode_as_coded(clf, data, 8, device=device)
+        coded = encode_as_coded(clf, data, bs=8, device=device)
         d, index = near_copies(IMAGES[:5], IMAGES[5:], device=device)["pixel"]
         numbers = [found.made, found.shift, check.accuracy]
         return np.concatenate([shape.centres.flatten(), numbers, coded.flatten(), d, index])

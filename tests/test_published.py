@@ -85,7 +85,10 @@ def test_blind_to_blocks_of_eight():
     "Any permutation of the 8 contiguous blocks passes through the network; an arbitrary one does not"
     torch.manual_seed(0)
     net, x, t, y = PublishedUNet(64, 10), torch.randn(4, 64), torch.tensor([0, 100, 500, 999]), torch.arange(4)
-    moved = lambda p: (net(x[:, p], t, y) - net(x, t, y)[:, p]).abs().max()
+
+    def moved(p):
+        return (net(x[:, p], t, y) - net(x, t, y)[:, p]).abs().max()
+
     with torch.no_grad():
         for _ in range(3):
             assert moved(torch.arange(64).view(8, 8)[torch.randperm(8)].flatten()) < 1e-5
@@ -258,18 +261,11 @@ def test_training_lowers_the_error(features):
     "At small t, where the weight is"
     z, y = features
     x0, t, bar = 2 * z - 1, torch.full((40,), 20), ALPHA_BAR.float()
-    error = lambda n: (
-        x0_error(
-            train_published(z, y, 3, **{**SMALL, "n_steps": n, "diff_bs": 40}).net,
-            x0,
-            y,
-            t,
-            bar,
-            torch.Generator().manual_seed(0),
-        )
-        .mean()
-        .item()
-    )
+
+    def error(n):
+        net = train_published(z, y, 3, **{**SMALL, "n_steps": n, "diff_bs": 40}).net
+        return x0_error(net, x0, y, t, bar, torch.Generator().manual_seed(0)).mean().item()
+
     with torch.no_grad():
         start = error(0)
     assert error(40) < 0.5 * start
@@ -378,7 +374,7 @@ def test_counts():
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=30))
 def test_counts_change_the_imbalance_little(counts):
     made = planned_counts(counts, ratio=0.2)
-    assert (made >= 5).all() and all(abs(m - 0.2 * n) <= 0.5 for m, n in zip(made, counts) if n > 27)
+    assert (made >= 5).all() and all(abs(m - 0.2 * n) <= 0.5 for m, n in zip(made, counts, strict=True) if n > 27)
 
 
 def test_head_goes_on_and_keeps_the_real_counts():
