@@ -46,6 +46,7 @@ from ltnb.data import ImageSet, LongTail
 from ltnb.noise import OBJECTIVES, NoiseModel, NoisyBatch, build_objective, diffusion_loss, noisy_batch
 from ltnb.diffusion import train_diffusion
 from ltnb.samplers import sample_images
+from ltnb.cbdm import CBDM
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, encode, pixel_stats
 from ltnb.jobs import make_plan
@@ -425,16 +426,18 @@ def test_training_with_the_loss(data, phi, geo):
         seen.append(1)
         return loss(*args)
 
+    spy.after = loss.after = 0.3
+
     def train(**more):
         how = dict(unet="small", n_steps=10, diff_bs=16)
         return train_diffusion(data.train.images, data.train.labels, 10, **how, **more)
 
     before = phi.fingerprint
     a, b = (
-        train(extra_losses=[spy], extra_after=0.3, cb_tau=1.0),
-        train(extra_losses=[loss], extra_after=0.3, cb_tau=1.0),
+        train(extra_losses=[spy, CBDM(data.counts)]),
+        train(extra_losses=[loss, CBDM(data.counts)]),
     )
-    assert a.fingerprint == b.fingerprint != train(cb_tau=1.0).fingerprint and len(seen) == 7
+    assert a.fingerprint == b.fingerprint != train(extra_losses=[CBDM(data.counts)]).fingerprint and len(seen) == 7
     assert Extractor(phi.clf).fingerprint == before, "phi_0 is not trained"
 
 
@@ -738,6 +741,7 @@ class Stop(Exception):
 
 def test_killed_anywhere_and_resumed_it_gives_the_same_files(tmp_path, data, phi, geo, monkeypatch):
     "Cut at every moment: before a shard is made, after a plan is, before and after scoring"
+
     def drawn(folder, make):
         return draw_filtered(folder, [6] * 10, make, "m", phi, geo, shard_size=32, cap=4)
 
