@@ -23,14 +23,14 @@ from ltnb.core import choose_precision, cpu_flags
 from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.noise import build_objective
-from ltnb.diffusion import _Training, build_unet
-from ltnb.samplers import sample_images
+from ltnb.diffusion import Denoising, _Training, build_unet
+from ltnb.samplers import Sampling, sample_images
 from ltnb.judge import Judge
 from ltnb.generate import find_model, training_data
 from ltnb.metrics import generative_scores, inception_features
 from ltnb.classifier import Classifier, encode
 from ltnb.jobs import make_plan
-from ltnb.team import Team
+from ltnb.team import Where
 from PIL import Image
 from torchvision import transforms
 
@@ -88,7 +88,7 @@ class Plain:
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, foreach=False)
         self.optimizer.step()
         with torch.no_grad():
-            for p, q in zip(self.average.parameters(), self.net.parameters()):
+            for p, q in zip(self.average.parameters(), self.net.parameters(), strict=True):
                 p.mul_(0.9999).add_(q, alpha=1e-4)
 
 
@@ -96,27 +96,13 @@ class Ours:
     "A step of `train_diffusion`"
 
     def __init__(self, net, data, bs, device, precision, channels_last, compiled):
-        self.t, self.bs, self.n = (
-            _Training(
-                net,
-                build_objective("eps"),
-                data.train.images,
-                data.train.labels,
-                data.n_classes,
-                ("bench",),
-                device,
-                precision,
-                compiled,
-                channels_last,
-                2e-4,
-                Team(),
-            ),
-            bs,
-            0,
-        )
+        real = data.train.images, data.train.labels, data.n_classes
+        how = Denoising(diff_bs=bs, diff_lr=2e-4, flip=True, channels_last=channels_last)
+        where = Where(device, precision, compiled)
+        self.t, self.n = _Training(net, build_objective("eps"), *real, how, where), 0
 
     def step(self):
-        self.t.step(self.n, self.t.batch(self.n, self.bs, 1.0, True, 0.0, 0.1), 2e-4, 0.9999, 1.0, [])
+        self.t.step(self.n)
         self.n += 1
 
 
@@ -188,9 +174,10 @@ def sampling(a):
         features["inception"] = lambda x: inception_features(x, a.inception, device=a.device)
     real_features = {name: f(data.test.images) for name, f in features.items()}
     for sampler, steps in [(s.split(":")[0], int(s.split(":")[1])) for s in a.samplers.split(",")]:
-        sample_images(model, plan[:256], sampler, 2, a.guidance_scale, device=a.device, precision=precision)  # warm
+        how, where = Sampling(sampler, steps, a.guidance_scale), Where(a.device, precision)
+        sample_images(model, plan[:256], how, where, sample_steps=2)  # warm
         start = time.perf_counter()
-        images, _ = sample_images(model, plan, sampler, steps, a.guidance_scale, device=a.device, precision=precision)
+        images, _ = sample_images(model, plan, how, where)
         spent = time.perf_counter() - start
         first = first or spent
         row = judge(images, plan[:, 0], "made", 0)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ltnb.data import bands, longtail_counts, longtail_indices
-from ltnb.noise import NoiseModel, NoisyBatch, build_objective, cbdm_loss, cbdm_prior, diffusion_loss, noise_ratios
+from ltnb.noise import NoiseModel, NoisyBatch, build_objective, diffusion_loss, noise_ratios
+from ltnb.cbdm import CBDM as ClassBalancing
 from ltnb.heads import Head
 from ltnb.decoupled import class_aware, nearest_mean, tau_norm
 from ltnb.ldmlr_published import (
@@ -591,7 +592,8 @@ def cbdm_rows(peers):
     with _fixed(times, noise, other, 0.5):
         main, regular = (v.mean() for v in trainer(x0, y))
     xt = alpha[times].view(-1, 1, 1, 1) * x0 + sigma[times].view(-1, 1, 1, 1) * noise
-    prior = cbdm_prior("frequency", weight.numpy())
+    regularise = ClassBalancing(weight.numpy(), "frequency")
+    prior = regularise.prior
     below = prior.float().cumsum(0) - prior.float()
     part = NoisyBatch(x0, y, y, times.float(), noise, xt, (below + prior.float() / 2)[other])  # u that chooses `other`
     model = NoiseModel(net, o, k)
@@ -601,7 +603,7 @@ def cbdm_rows(peers):
 
     def ours_regular():
         p = model(part.x, part.t, part.seen)
-        return cbdm_loss(model, part, noise, p, part.t, prior)
+        return regularise(model, part, noise, p, part.t)
 
     def theirs(i):
         with _fixed(times, noise, other, 0.5):
@@ -617,7 +619,7 @@ def cbdm_rows(peers):
     )
     yield Row(
         "class-balancing loss, ε, τ = 1",
-        "diffusion.cbdm_loss",
+        "cbdm.CBDM",
         CBDM,
         "diffusion.py, GaussianDiffusionTrainer.forward",
         *of_weights(net, ours_regular, lambda: theirs(1)),
@@ -629,7 +631,7 @@ def cbdm_rows(peers):
 
     yield Row(
         "both together",
-        "diffusion.cbdm_loss",
+        "cbdm.CBDM",
         CBDM,
         "main.py, train",
         *of_weights(net, joint_ours, lambda: theirs(0) + theirs(1)),

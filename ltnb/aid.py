@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ZONES', 'Extractor', 'check_same_data', 'ExtractorCheck', 'recognition', 'check_extractor', 'diameter', 'Geometry',
            'shrunken', 'class_geometry', 'check_same_phi', 'zone_of', 'zone_shares', 'aid_ratios', 'score_zones',
-           'needed', 'Filtered', 'draw_filtered']
+           'Filter', 'band_score', 'Filtered', 'draw_filtered']
 
 # %% ../nbs/60_aid.ipynb #b571d3c7
 import copy, hashlib, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,15 +18,16 @@ import torch
 from fastcore.basics import patch
 
 from .core import LtnbError, UsageError, nearest
+from .config import spread
 from .files import ImageFiles
 from .data import ImageSet, thirds
 from .metrics import confusion
 from .classifier import Classifier
 from .classifier import encode as encode_images
-from .team import Team
-from .jobs import make_plan
-from .synthetic import Synthetic, made_rows, make_synthetic
-from .copies import add_scores
+from .team import Where
+from .jobs import Job, make_plan
+from .synthetic import Synthetic, add_scores, made_rows
+from .draw import Drawn, ItemScore, draw_until
 
 # %% ../nbs/60_aid.ipynb #e2e7708a
 class Extractor:
@@ -322,72 +323,52 @@ def score_zones(folder:str|Path, # of a finished job that made images
     return add_scores(folder, score)
 
 # %% ../nbs/60_aid.ipynb #eb7011d9
-def needed(wanted:int, # items to keep
-           passed:np.ndarray, # (m,) bool, of the first m items of a class: kept?
-           most:int # items to make at most
-          )->int: # how many items the class needs, by what is known of it; up to m if that is enough
-    "How long the plan of a class must be: twice as long at most in each round, and what its pass rate promises, with a reserve of a fifth"
-    m = min(wanted, most)
-    while m <= len(passed):
-        kept = int(passed[:m].sum())
-        if kept >= wanted or m >= most: return m
-        m = min(most, 2 * m, m + 2 + math.ceil(1.2 * (wanted - kept) * m / max(kept, 1)))
-    return m
+@dataclass(frozen=True, eq=False)
+class Filter:
+    "What passes, and how often a class may draw"
+    keep: tuple = ("id", "aid") # names of `ZONES`, or one of them
+    cap: float = 5. # a class draws at most cap x wanted
+    class_names: tuple|list|None = None # of the model, to be held against those of phi_0
+    bs: int = 512 # images encoded at a time
+
+    def zones(self)->tuple: # `keep`, checked
+        keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
+        if wrong := [b for b in keep if b not in ZONES]:
+            raise UsageError(f"keep={wrong[0]!r} is no band. {nearest(wrong[0], ZONES)}")
+        if not keep or self.cap < 1:
+            raise UsageError(f"keep must name a band and cap be at least 1, got {keep} and {self.cap:g}.")
+        return keep
 
 # %% ../nbs/60_aid.ipynb #2c223024
-@dataclass(frozen=True, eq=False)
-class Filtered:
-    "What `draw_filtered` drew and kept"
-    made: Synthetic # all that was made, with scores
-    at: np.ndarray # positions in it of what is kept
-    classes: list # a dict a class: class, wanted, drawn, kept, id, aid, ood, bad, capped
-
-    @property
-    def kept(self)->Synthetic: return self.made.take(self.at)
-
-    def table(self,
-              class_names, # K names
-              counts=None # (K,) training images, shown beside
-             )->list[list[str]]: # for `render`
-        "A line a class"
-        lines = [["class", *(["training images"] if counts is not None else []), "wanted", "drawn", "kept", *map(str.upper, ZONES), ""]]
-        for d in self.classes:
-            c = d["class"]
-            lines.append([str(class_names[c]), *([str(counts[c])] if counts is not None else []), *(str(d[k]) for k in ("wanted", "drawn", "kept")),
-                          *("–" if d[b] is None else f"{d[b]:.0%}" for b in ZONES), "capped" if d["capped"] else ""])
-        return lines
+def band_score(extractor:Extractor, # phi_0
+               geometry:Geometry, # and the classes seen with it
+               bs:int=512, # images encoded at a time
+               device:str="cpu", # where to encode
+               precision:str="fp32" # and in which number format
+              )->ItemScore: # `aid_ratio` and `aid_by` in each row's scores
+    "The distance of each image from its class, as a score to draw by"
+    def measure(images, rows):
+        z = extractor.encode(images, bs, device, precision)
+        return {"aid_ratio": geometry.ratios(z, [r["class"] for r in rows]).round(4)}
+    return ItemScore("aid", measure, geometry.fingerprint, bs)
 
 # %% ../nbs/60_aid.ipynb #43de0c02
-def _passed(rows,
-            size,
-            by,
-            keep # class -> (m,) bool of its first items, `size` of them or those before the first one that was not scored
-           ):
-    ok, ends = [{} for _ in size], [math.inf] * len(size)
-    for r in rows:
-        s = r["scores"]
-        if s.get("aid_by") == by: ok[r["class"]][r["k"]] = zone_of(s["aid_ratio"]) in keep
-        else: ends[r["class"]] = min(ends[r["class"]], r["k"])
-    m = [int(min(end, max(n, max(d, default=-1) + 1))) for d, end, n in zip(ok, ends, size)]
-    return [np.array([d.get(k, False) for k in range(n)], dtype=bool) for d, n in zip(ok, m)] # an item that is missing was bad
+class Filtered(Drawn):
+    "What `draw_filtered` drew and kept; `classes` also tells the shares of ID, AID and OOD"
+    shares = tuple(ZONES)
 
 
-def _summary(made,
-             size,
-             wanted,
-             passed # positions of the first `wanted` that passed, and a dict a class
-            ):
-    ratio, y, k = aid_ratios(made), made.labels, np.array([r["k"] for r in made.manifest], dtype=np.int64)
-    at, classes = [], []
-    for c in np.flatnonzero(wanted).tolist():
-        good = np.flatnonzero(passed[c])[:wanted[c]]
-        drawn = int(good[-1]) + 1 if len(good) == wanted[c] else size[c] # up to the last one kept
-        own = np.flatnonzero((y == c) & (k < drawn))
-        at.append(own[np.isin(k[own], good)])
-        share = {b: float((zone_of(ratio[own]) == b).mean()) if len(own) else None for b in ZONES}
-        capped = len(good) < int(wanted[c])
-        classes.append({"class": c, "wanted": int(wanted[c]), "drawn": drawn, "kept": len(good), **share, "bad": drawn - len(own), "capped": capped})
-    return np.concatenate(at) if at else np.zeros(0, np.int64), classes
+def _with_zones(drawn # a `Drawn`
+               ): # `Filtered`, with the zones of what each class drew
+    if not len(drawn.made): return Filtered(drawn.made, drawn.at, drawn.classes)
+    ratio, y, out = aid_ratios(drawn.made), drawn.made.labels, []
+    k = np.array([r["k"] for r in drawn.made.manifest], dtype=np.int64)
+    for d in drawn.classes:
+        own = zone_of(ratio[(y == d["class"]) & (k < d["drawn"])])
+        zones = {b: float((own == b).mean()) if len(own) else None for b in ZONES}
+        out.append({**{n: d[n] for n in ("class", "wanted", "drawn", "kept")}, **zones, "bad": d["bad"],
+                    "capped": d["capped"]})
+    return Filtered(drawn.made, drawn.at, out)
 
 # %% ../nbs/60_aid.ipynb #0de4cfa8
 def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
@@ -396,36 +377,22 @@ def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
                   model:str, # fingerprint of what makes them
                   extractor:Extractor, # phi_0
                   geometry:Geometry, # and the classes seen with it
-                  keep:tuple=("id", "aid"), # names of `ZONES`
-                  cap:float=5., # a class draws at most cap x wanted
-                  seed:int=0, # for the manifest
-                  settings:tuple|dict=(), # as in `make_synthetic`
-                  class_names=None, # of the model, to be held against those of phi_0
-                  bs:int=512,
-                  device:str="cpu",
-                  precision:str="fp32", # for encoding
-                  team:Team=Team(), # who shares the shards; one process scores
-                  **more # of `make_synthetic`: shard_size, progress, attempts, other, wait
+                  how:Filter|None=None, # what passes
+                  where:Where|None=None, # where to encode; its team shares the shards, one process scores
+                  **changes # fields of `Filter`, `Where` or `Job`
                  )->Filtered:
-    "Draw, score, and draw again, until every class keeps what is wanted or has reached its cap; killed, it goes on where it was"
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    if wrong := [b for b in keep if b not in ZONES]: raise UsageError(f"keep={wrong[0]!r} is no band. {nearest(wrong[0], ZONES)}")
-    if not keep or cap < 1: raise UsageError(f"keep must name a band and cap be at least 1, got {keep} and {cap:g}.")
-    wanted, k = np.bincount(make_plan(wanted)[:, 0], minlength=len(wanted)), len(geometry.counts)
+    "Draw, score, and draw again, until every class keeps what is wanted or has reached its cap"
+    how, where, job = spread(changes, how or Filter(), where or Where(), Job())
+    keep, k = how.zones(), len(geometry.counts)
+    wanted = np.bincount(make_plan(wanted)[:, 0], minlength=len(wanted))
     if len(wanted) != k: raise UsageError(f"wanted has {len(wanted)} classes, phi_0 knows {k}.")
     check_same_phi(extractor, geometry)
-    check_same_data(extractor, class_names, what="the model")
-    _check_scored(folder, rows := made_rows(folder, model, seed, settings), geometry.fingerprint)
-    most, size = [math.ceil(cap * w - 1e-9) for w in wanted.tolist()], [0] * k
-    passed = _passed(rows, size, geometry.fingerprint, keep)
-    def enough(): return [needed(w, p, m) for w, p, m in zip(wanted.tolist(), passed, most)]
-    while sum(size := team.told("how many to draw", enough())): # all have read the manifest before anyone writes it
-        make_synthetic(folder, make_plan(size), make, model, seed, settings, worker=(team.rank, team.size), keep=False, **more)
-        team.wait("the images")
-        if team.writes: score_zones(folder, extractor, geometry, bs=bs, device=device, precision=precision)
-        team.wait("the bands")
-        made = Synthetic.open(folder)
-        passed = _passed(made.manifest, size, geometry.fingerprint, keep)
-        if team.told("whether they are enough", all(m <= n for m, n in zip(enough(), size))):
-            return Filtered(made, *team.told("what is kept", _summary(made, size, wanted, passed)))
-    return Filtered(Synthetic(torch.empty(0, *extractor.image_shape, dtype=torch.uint8), []), np.zeros(0, np.int64), [])
+    check_same_data(extractor, how.class_names, what="the model")
+    job = replace(job, team=where.team, keep=True)
+    _check_scored(folder, made_rows(folder, model, job), geometry.fingerprint)
+    score = band_score(extractor, geometry, how.bs, where.device, where.precision)
+    def passes(row): return zone_of(row["scores"]["aid_ratio"]) in keep
+    drawn = draw_until(folder, wanted, make, model, score, passes, how.cap, job)
+    if len(drawn.made): return _with_zones(drawn)
+    empty = torch.empty(0, *extractor.image_shape, dtype=torch.uint8)
+    return Filtered(Synthetic(empty, []), drawn.at, drawn.classes)

@@ -22,12 +22,13 @@ from .threads import computing_threads
 from .data import LongTail
 from .sources import load_data
 from .classifier import Classifier, encode
+from .team import Where
 from .jobs import job_worker, make_plan
 from .synthetic import Synthetic, job_summary, write_png
 from .copies import copies, copy_threshold, flag_copies
 from .diffusion import DiffusionModel
 from .samplers import sampler_spacing
-from .generator import DiffusionConfig, make_images
+from .generator import DiffusionConfig, make_images, sampling_of
 
 # %% ../nbs/56_generate.ipynb #1b2772d7
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def _generate(config # what `generate` gives, with the threads that are set
     report, manifest = out/"generated.json", out/"manifest.jsonl"
     digest = lambda: hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
     if report.exists() and (was := read_json(report))["settings"] == asked and was["manifest"] == digest() and is_whole(out): return was if rank == 0 else None
-    made = make_images(model, plan, out, config.sampler, config.sample_steps, config.guidance_scale, config.seed, device, precision, "generate", config.spacing, config.compiled, shard_size=config.shard_size, other="refuse", worker=(rank, world), keep=False)
+    where = Where(device, precision, config.compiled, name="generate")
+    made = make_images(model, plan, out, sampling_of(config), where, seed=config.seed, shard_size=config.shard_size,
+                       other="refuse", worker=(rank, world), keep=False)
     if rank: return None
     seen = look_for_copies(out, run, device) if config.copies else {"not_looked_for": "--copies false"}
     if config.png: write_png(made, out/"png", model.class_names)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'SMALLEST', 'GeneratorConfig', 'DiffusionConfig', 'check_side', 'load_small', 'activation_bytes',
            'training_bytes', 'kept_share', 'device_memory', 'fit_memory', 'resolve_generator', 'resolve', 'settled',
-           'train_model', 'image_maker', 'make_images', 'sample_grid', 'run_seed', 'plot_judged', 'plot_loss',
-           'finish_run', 'check_inputs', 'run', 'summary']
+           'denoising_of', 'train_model', 'sampling_of', 'image_maker', 'make_images', 'sample_grid', 'run_seed',
+           'plot_judged', 'plot_loss', 'finish_run', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/55_generator.ipynb #35ba0dbf
 import contextlib, os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ import torch
 import ltnb.recipe
 from .core import (DataError, LtnbError, UsageError, choose_device, choose_precision, device_type, read_json,
                        read_jsonl)
-from .config import limited
+from .config import limited, spread
 from .progress import Progress, tell
 from .runs import Run
 from .files import free_memory
@@ -29,13 +29,14 @@ from .data import ImageSet, LongTail
 from .sources import BALANCED, DATASETS, DataConfig, load_data
 from .pictures import figure_names, new_figure, plot_counts, save_figure, show_images
 from .report import html_figure, html_table, render, write_report
-from .team import Team, in_memory_together, join_team
-from .jobs import make_plan
+from .team import Team, Where, in_memory_together, join_team
+from .jobs import Job, make_plan
 from .synthetic import Synthetic, make_synthetic
 from .baseline import run_directory
 from .noise import OBJECTIVES, build_objective
-from .diffusion import DiffusionModel, build_unet, check_diffusion, on_device, train_diffusion
-from .samplers import sample_images, sampler_spacing
+from .diffusion import Denoising, DiffusionModel, build_unet, check_diffusion, on_device, train_diffusion
+from .samplers import Sampling, sample_images, sampler_spacing
+from .cbdm import CBDM
 from .judge import Judge, judged_table, references, train_judge
 
 # %% ../nbs/55_generator.ipynb #5a293bb6
@@ -225,62 +226,70 @@ def settled(resolve, # (config, data) -> config with nothing left open
     return out
 
 # %% ../nbs/55_generator.ipynb #7ea0e345
+def denoising_of(cfg:GeneratorConfig, # resolved
+                 seed:int # which seed
+                )->Denoising:
+    "How a config has its model trained"
+    return Denoising(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr,
+                     objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power,
+                     flip=cfg.diff_flip, nudge=cfg.diff_nudge, label_drop=cfg.label_drop, ema=cfg.diff_ema, seed=seed)
+
+
 def train_model(cfg:GeneratorConfig, # resolved
                 data:LongTail, # images in memory
                 seed:int, # which seed
-                device:str="cpu",
-                precision:str="fp32", # where and in which number format
-                run:Run|None=None, # keeps checkpoints and metrics
-                team:Team=Team(), # who shares the batches
-                name:str="diffusion", # the stage's name
+                where:Where|None=None, # device, format, run, team and the stage's name; compiled as cfg says
                 train:ImageSet|None=None, # instead of data.train
-                **more # instead of what cfg says, or beside it: `extra_losses`, `on_sample` and others of `train_diffusion`
+                extra_losses=(), # of `train_diffusion`; CBDM comes last, where cfg asks for it
+                on_sample=None, # of `train_diffusion`
+                **changes # instead of what cfg says: its cb_..., fields of `Denoising` or `Where`
                )->DiffusionModel: # on the CPU
     "A diffusion model with the settings of a config"
-    own = dict(unet=cfg.unet, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs, diff_lr=cfg.diff_lr, objective=cfg.objective, schedule=cfg.noise_schedule, min_snr=cfg.min_snr, power=cfg.diff_power, flip=cfg.diff_flip,
-               nudge=cfg.diff_nudge, label_drop=cfg.label_drop, cb_tau=cfg.cb_tau, cb_gamma=cfg.cb_gamma, cb_share=cfg.cb_share, cb_label=cfg.cb_label, cb_space=cfg.cb_space, ema=cfg.diff_ema)
-    own |= dict(seed=seed, device=device, precision=precision, compiled=cfg.compiled, class_names=data.class_names, run=run, team=team, name=name)
-    train = data.train if train is None else train
-    return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, **{**own, **more})
+    cfg = replace(cfg, **{k: changes.pop(k) for k in list(changes) if k.startswith("cb_")})
+    train, losses = data.train if train is None else train, list(extra_losses)
+    if cfg.cb_tau:
+        counts = np.bincount(train.labels, minlength=data.n_classes)
+        losses.append(CBDM(counts, cfg.cb_label, cfg.cb_tau, cfg.cb_gamma, cfg.cb_share, cfg.cb_space))
+    return train_diffusion(np.asarray(train.images), train.labels, data.n_classes, denoising_of(cfg, seed),
+                           replace(where or Where(), compiled=cfg.compiled), losses, data.class_names, on_sample,
+                           **changes)
 
 # %% ../nbs/55_generator.ipynb #00d814bb
-def image_maker(model:DiffusionModel,
-                sampler:str,
-                sample_steps:int,
-                guidance_scale:float,
-                seed:int, # as in `sample_images`
-                device:str="cpu", # where
-                precision:str="fp32", # in which number format
-                spacing:str|None=None, # as in `sample_images`
-                compiled:bool|None=False # as in `on_device`
+def sampling_of(cfg # with sampler, sample_steps, guidance_scale and spacing, such as a `GeneratorConfig`
+               )->Sampling:
+    "How a config has its images made"
+    return Sampling(cfg.sampler, cfg.sample_steps, cfg.guidance_scale, cfg.spacing)
+
+
+def image_maker(model:DiffusionModel, # trained
+                how:Sampling|None=None, # sampler, steps, guidance
+                where:Where|None=None, # where, and in which number format
+                seed:int=0, # of the noise
+                **changes # fields of `Sampling` or `Where`
                )->tuple: # (rows of a plan, attempt) -> images and dicts, and the settings that make them what they are
     "What `make_synthetic` asks of a diffusion model"
-    net = on_device(model.unet, device, compiled) # once for all shards
-    def make(rows, attempt=0):
-        return sample_images(model, rows, sampler, sample_steps, guidance_scale, seed, attempt,
-                             device=device, precision=precision, spacing=spacing, net=net)
-    how = dict(sampler=sampler, sample_steps=sample_steps, guidance_scale=float(guidance_scale))
-    return make, how | dict(spacing=sampler_spacing(sampler, spacing), precision=precision)
+    how, where = spread(changes, how or Sampling(), where or Where())
+    net = on_device(model.unet, where.device, where.compiled) # once for all shards
+    def make(rows, attempt=0): return sample_images(model, rows, how, where, seed, attempt, net=net)
+    spacing = sampler_spacing(how.sampler, how.spacing)
+    settings = asdict(replace(how, guidance_scale=float(how.guidance_scale), spacing=spacing))
+    return make, settings | dict(precision=where.precision)
 
 
 def make_images(model:DiffusionModel, # trained
-                plan:np.ndarray, # (N, 2) rows (class, k)
+                plan, # (N, 2) rows (class, k)
                 folder:str|Path, # gets shards and manifest
-                sampler:str="dpm++",
-                sample_steps:int=20,
-                guidance_scale:float=1.,
-                seed:int=0, # as in `sample_images`
-                device:str="cpu", # where
-                precision:str="fp32", # in which number format
-                name:str="sample", # for the progress
-                spacing:str|None=None, # as in `sample_images`
-                compiled:bool|None=False, # as in `on_device`
-                **job # other settings of `make_synthetic`
+                how:Sampling|None=None, # sampler, steps, guidance
+                where:Where|None=None, # where; its name is that of the progress
+                job:Job|None=None, # seed, shards, workers; None tries a bad item three times
+                **changes # fields of `Sampling`, `Where` or `Job`
                )->Synthetic|None: # as `make_synthetic` gives it
     "Generate what is missing of a plan"
-    make, settings = image_maker(model, sampler, sample_steps, guidance_scale, seed, device, precision, spacing, compiled)
-    bar = Progress(name, len(plan))
-    made = make_synthetic(folder, plan, make, model.fingerprint, seed, settings, **{**dict(attempts=3, progress=bar.step), **job})
+    how, where, job = spread(changes, how or Sampling(), where or Where(), job or Job(attempts=3))
+    make, settings = image_maker(model, how, where, job.seed)
+    bar = Progress(where.name or "sample", len(plan))
+    job = replace(job, settings=settings, progress=job.progress or bar.step)
+    made = make_synthetic(folder, plan, make, model.fingerprint, job)
     bar.close()
     return made
 
@@ -297,7 +306,7 @@ def sample_grid(model:DiffusionModel,
     shown = [c for c in np.argsort(-model.counts, kind="stable") if model.counts[c]]
     shown = [shown[i] for i in np.unique(np.linspace(0, len(shown) - 1, min(k, len(shown))).round().astype(int))]
     plan = np.array([(c, i) for c in sorted(shown) for i in range(n)])
-    made, _ = sample_images(model, plan, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, device=device, precision=precision, spacing=cfg.spacing)
+    made, _ = sample_images(model, plan, sampling_of(cfg), device=device, precision=precision)
     images = dict(zip(map(tuple, plan.tolist()), made.numpy()))
     fig, ax = new_figure(n * .5 + 1.5, len(shown) * .5)
     show_images(np.stack([images[c, i] for c in shown for i in range(n)]), n_cols=n, ax=ax)
@@ -320,15 +329,18 @@ def run_seed(cfg:DiffusionConfig,
     "Train with one seed, then judge"
     figure = partial(sample_grid, cfg=cfg, device=device, precision=precision)
     look = (lambda step, model: figure(model, path=run.path/"figures"/f"samples-{step:06d}.png")) if seed == cfg.seed else None
-    with run.timed(seed=seed, stage="diffusion") if team.writes else contextlib.nullcontext(): model = train_model(cfg, data, seed, device, precision, run, team, on_sample=look, sample_every=cfg.sample_every)
+    where = Where(device, precision, cfg.compiled, run, team=team)
+    with run.timed(seed=seed, stage="diffusion") if team.writes else contextlib.nullcontext():
+        model = train_model(cfg, data, seed, where, on_sample=look, sample_every=cfg.sample_every)
     if not team.writes: return None
     if seed == cfg.seed:
         model.save(run.path/"model", seed=seed)
         figure(model, path=run.path/"figures"/"samples.png")
     with run.timed(seed=seed, stage="sample"):
-        made = make_images(model, make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}", cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, f"seed {seed}: sample", cfg.spacing, cfg.compiled)
+        plan, folder = make_plan(np.where(data.counts > 0, cfg.per_class, 0)), run.path/"made"/f"seed-{seed}"
+        made = make_images(model, plan, folder, sampling_of(cfg), where, name=f"seed {seed}: sample", seed=seed)
     with run.timed(seed=seed, stage="judge"):
-        clf = train_judge(cfg, data, seed, device, precision, run) if cfg.judge_epochs else None
+        clf = train_judge(data, cfg.judge_epochs, seed, where) if cfg.judge_epochs else None
         if clf and seed == cfg.seed: clf.save(run.path/"judge")
         judge = Judge(clf, data, device)
         return [judge(made.items, made.labels, "diffusion", seed), *references(judge, cfg.per_class, seed)]

@@ -26,8 +26,8 @@ from .data import bands
 from .team import Where
 from .checkpoint import Averages, Clock, keep, ramped, restore
 from .heads import Features, Head
-from .jobs import ManifestRows, draw_items, item_noise
-from .synthetic import Synthetic
+from .jobs import draw_items, item_noise
+from .synthetic import ManifestRows, Synthetic
 
 # %% ../nbs/40_latent.ipynb #5a1d0001
 def standardisation(z:torch.Tensor # (N, d) features

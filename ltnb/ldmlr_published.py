@@ -396,7 +396,7 @@ def released_items(model:PublishedModel, # trained
     "Make the planned features, a shard at a time"
     bar = Progress(f"seed {seed}: sample", len(plan))
     def make(part): return sample_published(model, part, sample_steps, device)
-    made = make_synthetic(folder, plan, make, model.fingerprint, seed, (sample_steps,), progress=bar.step)
+    made = make_synthetic(folder, plan, make, model.fingerprint, seed=seed, settings=(sample_steps,), progress=bar.step)
     bar.close()
     return made
 

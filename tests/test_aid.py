@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ltnb import aid, diffusion
+from ltnb import diffusion, draw
 from ltnb.aid import (
     ZONES,
     Extractor,
@@ -20,7 +20,6 @@ from ltnb.aid import (
     class_geometry,
     diameter,
     draw_filtered,
-    needed,
     score_zones,
     shrunken,
 )
@@ -47,11 +46,13 @@ from ltnb.data import ImageSet, LongTail
 from ltnb.noise import OBJECTIVES, NoiseModel, NoisyBatch, build_objective, diffusion_loss, noisy_batch
 from ltnb.diffusion import train_diffusion
 from ltnb.samplers import sample_images
+from ltnb.cbdm import CBDM
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, encode, pixel_stats
 from ltnb.jobs import make_plan
-from ltnb.synthetic import Synthetic, made_rows, make_synthetic
-from ltnb.copies import add_scores, flag_copies
+from ltnb.synthetic import Synthetic, add_scores, made_rows, make_synthetic
+from ltnb.copies import flag_copies
+from ltnb.draw import needed
 from ltnb.training import fit
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
@@ -425,16 +426,18 @@ def test_training_with_the_loss(data, phi, geo):
         seen.append(1)
         return loss(*args)
 
+    spy.after = loss.after = 0.3
+
     def train(**more):
         how = dict(unet="small", n_steps=10, diff_bs=16)
         return train_diffusion(data.train.images, data.train.labels, 10, **how, **more)
 
     before = phi.fingerprint
     a, b = (
-        train(extra_losses=[spy], extra_after=0.3, cb_tau=1.0),
-        train(extra_losses=[loss], extra_after=0.3, cb_tau=1.0),
+        train(extra_losses=[spy, CBDM(data.counts)]),
+        train(extra_losses=[loss, CBDM(data.counts)]),
     )
-    assert a.fingerprint == b.fingerprint != train(cb_tau=1.0).fingerprint and len(seen) == 7
+    assert a.fingerprint == b.fingerprint != train(extra_losses=[CBDM(data.counts)]).fingerprint and len(seen) == 7
     assert Extractor(phi.clf).fingerprint == before, "phi_0 is not trained"
 
 
@@ -739,10 +742,10 @@ class Stop(Exception):
 def test_killed_anywhere_and_resumed_it_gives_the_same_files(tmp_path, data, phi, geo, monkeypatch):
     "Cut at every moment: before a shard is made, after a plan is, before and after scoring"
 
-    def draw(folder, make):
+    def drawn(folder, make):
         return draw_filtered(folder, [6] * 10, make, "m", phi, geo, shard_size=32, cap=4)
 
-    whole, at, moments = draw(tmp_path / "whole", blend(data)[0]), 0, []
+    whole, at, moments = drawn(tmp_path / "whole", blend(data)[0]), 0, []
 
     def tick(name):
         moments.append(name)
@@ -763,12 +766,12 @@ def test_killed_anywhere_and_resumed_it_gives_the_same_files(tmp_path, data, phi
         moments.clear()
         with monkeypatch.context() as m:
             for f in (make_synthetic, add_scores):
-                m.setattr(aid, f.__name__, watched(f, f.__name__))
+                m.setattr(draw, f.__name__, watched(f, f.__name__))
             try:
-                draw(folder, watched(make, "make"))
+                drawn(folder, watched(make, "make"))
             except Stop:
                 pass
-        again = draw(folder, make)
+        again = drawn(folder, make)
         assert files(folder) == files(tmp_path / "whole"), moments[-1]
         assert again.classes == whole.classes and again.at.tolist() == whole.at.tolist()
         assert len(made) - len(set(made)) <= (32 if moments[-1] == "after make" else 0), (

@@ -188,7 +188,7 @@ def test_checkpoints_name_averages_as_before(tmp_path, monkeypatch):
     small = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
     monkeypatch.setitem(diffusion.UNETS, "small", small)
     real = DATA.train.images, DATA.train.labels
-    unet = kept("image", lambda run: train_diffusion(*real, 10, "small", 1, 4, run=run))
+    unet = kept("image", lambda run: train_diffusion(*real, 10, unet="small", n_steps=1, diff_bs=4, run=run))
     for names in (
         unet,
         kept("latent", lambda run: train_latent(z, y, 2, n_steps=1, diff_bs=4, width=16, run=run)),

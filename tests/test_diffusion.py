@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,22 +16,21 @@ from ltnb.runs import Run
 from ltnb.data import LongTail
 from ltnb.metrics import frechet_distance
 from ltnb.noise import (
+    NOISE_SCHEDULES,
     OBJECTIVES,
-    SCHEDULES,
     NoiseModel,
     betas,
     build_objective,
-    cbdm_loss,
-    cbdm_prior,
     diffusion_loss,
     noise_ratios,
     noisy_batch,
 )
-from ltnb.diffusion import CB_SPACES, DiffusionModel, build_unet, nudge, train_diffusion
-from ltnb.samplers import SAMPLERS, sample_batch, sample_images, sampler_spacing
+from ltnb.diffusion import Denoising, DiffusionModel, build_unet, nudge, train_diffusion
+from ltnb.samplers import SAMPLERS, Sampling, sample_batch, sample_images, sampler_spacing
+from ltnb.cbdm import CB_LABELS, CB_SPACES, CBDM, cbdm_prior
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.jobs import make_plan
-from ltnb.team import Team
+from ltnb.team import Where
 from torch import nn
 
 SMALL = dict(
@@ -90,7 +90,7 @@ def test_karras_levels():
     assert torch.allclose(theirs.sigmas[:-1].flip(0).double(), r, rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_exact_answers_lead_back(name, schedule):
     if name == "edm" and schedule != "karras":
@@ -234,7 +234,7 @@ def test_cbdm_against_the_formula(name, cb_label, space, data):
     o = build_objective(name)
     m, b, tau, gamma = NoiseModel(Table(0.001), o, 10), batch_of(o, drop=0.1), 1.5, 0.25
     p = m(b.x, b.t, b.seen)
-    loss = cbdm_loss(m, b, b.noise, p, b.t, cbdm_prior(cb_label, data.counts), tau, gamma, space=space)
+    loss = CBDM(data.counts, cb_label, tau, gamma, space=space)(m, b, b.noise, p, b.t)
     other = m.net.calls[-1][2]
 
     def eps(y):
@@ -262,9 +262,7 @@ def pull_by_fifths(o, space):
         return torch.ones_like(x)  # what is said of the other class
 
     m.__class__ = type("Other", (NoiseModel,), {"__call__": lambda self, x, t, y: answer(x, t, y)})
-    pull = torch.autograd.grad(
-        cbdm_loss(m, b, b.noise, both, b.t, cbdm_prior("uniform", np.ones(10)), space=space), both
-    )[0]
+    pull = torch.autograd.grad(CBDM(np.ones(10), "uniform", space=space)(m, b, b.noise, both, b.t), both)[0]
     main = (o.weight(b.t)[:, None, None, None] * (both - 1).square().mean((1, 2, 3), keepdim=True)).mean()
     relative = (pull / torch.autograd.grad(main, both)[0]).mean((1, 2, 3))
     fifth = (o.share(b.t) * 5).long().clamp(max=4)
@@ -294,15 +292,15 @@ def test_cbdm_draws_from_its_prior():
     m, b = NoiseModel(Table(), o, 10), batch_of(o, 20000)
     p = m(b.x, b.t, b.seen)
     for label, want in (("frequency", counts / 1000), ("uniform", np.full(10, 0.1))):
-        cbdm_loss(m, b, b.noise, p, b.t, cbdm_prior(label, counts))
+        CBDM(counts, label)(m, b, b.noise, p, b.t)
         assert np.abs(np.bincount(m.net.calls[-1][2], minlength=11)[:10] / 20000 - want).max() < 0.01
 
 
 def test_cheap_cbdm_uses_a_part_of_the_batch(data):
     o = build_objective("v")
-    m, b, prior = NoiseModel(Table(), o, 10), batch_of(o, 4000), cbdm_prior("frequency", data.counts)
+    m, b = NoiseModel(Table(), o, 10), batch_of(o, 4000)
     p = m(b.x, b.t, b.seen)
-    whole, part = (cbdm_loss(m, b, b.noise, p, b.t, prior, share=s).item() for s in (1.0, 0.25))
+    whole, part = (CBDM(data.counts, share=s)(m, b, b.noise, p, b.t).item() for s in (1.0, 0.25))
     assert len(m.net.calls[-1][0]) == 1000 and abs(whole - part) < 0.1 * whole
 
 
@@ -331,8 +329,7 @@ def logged(path, data, stop_at=None, **more):
             power=0.5,
             flip=True,
             nudge=0.5,
-            cb_tau=1.0,
-            cb_share=0.5,
+            extra_losses=[CBDM(data.counts, share=0.5)],
             **more,
         )
 
@@ -365,29 +362,19 @@ def test_resume_bit_for_bit(tmp_path, data, whole, cut):
 def test_resume_keeps_the_memory_format(tmp_path, data):
     "Fused optimizers want their averages laid out as the weights are"
 
-    def training():
+    def training(run):
+        net, how = build_unet("small", 8, 1, 10), Denoising(diff_bs=8, diff_lr=1e-3, ema=0.9, channels_last=True)
         return diffusion._Training(
-            build_unet("small", 8, 1, 10),
-            build_objective("v"),
-            data.train.images,
-            data.train.labels,
-            10,
-            (0, "s"),
-            "cpu",
-            "fp32",
-            False,
-            True,
-            1e-3,
-            Team(),
+            net, build_objective("v"), data.train.images, data.train.labels, 10, how, Where(run=run)
         )
 
-    t = training()
-    t.step(0, t.batch(0, 8, 1.0, False, 0.0, 0.1), 1e-3, 0.9, 1.0, [])
     with Run(LDMLRConfig(out=str(tmp_path))) as run:
         run.start(LDMLRConfig(), "cpu", "fp32")
-        t.keep(run, "s", 1)
-        again = training()
-        assert again.restore(run, "s") == 1
+        t = training(run)
+        t.step(0)
+        t.checkpoint("s", 1)
+        again = training(run)
+        assert again.resumed("s") == 1
     for p, average in zip(again.weights, again.averages.state.values()):
         assert p.stride() == average.stride() and all(
             v.stride() == p.stride() for v in again.optimizer.state[p].values() if v.shape == p.shape
@@ -424,7 +411,7 @@ def test_natural_and_balanced_draws(data):
 
 
 def test_extra_losses_wait(data):
-    "Until extra_after of the steps are done every step is as without them; CBDM does not wait"
+    "Until a loss's share of the steps is done every step is as without it; CBDM does not wait"
 
     def steps(**more):  # the weights after each of six steps
         found = []
@@ -432,12 +419,21 @@ def test_extra_losses_wait(data):
         return found
 
     calls = []
-    extra = lambda model, batch, noise, prediction, t: calls.append(1) or prediction.square().mean()
-    plain, late = steps(), steps(extra_losses=[extra], extra_after=0.5)
+
+    def extra(after):
+        def loss(model, batch, noise, prediction, t):
+            calls.append(1)
+            return prediction.square().mean()
+
+        loss.after = after
+        return loss
+
+    plain, late = steps(), steps(extra_losses=[extra(0.5)])
     assert late[:3] == plain[:3] and not set(late[3:]) & set(plain) and len(calls) == 3
-    assert steps(extra_losses=[extra])[0] != plain[0] and len(calls) == 9
-    assert steps(extra_losses=[extra], extra_after=1.0) == plain and len(calls) == 9
-    assert steps(cb_tau=1.0, extra_after=1.0) == steps(cb_tau=1.0) != plain
+    assert steps(extra_losses=[extra(0.0)])[0] != plain[0] and len(calls) == 9
+    assert steps(extra_losses=[extra(1.0)]) == plain and len(calls) == 9
+    cbdm = CBDM(data.counts)
+    assert steps(extra_losses=[extra(1.0), cbdm]) == steps(extra_losses=[cbdm]) != plain
 
 
 def test_samples_on_the_way(data):
@@ -476,18 +472,46 @@ def test_a_nan_is_an_error_and_keeps_the_checkpoint(tmp_path, data):
         (dict(unet="tinny"), UsageError, "Did you mean 'tiny'"),
         (dict(objective="epz"), UsageError, "Did you mean 'eps'"),
         (dict(schedule="cosin"), UsageError, "Did you mean 'cosine'"),
-        (dict(cb_tau=1.0, cb_label="nul"), UsageError, "Did you mean 'null'"),
         (dict(n_steps=0), UsageError, "at least 1"),
         (dict(min_snr=-1.0), UsageError, "min_snr"),
         (dict(objective="edm", min_snr=5.0), UsageError, "own weights"),
         (dict(label_drop=10.0), UsageError, "label_drop is a share"),
-        (dict(cb_share=-0.1), UsageError, "cb_share"),
-        (dict(extra_after=50.0), UsageError, "extra_after is a share"),
+        (dict(extra_losses=[SimpleNamespace(after=50.0)]), UsageError, "`after` of extra loss 0 is a share"),
+        (dict(n_step=3), UsageError, "Did you mean 'n_steps'"),
     ],
 )
 def test_wrong_settings(data, change, error, text):
     with pytest.raises(error, match=text):
         train(data, **change)
+
+
+@pytest.mark.parametrize(
+    "change,text",
+    [
+        (dict(label="nul"), "Did you mean 'null'"),
+        (dict(share=-0.1), "cb_share"),
+        (dict(space="noises"), "Did you mean 'noise'"),
+    ],
+)
+def test_wrong_settings_of_cbdm(data, change, text):
+    with pytest.raises(UsageError, match=text):
+        CBDM(data.counts, **change)
+
+
+def test_records_say_the_same_as_keywords(data):
+    "How and where as records, as keywords over a record, or as keywords alone"
+    how = Denoising(unet="small", n_steps=3, diff_bs=16, diff_lr=1e-3)
+    real = data.train.images, data.train.labels, 10
+    whole = train(data, 3)
+    assert train_diffusion(*real, how, Where(), class_names=data.class_names).fingerprint == whole.fingerprint
+    assert (
+        train_diffusion(*real, Denoising(n_steps=3), unet="small", diff_bs=16, diff_lr=1e-3).fingerprint
+        == whole.fingerprint
+    )
+    images = sample_images(whole, make_plan([2]), Sampling("ddim", 3, 1.5))[0]
+    assert torch.equal(
+        images, sample_images(whole, make_plan([2]), Sampling("ddim"), sample_steps=3, guidance_scale=1.5)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -517,10 +541,10 @@ def test_nudges_stay_in_place():
 
 WORKER = """
 import sys; sys.path.insert(0, "tests")
-import torch; from ltnb import diffusion; from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
+import torch; from ltnb import diffusion; from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team; from ltnb.cbdm import CBDM
 Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
 diffusion.UNETS["small"] = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
-m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, cb_tau=1., team=team)
+m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, extra_losses=[CBDM(data.counts)], team=team)
 if team.writes: m.save(sys.argv[1])
 """
 
@@ -549,7 +573,7 @@ def test_two_processes_train_the_same_model(tmp_path, monkeypatch, data):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.setitem(diffusion.UNETS, "small", {**SMALL, "dropout": 0.0})
-    one, two = train(data, 3, diff_bs=15, cb_tau=1.0, team=Team()), DiffusionModel.load(tmp_path / "two")
+    one, two = train(data, 3, diff_bs=15, extra_losses=[CBDM(data.counts)]), DiffusionModel.load(tmp_path / "two")
     assert (
         max((a - b).abs().max().item() for a, b in zip(one.unet.state_dict().values(), two.unet.state_dict().values()))
         < 1e-4
@@ -572,8 +596,8 @@ def test_folder_is_one_of_diffusers(tmp_path, model):
         and again.counts.tolist() == model.counts.tolist()
     )
     plan = make_plan([0, 0, 0, 4])
-    ours = sample_images(again, plan, "ddim", 10)[0]
-    assert torch.equal(ours, sample_images(model, plan, "ddim", 10)[0])
+    ours = sample_images(again, plan, sampler="ddim", sample_steps=10)[0]
+    assert torch.equal(ours, sample_images(model, plan, sampler="ddim", sample_steps=10)[0])
     from ltnb.jobs import item_noise
 
     x = item_noise(("diffusion", model.fingerprint, 0, 0), plan, (1, 8, 8))
@@ -662,7 +686,7 @@ def test_every_sampler_lands_on_the_point(name, sampler):
     m = DiffusionModel(Knows(o, points), o, ("a", "b", "c"), (1, 4, 4), np.ones(3))
     plan = make_plan([3, 2, 1])
     for steps in (1, 7, 20):
-        images, rows = sample_images(m, plan, sampler, steps)
+        images, rows = sample_images(m, plan, Sampling(sampler, steps))
         want = ((points[plan[:, 0]] + 1) * 127.5).round()
         assert (images.float() - want).abs().max() <= 1 and rows[0] == dict(
             sampler=sampler, sample_steps=steps, guidance_scale=1.0, spacing=sampler_spacing(sampler)
@@ -694,7 +718,7 @@ def test_samplers_find_a_whole_distribution(name, sampler):
     o, plan = build_objective(name), make_plan([100])
     m = DiffusionModel(KnowsGauss(o, 0.25), o, ("a",), (1, 4, 4), np.ones(1))
     x, start = (
-        sample_images(m, plan, sampler, 100)[0].float() / 127.5 - 1,
+        sample_images(m, plan, Sampling(sampler, 100))[0].float() / 127.5 - 1,
         item_noise(("diffusion", m.fingerprint, 0, 0), plan, (1, 4, 4)),
     )
     assert abs(x.std() - 0.25) < (
@@ -730,11 +754,8 @@ def spread_within(o, sampler, steps, spacing):  # within a mode; the truth is 0.
         NoiseModel(KnowsTwo(o), o, 1),
         noise,
         torch.zeros(len(noise), dtype=torch.long),
-        sampler,
-        steps,
-        1.0,
+        Sampling(sampler, steps, 1.0, spacing),
         own,
-        spacing,
     ).flatten()
     assert abs((x > 0).float().mean() - 0.5) < 0.06
     return (x - 0.5 * x.sign()).std().item()
@@ -762,13 +783,17 @@ def test_no_time_reaches_the_end_of_the_schedule(name):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_item_does_not_depend_on_its_batch(model, sampler):
     plan = make_plan([4, 3, 0, 2])
-    images = sample_images(model, plan, sampler, 8, 1.5)[0]
-    assert torch.equal(images, sample_images(model, plan, sampler, 8, 1.5)[0])
+    images = sample_images(model, plan, Sampling(sampler, 8, 1.5))[0]
+    assert torch.equal(images, sample_images(model, plan, Sampling(sampler, 8, 1.5))[0])
     for bs in (1, 2, 5):
-        assert (images.int() - sample_images(model, plan, sampler, 8, 1.5, bs=bs)[0].int()).abs().max() <= 1
-    assert (images[[6, 1]].int() - sample_images(model, plan[[6, 1]], sampler, 8, 1.5)[0].int()).abs().max() <= 1
+        assert (images.int() - sample_images(model, plan, Sampling(sampler, 8, 1.5), bs=bs)[0].int()).abs().max() <= 1
+    assert (
+        images[[6, 1]].int() - sample_images(model, plan[[6, 1]], Sampling(sampler, 8, 1.5))[0].int()
+    ).abs().max() <= 1
     for change in (dict(seed=1), dict(attempt=1)):
-        assert (images.int() - sample_images(model, plan, sampler, 8, 1.5, **change)[0].int()).abs().max() > 20
+        assert (
+            images.int() - sample_images(model, plan, Sampling(sampler, 8, 1.5), **change)[0].int()
+        ).abs().max() > 20
 
 
 def test_guidance_as_in_diffusers(model):
@@ -808,7 +833,7 @@ def test_broken_samples_are_black(model):
 
 def test_wrong_plans_and_samplers(model):
     with pytest.raises(UsageError, match="Did you mean 'ddim'"):
-        sample_images(model, make_plan([1]), "dim")
+        sample_images(model, make_plan([1]), sampler="dim")
     with pytest.raises(UsageError, match="class 11"):
         sample_images(model, np.array([[11, 0]]))
     with pytest.raises(UsageError, match="at least 1"):

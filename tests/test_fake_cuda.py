@@ -14,9 +14,10 @@ from ltnb.aid_loss import FORMS, AIDLoss, AIDScale, calibrate, mean_strength
 from ltnb.augment import AUGMENTATIONS, OPS, Augment, apply_ops, cutmix, mixup, op_levels
 from ltnb.core import generator
 from ltnb.data import ImageSet, LongTail
-from ltnb.noise import CB_LABELS, OBJECTIVES, build_objective, cbdm_loss, cbdm_prior
-from ltnb.diffusion import DiffusionModel, build_unet, train_diffusion
-from ltnb.samplers import SAMPLERS, sample_images
+from ltnb.noise import OBJECTIVES, build_objective
+from ltnb.diffusion import Denoising, DiffusionModel, build_unet, train_diffusion
+from ltnb.samplers import SAMPLERS, Sampling, sample_images
+from ltnb.cbdm import CB_LABELS, CBDM
 from ltnb.heads import Features, Head, fit_head
 from ltnb.decoupled import choose_tau, crt, lws, nearest_mean, tau_norm
 from ltnb.latent import PULLS, Denoiser, Neighbourhood, ddim, denoising_loss, sample_features, train_latent
@@ -35,7 +36,7 @@ from ltnb.classifier import Classifier, encode
 from ltnb.jobs import make_plan
 from ltnb.copies import near_copies
 from ltnb.batches import epoch_order, held_out
-from ltnb.team import Team, train_step
+from ltnb.team import Where, train_step
 from ltnb.training import fit, view
 from ltnb.together import Stack, stack_step
 
@@ -227,21 +228,17 @@ def diffusion_step(monkeypatch, gpu, objective, losses=()):
     "One step of `train_diffusion`: does it stay on the GPU?"
     net = build_unet("tiny", 8, 1, K)
     with gpu(monkeypatch):
-        t = diffusion._Training(net, objective, IMAGES, LABELS, K, (0,), "cuda:0", "fp32", False, None, 1e-3, Team())
-        values = t.step(0, t.batch(0, 6, 1.0, True, 0.5, 0.2), 1e-3, 0.999, 1.0, losses)
+        how = Denoising(diff_bs=6, diff_lr=1e-3, flip=True, nudge=0.5, label_drop=0.2, ema=0.999)
+        t = diffusion._Training(net, objective, IMAGES, LABELS, K, how, Where("cuda:0"))
+        values = t.step(0, losses)
         return on_gpu(gpu, [values], list(t.net.parameters()))
 
 
 @DEVICES
 @pytest.mark.parametrize("name, label", pairs(OBJECTIVES, CB_LABELS))
 def test_a_step_of_diffusion_and_cbdm(name, label, gpu, monkeypatch):
-    prior = cbdm_prior(label, COUNTS)
-
-    def cbdm(*args):
-        return cbdm_loss(*args, prior=prior.to("cuda:0"), share=0.5)
-
     objective = build_objective(name, None, 0.0 if name == "edm" else 5.0)
-    assert diffusion_step(monkeypatch, gpu, objective, [cbdm])
+    assert diffusion_step(monkeypatch, gpu, objective, [CBDM(COUNTS, label, share=0.5)])
 
 
 @DEVICES
@@ -325,8 +322,7 @@ def test_training_diffusion(objective, monkeypatch):
             power=0.5,
             flip=True,
             nudge=0.5,
-            cb_tau=1.0,
-            extra_losses=[aid_loss("calibrated", o)],
+            extra_losses=[aid_loss("calibrated", o), CBDM(COUNTS)],
             device=device,
         )
 
@@ -339,7 +335,7 @@ def test_sampling_images(objective, sampler, monkeypatch):
     plan = make_plan([2, 1, 0, 1])
 
     def sample(device):
-        return sample_images(unet_model(objective), plan, sampler, 3, 2.0, device=device)[0]
+        return sample_images(unet_model(objective), plan, Sampling(sampler, 3, 2.0), device=device)[0]
 
     a, b = both(monkeypatch, sample)
     assert (a.int() - b.int()).abs().max() <= 1

@@ -497,8 +497,7 @@ def test_a_full_disk_in_the_middle(tmp_path, trained, monkeypatch):
 def test_the_judge_is_fair():
     "Real images of another draw are recognised, noise is not; copies of copies are copies"
     data = LongTail.digits()
-    cfg = resolve(DiffusionConfig(judge_epochs=8), data)
-    judge = Judge(train_judge(cfg, data, 0), data)
+    judge = Judge(train_judge(data, 8, 0), data)
     noise, repeated, test = references(judge, 10, 0)
     assert test["all"] > 0.95 and repeated["all"] > 0.95 and noise["all"] < 0.35
     assert noise["distance"] > 5 * repeated["distance"] and repeated["copies_few"] == 1

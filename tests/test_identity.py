@@ -93,7 +93,7 @@ def test_manifest_names_the_photograph(sources, tmp_path):
     data = load_data(DiffusionConfig(**sources["folder"]), 0).in_memory()
     copied = data.train.images[[0, 6]]
     make = lambda rows, attempt=0: (torch.from_numpy(copied), [{}] * 2)
-    make_synthetic(tmp_path, make_plan([2, 0, 0]), make, "model", 0, {})
+    make_synthetic(tmp_path, make_plan([2, 0, 0]), make, "model", settings={})
     rows = flag_copies(tmp_path, data.train).manifest
     assert [r["scores"]["nearest_id"] for r in rows] == [data.train.ids[0], data.train.ids[6]]
 

@@ -22,7 +22,7 @@ from ltnb.core import DataError, LtnbError, UsageError, load_tensors, stable_see
 from ltnb.runs import lock_file, unlock_file
 from ltnb.files import ImageFiles
 from ltnb.data import ImageSet, LongTail
-from ltnb.jobs import bad_items, draw_items, item_id, item_noise, job_worker, make_plan
+from ltnb.jobs import Plan, bad_items, draw_items, item_id, item_noise, job_worker, make_plan
 from ltnb.synthetic import ShardItems, Synthetic, job_summary, make_synthetic, mix, write_png
 from ltnb.copies import copies, copy_threshold, flag_copies, near_copies
 
@@ -134,6 +134,155 @@ def test_empty_and_wrong_plans(tmp_path):
         make_synthetic(tmp_path / "few", make_plan([2]), lambda part: image(part)[:1], "m")
     with pytest.raises(UsageError, match="'sha'"):
         make_synthetic(tmp_path / "own", make_plan([1]), lambda part: (image(part), [{"sha": "x"}]), "m")
+
+
+# --- plans with columns
+
+
+def edited(part, attempt=0):  # stand-ins that depend on all columns
+    assert isinstance(part, Plan)
+    level = np.array([len(s) + n for s, n in zip(part["source_id"], part["level"].tolist(), strict=True)])
+    return image(part.pairs, attempt) ^ torch.from_numpy(level.astype(np.uint8))[:, None, None, None]
+
+
+columned = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from([20, 50, 90]), st.sampled_from(["a.png", "é", ""])),
+    min_size=1,
+    max_size=12,
+    unique=True,
+)
+
+
+def planned(rows):
+    c, k, level, source = zip(*rows, strict=True)
+    return Plan({"source_id": source, "class": c, "k": k, "level": level})
+
+
+@given(columned, st.integers(1, 5), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_columns_any_kill_any_world_same_bytes(rows, shard_size, lives, world):
+    "As of plans without columns: whatever is killed, in whichever order the rows are given"
+    plan, log = planned(rows), []
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        for i, n in enumerate([*lives, 10**9]):
+            left = [n]
+
+            def make(part):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Stop
+                log.extend(part.ids)
+                return edited(part)
+
+            try:
+                made = make_synthetic(b, plan, make, "m", shard_size=shard_size, worker=(i % world, world))
+            except Stop:
+                pass
+        whole = make_synthetic(a, planned(rows[::-1]), edited, "m", shard_size=shard_size)
+        assert content(a) == content(b) and sorted(log) == sorted(plan.ids)
+        assert [r["id"] for r in made.manifest] == sorted(plan.ids) == plan.in_order().ids
+        assert torch.equal(made.items, whole.items) and torch.equal(made.items, edited(plan.in_order()))
+        for row, known in zip(made.manifest, plan.in_order().rows(), strict=True):
+            assert {k: row[k] for k in known} == known and row["prompt"] is None and row["seed"] == 0
+        lazy = Synthetic.open(a)
+        some = lazy.where(lambda r: r["level"] == 50)
+        assert len(some) == sum(r[2] == 50 for r in rows) and torch.equal(lazy.items[:], made.items)
+        assert lazy.labels.tolist() == plan.in_order()["class"].tolist()
+
+
+def test_a_plan_with_another_level_makes_only_that(tmp_path):
+    rows, log = [(c, k, 20, "a.png") for c in range(2) for k in range(3)], []
+
+    def make(part):
+        log.extend(part.ids)
+        return edited(part)
+
+    make_synthetic(tmp_path, planned(rows), make, "m", shard_size=4)
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    more = [(c, k, 90, "a.png") for c in range(2) for k in range(3)]
+    made = make_synthetic(tmp_path, planned(rows + more), make, "m", shard_size=4)
+    assert len(log) == len(set(log)) == len(made) == 12
+    assert make_synthetic(tmp_path, planned(more), make, "m").counts(2).tolist() == [3, 3] and len(log) == 12
+    make_synthetic(tmp_path, planned(rows), make, "m", shard_size=4)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+def test_failed_items_of_a_plan_with_columns(tmp_path):
+    def make(part, attempt=0):
+        x = edited(part, attempt)
+        x[torch.from_numpy(part["level"] > 60 + 30 * attempt)] = 0
+        return x, [{"try": attempt}] * len(part)
+
+    rows = [(0, k, level, "a.png") for k in range(3) for level in (20, 80, 95)]
+    made = make_synthetic(tmp_path, planned(rows), make, "m", shard_size=2, attempts=2)
+    assert sorted((r["k"], r["level"], r["attempt"]) for r in made.manifest) == sorted(
+        (k, level, int(level > 60)) for _, k, level, _ in rows if level < 90
+    )
+    failed = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
+    assert [(r["k"], r["level"], r["attempts"]) for r in failed] == [(k, 95, 2) for k in range(3)]
+    assert job_summary(tmp_path) == {"items": 6, "tried_again": {0: 3}, "failed": {0: 3}}
+
+
+def test_ids_come_from_all_columns():
+    "Of class and k alone where there is nothing else, whatever the order of the columns"
+    assert Plan({"k": [7], "class": [3]}).ids == [item_id(3, 7)] == ["00003-000007"]
+    one, two = planned([(3, 7, 20, "a.png")]), Plan({"level": [20], "source_id": ["a.png"], "k": [7], "class": [3]})
+    assert one.ids == two.ids and one.ids[0].startswith("00003-000007-") and one.fingerprint == two.fingerprint
+    other = [
+        planned([(3, 7, 21, "a.png")]),
+        planned([(3, 7, 20, "b.png")]),
+        Plan({"class": [3], "k": [7], "level": [20]}),
+    ]
+    assert len({one.ids[0], *(p.ids[0] for p in other)}) == 4
+    assert torch.equal(item_noise(("m",), one, (4,)), item_noise(("m",), make_plan([0, 0, 0, 8])[7:], (4,)))
+    assert one == planned([(3, 7, 20, "a.png")]) and one != other[0]
+
+
+@pytest.mark.parametrize(
+    "columns, text",
+    [
+        ({"class": [0]}, "no column 'k'"),
+        ({"class": [0], "k": [0], "id": ["x"]}, "cannot have a column 'id'"),
+        ({"class": [0], "k": [0, 1]}, "differ in length"),
+        ({"class": [0.5], "k": [0]}, "whole numbers"),
+        ({"class": [0], "k": [0], "level": [float("nan")]}, "finite"),
+        ({"class": [0], "k": [0], "level": [[1, 2]]}, "one value a row"),
+        ({"class": [0, 0], "k": [0, 1], "prompt": ["a", 3.5j]}, "of one kind"),
+    ],
+)
+def test_wrong_columns(columns, text):
+    with pytest.raises(UsageError, match=text):
+        Plan(columns)
+
+
+def test_jobs_of_different_columns_do_not_mix(tmp_path):
+    "Nor do rows that are named twice, or a maker that fills in a column of the plan"
+    plan = planned([(0, 0, 20, "a.png"), (0, 1, 20, "a.png")])
+    make_synthetic(tmp_path, make_plan([2]), image, "m")
+    before = content(tmp_path)
+    with pytest.raises(UsageError, match="columns"):
+        make_synthetic(tmp_path, plan, edited, "m", other="refuse")
+    assert content(tmp_path) == before
+    assert len(make_synthetic(tmp_path, plan, edited, "m")) == 2
+    with pytest.raises(UsageError, match="'level': 20, 'source_id'|'source_id': 'a.png', 'level': 20"):
+        make_synthetic(tmp_path / "twice", plan.take([0, 1, 1]), edited, "m")
+    with pytest.raises(UsageError, match="'level', which"):
+        make_synthetic(tmp_path / "own", plan, lambda part: (edited(part), [{"level": 3}] * len(part)), "m")
+
+
+def test_torn_shards_of_a_plan_with_columns(tmp_path):
+    plan = planned([(c, k, level, "a.png") for c in range(2) for k in range(2) for level in (20, 50)])
+    make_synthetic(tmp_path, plan, edited, "m", shard_size=3)
+    whole, shard = content(tmp_path), tmp_path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="lack 3 of the items.*shard-00001"):
+        Synthetic.open(tmp_path)
+    for path in tmp_path.glob("shard-*"):
+        path.unlink()
+    with pytest.raises(DataError, match="lack 8 of the items"):
+        Synthetic.open(tmp_path)
+    make_synthetic(tmp_path, plan, edited, "m", shard_size=3)
+    assert content(tmp_path) == whole
 
 
 # --- workers
@@ -289,7 +438,7 @@ def test_full_disk(tmp_path, monkeypatch, left):
 def test_a_real_full_disk(tmp_path):
     "The system's own file size limit, in the middle of a shard"
     code = (
-        "import sys, resource, signal; from test_synthetic import image; from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import sys, resource, signal; from test_synthetic import image; from ltnb.jobs import *; from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nmake_synthetic(sys.argv[1], make_plan([400]), image, 'm', shard_size=100)"
     )
     done = subprocess.run(
@@ -639,6 +788,7 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from test_synthetic import Stop, image, mortal
+from ltnb.jobs import *
 from ltnb.synthetic import *
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024 # MB; ru_maxrss would count the parent too
 make_synthetic(sys.argv[1] + "/small", make_plan([50]), image, "m", keep=False).items[3] # everything is loaded

@@ -1,0 +1,119 @@
+"Drawing until enough pass: any score, the same files after every kill, and refusals."
+
+import numpy as np
+import pytest
+import torch
+from ltnb import draw
+from ltnb.core import UsageError
+from ltnb.jobs import Plan, make_plan
+from ltnb.synthetic import add_scores, make_synthetic
+from ltnb.draw import ItemScore, draw_until
+
+
+def image(part):  # stand-ins that depend on the item alone
+    pairs = np.asarray(part)
+    h = (pairs[:, :1] * 1_000_003 + pairs[:, 1:]) * 2_654_435_761 + np.arange(1, 193) * 40_503_001
+    return torch.from_numpy((h >> 9).astype(np.uint8).reshape(-1, 3, 8, 8))
+
+
+def chance(items, rows):
+    return {"chance": [int(r["sha"][:6], 16) / 16**6 for r in rows]}
+
+
+LUCK = ItemScore("chance", chance, by="of the bytes", bs=5)
+
+
+def lucky(row):
+    return row["scores"]["chance"] < 0.4
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_every_class_gets_what_it_wants_or_its_cap(tmp_path):
+    f = draw_until(tmp_path, [20, 0, 5], image, "m", LUCK, lucky, cap=20, shard_size=16)
+    passed = [r["scores"]["chance"] < 0.4 for r in f.made.manifest]
+    for d in f.classes:
+        own = [r["k"] for r, ok in zip(f.made.manifest, passed, strict=True) if ok and r["class"] == d["class"]]
+        kept = [r["k"] for r in f.kept.manifest if r["class"] == d["class"]]
+        assert kept == own[: d["wanted"]] and d["kept"] == d["wanted"] and d["drawn"] == kept[-1] + 1
+        assert not d["capped"] and not d["bad"]
+    assert [d["class"] for d in f.classes] == [0, 2] and len(f.table("abc", [1, 2, 3])) == 3
+    assert {tuple(r["scores"]) for r in f.made.manifest} == {("chance", "chance_by")}
+    capped = draw_until(tmp_path / "c", [10, 10], image, "m", LUCK, lambda row: False, cap=1.5)
+    assert [(d["drawn"], d["kept"], d["capped"]) for d in capped.classes] == [(15, 0, True)] * 2
+
+
+def test_a_constant_accepts_the_first_ones(tmp_path):
+    f = draw_until(tmp_path, [3, 4], image, "m", ItemScore("any", lambda items, rows: {}), lambda row: True)
+    assert [[r["class"], r["k"]] for r in f.kept.manifest] == make_plan([3, 4]).tolist() and len(f.made) == 7
+
+
+def test_killed_anywhere_it_gives_the_same_files(tmp_path, monkeypatch):
+    "Cut before and after each part of the loop, with a score that is not of DiffuLT"
+
+    class Stop(Exception):
+        "A stand-in for a power cut"
+
+    moments, at = [], 0
+
+    def tick():
+        moments.append(1)
+        if len(moments) == at:
+            raise Stop
+
+    def watched(f):
+        def call(*args, **more):
+            tick()
+            out = f(*args, **more)
+            tick()
+            return out
+
+        return call
+
+    def run(folder, make=image):
+        return draw_until(folder, [12, 7], make, "m", LUCK, lucky, cap=9, shard_size=8)
+
+    whole = run(tmp_path / "whole")
+    while at <= len(moments):
+        at += 1
+        moments.clear()
+        with monkeypatch.context() as m:
+            for f in (make_synthetic, add_scores):
+                m.setattr(draw, f.__name__, watched(f))
+            try:
+                run(tmp_path / f"cut-{at}", watched(image))
+            except Stop:
+                pass
+        again = run(tmp_path / f"cut-{at}")
+        assert files(tmp_path / f"cut-{at}") == files(tmp_path / "whole")
+        assert again.classes == whole.classes and again.at.tolist() == whole.at.tolist()
+    assert at > 12
+
+
+def test_scores_by_another_are_refused(tmp_path):
+    draw_until(tmp_path, [2, 2], image, "m", LUCK, lucky)
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match="'chance' scores by 'of the bytes', not by 'else'"):
+        draw_until(tmp_path, [2, 2], image, "m", ItemScore("chance", chance, by="else"), lucky)
+    with pytest.raises(UsageError, match="cap must be at least 1"):
+        draw_until(tmp_path, [2, 2], image, "m", LUCK, lucky, cap=0.5)
+    with pytest.raises(UsageError, match="Did you mean 'shard_size'"):
+        draw_until(tmp_path, [2, 2], image, "m", LUCK, lucky, shardsize=3)
+    assert files(tmp_path) == before
+
+
+def test_a_plan_to_draw_from(tmp_path):
+    "Its items come in the order of k, and it is the cap"
+    n = np.array([30, 8])
+    pairs = make_plan(n)
+    plan = Plan({"class": pairs[:, 0], "k": pairs[:, 1], "level": pairs[:, 1] % 2 * 40 + 20})
+    f = draw_until(tmp_path / "a", [6, 6], image, "m", LUCK, lucky, cap=plan, shard_size=8)
+    plain = draw_until(tmp_path / "b", [6, 6], image, "m", LUCK, lucky, cap=30)
+    first = [(r["class"], r["k"]) for r in plain.kept.manifest if r["k"] < n[r["class"]]]
+    assert [(r["class"], r["k"]) for r in f.kept.manifest] == first
+    assert all(r["level"] == r["k"] % 2 * 40 + 20 and len(r["id"]) > 12 for r in f.made.manifest)
+    assert f.classes[1]["drawn"] <= 8 and len(f.made) < len(plan)
+    with pytest.raises(UsageError, match="without a gap"):
+        draw_until(tmp_path / "c", [6, 6], image, "m", LUCK, lucky, cap=plan.take(slice(1, None)))
