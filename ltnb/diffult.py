@@ -6,11 +6,10 @@
 __all__ = ['ABLATIONS', 'COMPARED', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUMNS', 'DiffuLTConfig', 'classifier_config',
            'ablations', 'images_wanted', 'resolve', 'Eye', 'step_extract', 'step_generator', 'step_calibrate',
            'step_balance', 'step_generate', 'unfiltered', 'OverBatch', 'step_classify', 'real_repeated', 'noise_images',
-           'weighed', 'describe_real', 'recognised_shares', 'real_mix', 'describe_generator', 'generator_rows',
-           'control_rows', 'Stages', 'run_seed', 'standard_errors', 'insert_after', 'sweeps', 'less_head',
-           'tail_classes', 'tail_shares', 'class_table', 'keep_first', 'Ticks', 'seconds_a_run', 'fit_budget',
-           'published', 'generator_table', 'verdict', 'plot_classes', 'classes_table', 'main_table', 'split_rows',
-           'finish_run', 'check_inputs', 'run', 'summary']
+           'describe_real', 'real_mix', 'describe_generator', 'generator_rows', 'control_rows', 'Stages', 'run_seed',
+           'standard_errors', 'insert_after', 'sweeps', 'less_head', 'tail_classes', 'tail_shares', 'class_table',
+           'keep_first', 'Ticks', 'seconds_a_run', 'fit_budget', 'published', 'generator_table', 'verdict',
+           'plot_classes', 'classes_table', 'main_table', 'split_rows', 'finish_run', 'check_inputs', 'run', 'summary']
 
 # %% ../nbs/63_diffult.ipynb #59ec0c9f
 import contextlib, math, time
@@ -36,17 +35,18 @@ from .report import html_figure, html_table, render, table, write_report
 from .classifier import Classifier, encode
 from .losses import CrossEntropy, effective_counts, label_shift, log_prior
 from .augment import Augment
-from .team import Team, in_memory_together, join_team
+from .team import Team, Where, in_memory_together, join_team
 from .training import fit
 from .synthetic import Synthetic, mix
 from .copies import copies, copy_threshold, flag_copies
 from .baseline import (BaselineConfig, new_classifier, new_loss, resolve as resolve_baseline, run_directory,
                            score_answers, train as train_baseline)
 from .diffusion import DiffusionModel
-from .judge import train_judge
+from .judge import recognised_shares, train_judge, weighed
 from .generator import (GeneratorConfig, image_maker, load_small, plot_loss, resolve_generator, sample_grid,
-                            settled, train_model)
-from .aid import ZONES, Extractor, Filtered, zone_shares, check_extractor, class_geometry, draw_filtered
+                            sampling_of, settled, train_model)
+from .aid import (ZONES, Extractor, Filter, Filtered, zone_shares, check_extractor, class_geometry,
+                      draw_filtered)
 from .aid_loss import ALPHA, FORMS, AIDLoss, AIDScale, Balance, balanced_alpha, calibrate, gradient_balance
 
 # %% ../nbs/63_diffult.ipynb #09e62ee4
@@ -163,7 +163,9 @@ def step_generator(cfg:DiffuLTConfig, # resolved
                    **more # instead of what cfg says, such as cb_tau=0 for DDPM
                   )->DiffusionModel:
     "Step 2: train a diffusion model on the long-tailed set"
-    return train_model(cfg, data, seed, device, precision, run, team, name, extra_losses=[loss] if loss else [], extra_after=cfg.aid_after, **more)
+    if loss: loss.after = cfg.aid_after
+    where = Where(device, precision, run=run, name=name, team=team)
+    return train_model(cfg, data, seed, where, extra_losses=[loss] if loss else [], **more)
 
 # %% ../nbs/63_diffult.ipynb #e9ec91b1
 def step_calibrate(cfg:DiffuLTConfig, # resolved
@@ -212,8 +214,11 @@ def step_generate(cfg:DiffuLTConfig, # resolved
                   **more # settings of `make_synthetic`
                  )->Filtered: # all that was made, and what the filter keeps
     "Step 3: fill the classes up, drop what is out of distribution, draw again"
-    make, settings = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, seed, device, precision, cfg.spacing, cfg.compiled)
-    return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry, tuple(cfg.keep.split("+")), cfg.cap, seed, settings, data.class_names, device=device, team=team, attempts=3, **more)
+    where = Where(device, precision, cfg.compiled, team=team)
+    make, settings = image_maker(model, sampling_of(cfg), where, seed)
+    return draw_filtered(folder, images_wanted(cfg, data, only), make, model.fingerprint, eye.phi, eye.geometry,
+                         Filter(tuple(cfg.keep.split("+")), cfg.cap, data.class_names), replace(where, precision="fp32"),
+                         seed=seed, settings=settings, attempts=3, **more)
 
 
 def unfiltered(f:Filtered # of `step_generate`
@@ -275,15 +280,6 @@ def noise_images(data:LongTail,
     x = np.random.default_rng(seed).integers(0, 256, (len(labels), *data.train.images.shape[1:]), dtype=np.uint8)
     return Synthetic(torch.from_numpy(x), [{"class": int(c)} for c in labels])
 
-# %% ../nbs/63_diffult.ipynb #426c90f0
-def weighed(shares,
-            weights
-           )->float: # both (K,), NaN where nothing was seen
-    "The mean over what was seen, by what is wanted, so that a class that is drawn again and again does not count more"
-    shares, weights = np.asarray(shares, dtype=float), np.asarray(weights, dtype=float)
-    seen = np.isfinite(shares) & (weights > 0)
-    return float(np.average(shares[seen], weights=weights[seen])) if seen.any() else float("nan")
-
 # %% ../nbs/63_diffult.ipynb #bc100b49
 def describe_real(data:LongTail, # images
                   eye:Eye, # of step 1
@@ -295,22 +291,6 @@ def describe_real(data:LongTail, # images
     z, y, k = eye.phi.encode(data.test.images, device=device), data.test.labels, data.n_classes
     zones = {b: weighed(v, wanted) for b, v in zone_shares(eye.geometry.ratios(z, y), y, k).items()}
     return zones | recognised_shares(judge, data.test.images, y, wanted, data, device) | {"diversity": 1.}
-
-# %% ../nbs/63_diffult.ipynb #079da5bb
-def recognised_shares(judge:Classifier|None,
-                      images,
-                      labels:np.ndarray,
-                      wanted:np.ndarray,
-                      data:LongTail,
-                      device:str # who has seen everything; (N, C, H, W) uint8; (N,); (K,) weights; where
-                     )->dict: # "recognised" and "recognised_few"
-    "In how many images a judge sees the class that was asked for"
-    if judge is None or not len(labels): return {}
-    right = judge.predict(np.asarray(images), device=device).argmax(1) == labels
-    n = np.bincount(labels, minlength=data.n_classes)
-    share = np.divide(np.bincount(labels[right], minlength=data.n_classes), n, out=np.full(len(n), np.nan), where=n > 0)
-    few = np.where(np.isin(np.arange(len(n)), data.bands["few"]), wanted, 0)
-    return {"recognised": weighed(share, wanted), "recognised_few": weighed(share, few)}
 
 # %% ../nbs/63_diffult.ipynb #9faee98c
 def real_mix(data:LongTail, # images
@@ -448,7 +428,8 @@ def loss(self:Stages,
 def judge(self:Stages # who has seen every real image; one process has it
          ):
     if not self.cfg.judge_epochs or not self.team.writes: return None
-    with self.timed("judge"): return train_judge(self.cfg, self.data, self.seed, self.device, self.precision, self.run)
+    with self.timed("judge"):
+        return train_judge(self.data, self.cfg.judge_epochs, self.seed, Where(self.device, self.precision, run=self.run))
 
 
 @patch
@@ -654,8 +635,9 @@ def seconds_a_run(cfg:DiffuLTConfig,
     "An estimate from a few warm steps of each stage, each in one training"
     step, image, epoch = Ticks(device, 3), Ticks(device), Ticks(device) # a step is looked at before its backward pass
     def watch(model, batch, noise, prediction, t): step(); return prediction.new_zeros(())
-    model = train_model(replace(cfg, n_steps=9), data, 0, device, precision, extra_losses=[watch])
-    make, _ = image_maker(model, cfg.sampler, cfg.sample_steps, cfg.guidance_scale, 0, device, precision, cfg.spacing, cfg.compiled)
+    where = Where(device, precision, cfg.compiled)
+    model = train_model(replace(cfg, n_steps=9), data, 0, where, extra_losses=[watch])
+    make, _ = image_maker(model, sampling_of(cfg), where)
     n = 256 if image.gpu else 16
     for i in range(4): image(make(np.stack([np.zeros(n, np.int64), np.arange(i * n, (i + 1) * n)], 1)))
     at = np.unique(np.concatenate([np.unique(data.train.labels, return_index=True)[1], np.arange(min(len(data.train), 4 * cfg.bs))])) # every class, and some more
