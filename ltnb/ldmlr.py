@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORRECTED_ONLY', 'LDMLR', 'corrected', 'LatentConfig', 'LDMLRConfig', 'DemoConfig', 'encoded', 'flawed', 'prior_of',
-           'refitting', 'generator', 'planned', 'sampled', 'fitted', 'run']
+           'refitting', 'feature_generator', 'planned', 'sampled', 'fitted', 'run']
 
 # %% ../nbs/44_ldmlr.ipynb #cc5176cb
 import re
@@ -51,7 +51,7 @@ class LDMLR(Recipe):
         with s.timed("encode"): clf, f = encoded(s) # 1
         how, base = refitting(s.cfg), base_head(f, refitting(s.cfg), s.seed)
         if s.cfg.encoding == "as coded": f = flawed(s, clf, f)
-        with s.timed("generator"): model = generator(s, f) # 2
+        with s.timed("generator"): model = feature_generator(s, f) # 2
         plan = planned(s.cfg, f) # 3
         with s.timed("sample"): made = sampled(s, model, plan, f, base) # 4
         extra = sources(f, base, made, s.seed, s.cfg.shrink_n0, s.cfg.neighbour_temperature) # 5
@@ -298,7 +298,7 @@ def refitting(cfg:"LDMLRConfig" # resolved
     return TwoStarts(cfg.syn_weight, cfg.head_steps, cfg.head_lr, cfg.scratch_steps, cfg.scratch_lr)
 
 # %% ../nbs/44_ldmlr.ipynb #6f7a9712
-def generator(s:Stage, # its settings
+def feature_generator(s:Stage, # its settings
               f:Features, # frozen features
               name:str="" # of the checkpoints; empty: the usual one
              ): # a LatentModel, or a PublishedModel
@@ -317,7 +317,7 @@ def planned(cfg:"LDMLRConfig", # resolved
 
 # %% ../nbs/44_ldmlr.ipynb #0ac07cb2
 def sampled(s:Stage, # its settings
-            model, # of `generator`
+            model, # of `feature_generator`
             plan:np.ndarray, # (N, 2) rows (class, k)
             f:Features, # frozen features
             base:Head, # of stage 1
@@ -354,7 +354,7 @@ def ablations(self:LDMLR,
               clf:Classifier|None, # the encoder, where there is one
               f:Features, # frozen features
               base:Head, # of stage 1
-              model # of `generator`
+              model # of `feature_generator`
              )->list[dict]: # rows of scores.json, each with the key `ablation`
     "Generate and refit again, with one setting changed at a time"
     rows = []
@@ -362,7 +362,7 @@ def ablations(self:LDMLR,
         now, file = replace(s, cfg=replace(s.cfg, **changes)), re.sub(r"\W+", "-", label)
         mine = flawed(s, clf, f) if now.cfg.encoding != s.cfg.encoding else f
         again = mine is not f or now.cfg.diff_width != s.cfg.diff_width
-        other = generator(now, mine, f"denoiser-{file}") if again else model
+        other = feature_generator(now, mine, f"denoiser-{file}") if again else model
         made = sampled(now, other, planned(now.cfg, f), mine, base, file)
         two = fit_heads(mine, base, made.items, made.labels, refitting(now.cfg), s.seed)
         heads = {("ldmlr", start): head for start, head in two.items()}

@@ -330,14 +330,22 @@ def check_inputs(self:Recipe,
 
 
 @patch
+def score(self:Recipe,
+          s:Stage, # of one seed
+          said:Answers # method -> Answer
+         )->list[dict]: # rows of scores.json
+    "The rows of all methods"
+    aim = class_prior(getattr(s.cfg, "test_prior", None), s.data.class_names, s.data.counts)
+    return said.rows(s.data, s.seed, self.compared, aim, lambda row: self.more(s, row))
+
+
+@patch
 def scored(self:Recipe,
            s:Stage # of one seed
           )->list[dict]|None: # rows of scores.json; None where another process writes
     "The method with one seed, as rows"
     said = self.seed(s)
-    if not s.team.writes or not isinstance(said, Answers): return said
-    aim = class_prior(getattr(s.cfg, "test_prior", None), s.data.class_names, s.data.counts)
-    return said.rows(s.data, s.seed, self.compared, aim, lambda row: self.more(s, row))
+    return self.score(s, said) if s.team.writes and isinstance(said, Answers) else said
 
 
 @patch
