@@ -140,7 +140,7 @@ def new_classifier(cfg:BaselineConfig, # resolved
     head = LOSS_HEADS[cfg.loss]
     net = build_model(cfg.arch, data.n_classes, shape[0], seed, head=head, norm=cfg.norm)
     stats = set_stats(data.train.images)
-    return Classifier(net, data.class_names, shape, *stats, cfg.arch, head=head, norm=cfg.norm)
+    return Classifier(net, data.class_names, shape, *stats, cfg.arch, head=head)
 
 
 def new_loss(cfg:BaselineConfig, # resolved

@@ -37,14 +37,14 @@ class Team:
     @property
     def writes(self)->bool: return self.rank == 0 # one writer
 
-    def mine(self, # (B
-             x:torch.Tensor # …)
+    def mine(self,
+             x:torch.Tensor # (B, …)
             )->torch.Tensor: # (about B / size, …)
         "This process's part of a batch"
         return x if self.size == 1 else x[self.rank::self.size]
 
     def sum(self,
-            x:torch.Tensor # any shape
+            x:torch.Tensor # of any shape
            )->torch.Tensor: # the same on every process
         "Sum over processes"
         if self.size == 1: return x
@@ -53,13 +53,13 @@ class Team:
         return x
 
     def sum_gradients(self,
-                      parameters # in place
+                      parameters # whose gradients are changed in place
                      ):
         "Add up gradients, in one message"
         if self.size == 1: return
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = self.sum(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True): g.copy_(part.view_as(g))
 
 # %% ../nbs/24_team.ipynb #0eb75353
 def _messenger(): return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu" # where a message must lie
@@ -67,20 +67,21 @@ def _messenger(): return "cuda" if torch.distributed.get_backend() == "nccl" els
 
 @patch
 @torch.no_grad()
-def share(self:Team, # of a network's state
-          tensors # the same names and shapes in every process, filled in place
+def share(self:Team,
+          tensors # of a network's state, of the same shapes in every process; filled in place
          ):
     "Give every process the first one's numbers, in one message"
     tensors = sorted((v.detach() for v in tensors), key=lambda v: -v.element_size()) # each begins where its type may
     if self.size == 1 or not tensors: return
     flat = torch.cat([v.contiguous().flatten().view(torch.uint8) for v in tensors]).to(_messenger())
     with self.exchanging("sharing the first process's state"): torch.distributed.broadcast(flat, 0)
-    for v, part in zip(tensors, flat.split([v.nbytes for v in tensors])): v.copy_(part.view(v.dtype).view(v.shape))
+    parts = flat.split([v.nbytes for v in tensors])
+    for v, part in zip(tensors, parts, strict=True): v.copy_(part.view(v.dtype).view(v.shape))
 
 
 @patch
-def whole(self:Team, # (about n / size
-          part:torch.Tensor, # …) what `mine` gives of a batch
+def whole(self:Team,
+          part:torch.Tensor, # (about n / size, …) what `mine` gives of a batch
           n:int # items of the batch
          )->torch.Tensor: # (n, …)
     "The batch again, out of the parts of all processes"
@@ -114,7 +115,8 @@ def join_team(device:str="cpu" # "cpu" (gloo) or "cuda" (nccl)
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience))
     except (RuntimeError, ValueError) as e:
-        me, why = f"rank {os.environ.get('RANK', '?')} of {size} processes", (str(e) or type(e).__name__).splitlines()[0]
+        me = f"rank {os.environ.get('RANK', '?')} of {size} processes"
+        why = (str(e) or type(e).__name__).splitlines()[0]
         raise TeamError(f"{me} did not meet the others within {patience:g} seconds ({why[:200]}): start all of them "
                         "with torchrun or accelerate launch, and see what the others said.") from e
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -173,9 +175,9 @@ class TeamError(LtnbError):
 
 
 @patch
-def told(self:Team, # where the process is, for the others' sentences
-         what:str, # the same in all of them
-         value=None # the first process's counts
+def told(self:Team,
+         what:str, # where the process is, for the others' sentences; the same in all of them
+         value=None # each process has its own; the first one's counts
         ): # that value, in every process
     "The first process decides, the others are told; nobody goes on before all are here"
     if self.size == 1: return value
@@ -200,9 +202,9 @@ def wait(self:Team,
 
 @patch
 def agree(self:Team,
-          what:str,
-          value # as in `told`; each process has its own
-         ): # the value
+          what:str, # as in `told`
+          value # each process has its own
+         ): # the value, which is the first one's
     "A value that must be the first process's in all of them"
     first = self.told(what, value)
     if first == value: return value
@@ -212,8 +214,8 @@ def agree(self:Team,
 # %% ../nbs/24_team.ipynb #5fed22df
 @patch
 def until(self:Team,
-          keys:list,
-          what:str # of the store; as in `told`
+          keys:list, # of the store
+          what:str # as in `told`
          ):
     "Look until all keys are there, an error of another process is, or the patience is at its end"
     start, pause = time.monotonic(), .001
@@ -226,8 +228,8 @@ def until(self:Team,
 
 @patch
 def late(self:Team,
-         what:str
-        )->str: # as in `told`
+         what:str # as in `told`
+        )->str: # for an error
     "Who is missing, in a sentence"
     lost = [r for r in range(self.size) if not self.store.check([f"{self.met}.{r}"])] or [0]
     return (f"rank {self.rank} of {self.size} processes has waited {self.patience:g} seconds for rank "
@@ -237,8 +239,8 @@ def late(self:Team,
 
 @patch
 def apart(self:Team,
-          keys:list
-         )->str: # in the store: where each process is
+          keys:list # in the store: where each process is
+         )->str: # empty where all are at the same place
     "Where two processes are at different places, in a sentence"
     at = [self.store.get(k).decode() for k in keys]
     r = next((r for r, a in enumerate(at) if a != at[0]), 0)
@@ -249,7 +251,7 @@ def apart(self:Team,
 # %% ../nbs/24_team.ipynb #f8c242d8
 @patch
 def failure(self:Team,
-            seconds:float=0. # to wait for one
+            seconds:float=0. # how long to wait for one
            ):
     "Raise what another process said when it stopped"
     end = time.monotonic() + seconds
@@ -262,9 +264,9 @@ def failure(self:Team,
 @patch
 @contextlib.contextmanager
 def exchanging(self:Team,
-               what:str # a block in which messages go to and fro
+               what:str # as in `told`
               ):
-    "What torch says when another process is gone, as a sentence"
+    "A block with messages to and fro; what torch says when another process is gone becomes a sentence"
     start = time.monotonic()
     try: yield
     except torch.OutOfMemoryError: raise
@@ -278,8 +280,7 @@ def exchanging(self:Team,
                         "LTNB_TEAM_TIMEOUT sets how many seconds they wait.") from e
 
 # %% ../nbs/24_team.ipynb #bf620613
-def _last_words(e # what the others are told of an error
-               ):
+def _last_words(e): # what the others are told of an error
     if isinstance(e, LtnbError): return str(e)
     if isinstance(e, Exception): return f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
     return "it was told to" # Ctrl-C, or a signal
@@ -290,7 +291,11 @@ def __enter__(self:Team)->Team: return self
 
 
 @patch
-def __exit__(self:Team, kind, e, trace):
+def __exit__(self:Team,
+             kind, # of the error
+             e, # the error, None without one
+             trace # its place
+            ):
     "Tell the others of an error; they end too"
     if self.size == 1: return
     with contextlib.suppress(RuntimeError): # the store may be gone
@@ -301,10 +306,12 @@ def __exit__(self:Team, kind, e, trace):
 
 @patch
 def leave(self:Team,
-          seconds:float=5. # at most
+          seconds:float=5. # to wait at most
          ):
     "The first process goes last: the store may end with it"
-    if self.rank: self.store.set(f"left.{self.rank}", ""); return
+    if self.rank:
+        self.store.set(f"left.{self.rank}", "")
+        return
     end, others = time.monotonic() + seconds, [f"left.{r}" for r in range(1, self.size)]
     while not self.store.check(others) and time.monotonic() < end: time.sleep(.02)
 
@@ -326,11 +333,11 @@ def _beside(): return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) # processes of 
 
 
 def in_memory_together(data:LongTail, # the same in every process
-                       team:Team=Team(), # who decodes
+                       team:Team|None=None, # who decodes; this process alone when left out
                        copies:int=1 # how many each process will hold at the same time
                       )->LongTail: # an error where they do not fit
     "`in_memory`, where every process of a team decodes its part of the photographs"
-    if team.size == 1: return data.in_memory(copies)
+    if team is None or team.size == 1: return data.in_memory(copies)
     def shared(s):
         files = object.__new__(_SharedFiles)
         files.__dict__.update(s.images.__dict__, team=team)
@@ -340,11 +347,11 @@ def in_memory_together(data:LongTail, # the same in every process
 
 
 def ready_together(data:LongTail, # the same in every process
-                   team:Team=Team(), # who decodes
+                   team:Team|None=None, # who decodes; this process alone when left out
                    share:float=0.5 # of the free memory that the images of all processes may take
                   )->LongTail: # in memory in all processes, or in none
     "`ready`, where the first process of a team decides and every one decodes its part of the photographs"
-    if team.size == 1: return data.ready(share)
+    if team is None or team.size == 1: return data.ready(share)
     need, free = sum(int(np.prod(s.images.shape)) for s in data.parts.values() if s.on_disk), free_memory()
     fits = _beside() * need < (1e9 if free is None else free) * share
     return in_memory_together(data, team) if team.told("whether the photographs fit into memory", fits) else data
