@@ -72,7 +72,7 @@ def optimizer_state(optimizer:torch.optim.Optimizer # of any kind
     for i, group in enumerate(optimizer.param_groups): # some remember in their groups, such as a step or a distance
         for k in _remembered(group, optimizer.defaults):
             rest[f"group.{i}.{k}"] = taken_apart(group[k], f"optimizer.group.{i}.{k}", tensors)
-    return tensors, rest
+    return tensors, dict(sorted(rest.items())) # in one order, also after a restart
 
 
 def _remembered(group, defaults): # names: what differs from the defaults, and is no parameter, rate or function
@@ -109,7 +109,10 @@ def restore(run:Run, # where
     weights = {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
     _check_weights(weights, net, f"the checkpoint {name} in {run.path}")
     net.load_state_dict(weights)
-    _fill_optimizer(optimizer, tensors, known.pop("optimizer_state", {}))
+    try: _fill_optimizer(optimizer, tensors, known.pop("optimizer_state", {}))
+    except (AttributeError, KeyError, RuntimeError, ValueError) as e:
+        raise LtnbError(f"{run.path} was not begun with {type(optimizer).__name__}, as the checkpoint {name} shows: "
+                        "go on with the same optimizer, or with another --out.") from e
     if more is not None: more |= {k: v for k, v in tensors.items() if not k.startswith(("net.", "optimizer."))}
     if meta is not None: meta |= {k: v for k, v in known.items() if k != "step"}
     return known["step"]

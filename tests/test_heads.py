@@ -114,7 +114,9 @@ def test_sgd_steps_is_sgd():
     assert torch.allclose(w, want)
     bad = torch.ones(3, requires_grad=True)
     with pytest.raises(DataError, match="lower lr"):
-        sgd_steps(lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2))
+        sgd_steps(
+            lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2)
+        )
 
 
 def test_lws_only_scales():

@@ -45,7 +45,6 @@ def fresh(arch="convnet", seed=0, channels=1, **more):
         (channels, *DATA.train.images.shape[2:]),
         *pixel_stats(DATA.train.images.repeat(channels, 1)),
         arch,
-        norm=more.get("norm", "batch"),
     )
 
 
