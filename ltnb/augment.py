@@ -339,7 +339,7 @@ class RandAugment:
 # %% ../nbs/23_augment.ipynb #fd82e4a3
 AUGMENTATIONS = ("crop", "flip", "autoaugment", "randaugment", "cutout")
 
-
+# %% ../nbs/23_augment.ipynb #d846c991
 class Augment:
     "Augmentations by name, always in the order crop, flip, a policy, cutout"
 

@@ -117,7 +117,7 @@ def restore(run:Run, # where
     if meta is not None: meta |= {k: v for k, v in known.items() if k != "step"}
     return known["step"]
 
-
+# %% ../nbs/25_checkpoint.ipynb #7c67eae8
 def _check_weights(weights, net, what): # refuse those of another network
     here = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     there = {k: tuple(v.shape) for k, v in weights.items()}
@@ -141,7 +141,7 @@ def _fill_optimizer(optimizer, tensors, rest): # with what `optimizer_state` fou
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for k, v in saved.get(i, {}).items(): optimizer.state[p][k] = _as_saved(v, optimizer.state[p][k], p)
 
-
+# %% ../nbs/25_checkpoint.ipynb #f4507f7d
 def _as_saved(saved, loaded, p): # loading turns a state into the type of its weight `p`: here it has its own again
     if torch.is_tensor(saved):
         if saved.shape == p.shape: return torch.empty_like(p, dtype=saved.dtype).copy_(saved) # and p's memory format
@@ -209,7 +209,7 @@ def tensors(self:Averages
     "What `keep` is to save beside the network"
     return {f"ema.{k}": v for k, v in self.state.items()}
 
-
+# %% ../nbs/25_checkpoint.ipynb #797fda10
 @patch
 def take(self:Averages,
          more:dict # what `restore` found beside the network

@@ -109,7 +109,7 @@ def _check_files(want, got): # sizes of images: of the classifier, and as the fi
     how = f"make them with ImageFiles(..., size={want[1]})" if square else "files give square RGB images"
     raise DataError(f"this classifier takes {_sizes(want)}, these files are decoded to {_sizes(got)}: {how}.")
 
-
+# %% ../nbs/21_classifier.ipynb #40aafeb2
 def _sizes(shape): return " x ".join(map(str, shape)) or "a single number"
 
 
@@ -193,7 +193,7 @@ def _fill(net, tensors, what): # load weights, or say which one does not fit
     if wrong: raise DataError(f"{what}: {len(wrong)} weights do not fit, such as: {wrong[0]}.")
     net.load_state_dict(tensors)
 
-
+# %% ../nbs/21_classifier.ipynb #19bc97ed
 @patch(cls_method=True)
 def load(cls:Classifier,
          folder:str|Path # a folder of `save`
@@ -306,7 +306,7 @@ def predict_files(clf:Classifier, # for square images of 1 or 3 channels
     whole = np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32)
     return Predictions(paths, whole, bad, marks, listing.notes() if listing else [], listing.n_left if listing else 0)
 
-
+# %% ../nbs/21_classifier.ipynb #9a985d6e
 def _check_square(clf, bad_images): # what files cannot be classified by, or with
     size = clf.input_size
     if len(size) != 3 or size[1] != size[2] or size[0] not in (1, 3):

@@ -196,7 +196,7 @@ def _checked_archive(z, path): # what `read_npz` gave, with class names where a 
 
 def _f32(a): return torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
 
-
+# %% ../nbs/28_heads.ipynb #1a114c44
 def _archived_head(z, path, labels, k): # None without one
     if "fc_weight" not in z: return None
     counts = np.bincount(labels["train"], minlength=k)[:k]

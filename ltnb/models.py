@@ -132,7 +132,7 @@ class Backbone(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x))
 
-
+# %% ../nbs/20_models.ipynb #b45fd9da
 def _imagenet(block, # a name in torchvision's resnet
               layers, # blocks of each of its four stages
               **more # of torchvision's ResNet
@@ -246,7 +246,7 @@ ARCHS = {"convnet": ConvNet, **{f"resnet{6 * n + 2}": _cifar(n) for n in (1, 3, 
          "resnet10": _imagenet("BasicBlock", [1, 1, 1, 1]), "resnet50": _imagenet("Bottleneck", [3, 4, 6, 3]),
          "resnext50": _imagenet("Bottleneck", [3, 4, 6, 3], groups=32, width_per_group=4)}
 
-
+# %% ../nbs/20_models.ipynb #c6ab8d1b
 def with_head(net:nn.Module, # with `n_features` and a linear `fc`; changed in place
               arch:str, # its name
               seed:int, # of a head that is not linear

@@ -199,7 +199,7 @@ def wait(self:Team,
     "Until all are here"
     self.told(what)
 
-
+# %% ../nbs/24_team.ipynb #d7f7fe3a
 @patch
 def agree(self:Team,
           what:str, # as in `told`
@@ -236,7 +236,7 @@ def late(self:Team,
             f"{', '.join(map(str, lost))} at: {what}. See whether they live and what they said, then start all of them "
             "again; what was computed before is kept. LTNB_TEAM_TIMEOUT sets how many seconds they wait.")
 
-
+# %% ../nbs/24_team.ipynb #494cf02b
 @patch
 def apart(self:Team,
           keys:list # in the store: where each process is
@@ -303,7 +303,7 @@ def __exit__(self:Team,
             self.store.set("failed", f"rank {self.rank} of {self.size} processes has stopped: {_last_words(e)}")
         self.leave()
 
-
+# %% ../nbs/24_team.ipynb #316c3687
 @patch
 def leave(self:Team,
           seconds:float=5. # to wait at most
@@ -345,7 +345,7 @@ def in_memory_together(data:LongTail, # the same in every process
     on_disk = {p: shared(s) for p, s in data.parts.items() if s.on_disk}
     return replace(data, **on_disk).in_memory(copies * _beside()) if on_disk else data
 
-
+# %% ../nbs/24_team.ipynb #95b52932
 def ready_together(data:LongTail, # the same in every process
                    team:Team|None=None, # who decodes; this process alone when left out
                    share:float=0.5 # of the free memory that the images of all processes may take

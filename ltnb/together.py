@@ -104,7 +104,7 @@ def _check_together(how, where, ys): # what seeds side by side cannot do
     alone += ["compiled"] if where.compiled else ["several processes"] if where.team.size > 1 else []
     if alone: raise UsageError(f"seeds that train side by side cannot have {' or '.join(alone)}: train them one by one.")
 
-
+# %% ../nbs/27_together.ipynb #5b8cff8f
 class _Together:
     "The changing state of one `fit_seeds`"
 

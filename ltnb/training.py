@@ -57,7 +57,7 @@ def constant(epoch:float, # from 0
     "1"
     return 1.
 
-
+# %% ../nbs/26_training.ipynb #b61f8d53
 LR_SCHEDULES = {"multistep": multistep, "ldam": ldam_steps, "cosine": cosine, "constant": constant}
 
 
@@ -233,7 +233,7 @@ def epoch_positions(order:Callable, # (epoch, generator) -> positions
                          f"{epoch + 1}: the {n} images have 0 to {n - 1}.")
     return at
 
-
+# %% ../nbs/26_training.ipynb #5359f056
 _WHOLE = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
@@ -269,7 +269,7 @@ def check_fit(n:int, # training images
         raise UsageError(f"mixup and cutmix must be at least 0, got {how.mixup} and {how.cutmix}.")
     _check_functions(how)
 
-
+# %% ../nbs/26_training.ipynb #373c70d1
 def _check_functions(how): # the settings that are functions or objects, and what excludes them
     if how.augment is not None and not callable(how.augment):
         raise UsageError(f"augment must be a function such as Augment('crop+flip'), got {how.augment!r}.")
@@ -285,7 +285,7 @@ def _check_functions(how): # the settings that are functions or objects, and wha
         raise UsageError(f"optimizer must be a class such as torch.optim.AdamW, a function of the parameters, or an "
                          f"optimizer that is built on them, got {how.optimizer!r}.")
 
-
+# %% ../nbs/26_training.ipynb #b8b515de
 @torch.no_grad()
 def held_out_score(clf:Classifier, # in evaluation mode
                    loss:Loss, # trained so far
@@ -350,7 +350,7 @@ def _check_counts(loss, y, w, how, name, given): # what the loss states against 
         if stated is None: loss.check_epochs(*epoch_shares(how, y, w, name, len(loss.counts)))
         else: loss.check_epochs(torch.as_tensor(stated, dtype=torch.float64)[None], math.inf)
 
-
+# %% ../nbs/26_training.ipynb #d9021950
 class _Training:
     "The changing state of one `fit`"
 
@@ -406,7 +406,7 @@ def begin_epoch(self:_Training): # -> its batches
     if self.done: self.values[:self.done] = before[:self.done]
     return batches
 
-
+# %% ../nbs/26_training.ipynb #8c85e44d
 @patch
 def steps(self:_Training,
           batches # of the epoch; those that are done are left out
@@ -456,7 +456,7 @@ def step(self:_Training,
 
 TOO_LARGE = 1e8 # no trained network has such a weight; one that is on its way to no numbers has
 
-
+# %% ../nbs/26_training.ipynb #ccaf089f
 @patch
 def whole(self:_Training): # are the weights numbers? NaN is not below the bound
     return all((p.abs() < TOO_LARGE).all() for p in self.clf.net.parameters())
@@ -475,7 +475,7 @@ def finish_epoch(self:_Training): # -> the mean loss
                         "--out. The last good checkpoint is kept.")
     return self.values.mean().item()
 
-
+# %% ../nbs/26_training.ipynb #d6b9f04d
 @patch
 def look(self:_Training): # at held-out images -> what to log; says whether to go on
     patience = self.how.patience
@@ -519,7 +519,7 @@ def restore(self:_Training): # go on from a checkpoint, where there is one
     if self.writes and self.epoch < self.how.n_epochs:
         self.run.cut_back(self.epoch, stage=self.name, seed=self.how.seed)
 
-
+# %% ../nbs/26_training.ipynb #0c92e7c1
 @patch
 def go_on(self:_Training,
           first, # steps that are done
@@ -549,7 +549,7 @@ def check_steps(self:_Training): # a checkpoint of an epoch that was split other
     raise LtnbError(f"{self.run.path} was begun with {there} steps an epoch, and these processes make {self.n_steps}: "
                     "go on with as many processes as it was begun with.")
 
-
+# %% ../nbs/26_training.ipynb #5df0c70d
 @patch
 def result(self:_Training): # the classifier
     if self.how.patience and self.best: self.clf.net.load_state_dict(self.best)
