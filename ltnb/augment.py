@@ -369,5 +369,4 @@ class Augment:
         "A new view of every image; the same generator state makes the same views"
         for step in self.steps: x = step(x, g)
         return x
-
     def __repr__(self): return f"Augment({self.names!r})"

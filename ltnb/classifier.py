@@ -51,19 +51,21 @@ class Classifier(nn.Module):
         for name, v in (("_mean", self.mean), ("_std", self.std)): # on the device with the network, in no saved file
             self.register_buffer(name, torch.tensor(v, dtype=torch.float32)[:, None, None], persistent=False)
 
-    def prepare(self,
-                x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
-               )->torch.Tensor: # normalised floats
-        "Pixels to what the network was trained on"
-        if x.dtype != torch.uint8: return x
-        mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
-        return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
     def forward(self,
                 x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # (B, K) logits, prior-corrected
         logits = self.net(self.prepare(x)).float()
         return logits if self.log_prior is None else logits - logits.new_tensor(self.log_prior)
+
+# %% ../nbs/21_classifier.ipynb #85f4723f
+@patch
+def prepare(self:Classifier,
+            x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
+           )->torch.Tensor: # normalised floats
+    "Pixels to what the network was trained on"
+    if x.dtype != torch.uint8: return x
+    mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
+    return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/21_classifier.ipynb #49ba1179
 def pixel_stats(images:np.ndarray # (N, C, H, W) uint8

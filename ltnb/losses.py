@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import DataError, UsageError, nearest, read_json
@@ -98,47 +99,53 @@ class Counted(nn.Module):
         counts = f"counts: {c.sum():.10g} items, {c.max():.10g} to {c.min():.10g}"
         return f"{self.name}({counts}{options and '; ' + options})"
 
-    def stated(self
-              )->torch.Tensor: # (K,) float64, on the CPU
-        "The share of each class in the counts"
-        return self.counts.cpu() / self.counts.sum().cpu()
+# %% ../nbs/22_losses.ipynb #5a184d9b
+@patch
+def stated(self:Counted
+          )->torch.Tensor: # (K,) float64, on the CPU
+    "The share of each class in the counts"
+    return self.counts.cpu() / self.counts.sum().cpu()
 
-    def check_epochs(self,
-                     shares:torch.Tensor, # (E, K) of the classes in each epoch, or (1, K) counts that an order states
-                     n:float # images that all epochs show
-                    ):
-        "Compare with an order that changes by epoch: the share of each class lies between its least and its largest"
-        stated, shares = self.stated(), shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
-        if shares.shape[1] != len(stated):
-            raise DataError(f"{self} has {len(stated)} classes, the order shows {shares.shape[1]}.")
-        low, high = shares.amin(0), shares.amax(0)
-        room = 1e-3 * stated + 1e-9 + 4 * (stated * (1 - stated) / n).sqrt() # rounding, and four standard errors
-        outside = torch.maximum(low - stated, stated - high) - room
-        j = int(outside.argmax())
-        if not outside[j] > 0: return
-        raise DataError(f"{self} was built on other counts than those that its order shows: class {j} makes up "
-                        f"{stated[j]:.4%} there and {low[j]:.4%} to {high[j]:.4%} of an epoch here. Build it on the "
-                        "counts of what is shown.")
 
-    def check(self,
-              labels, # (N,) of the whole training set
-              weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
-             ):
-        "Compare with the set to train on; once, before the first step"
-        labels, stated = torch.as_tensor(labels).cpu(), self.stated()
-        k, weights = len(stated), None if weights is None else torch.as_tensor(weights).double().cpu()
-        if labels.is_floating_point(): raise DataError(f"labels must be whole numbers, got {labels.dtype}.")
-        bad = labels[(labels < 0) | (labels >= k)]
-        if len(bad):
-            raise DataError(f"labels must be 0 to {k - 1} for the {k} classes of {self}, got {int(bad[0])}; "
-                            f"{len(bad)} of {len(labels)} are outside.")
-        share = torch.bincount(labels, weights, k).double()
-        share = share / share.sum()
-        if not torch.allclose(share, stated, rtol=1e-3, atol=1e-9):
-            j = int((share - stated).abs().argmax())
-            raise DataError(f"{self} was built on other counts than those of its training items: class {j} makes up "
-                            f"{stated[j]:.4%} there and {share[j]:.4%} here. Build it on `effective_counts`, "
-                            "or pass the items' weights.")
+@patch
+def check(self:Counted,
+          labels, # (N,) of the whole training set
+          weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
+         ):
+    "Compare with the set to train on; once, before the first step"
+    labels, stated = torch.as_tensor(labels).cpu(), self.stated()
+    k, weights = len(stated), None if weights is None else torch.as_tensor(weights).double().cpu()
+    if labels.is_floating_point(): raise DataError(f"labels must be whole numbers, got {labels.dtype}.")
+    bad = labels[(labels < 0) | (labels >= k)]
+    if len(bad):
+        raise DataError(f"labels must be 0 to {k - 1} for the {k} classes of {self}, got {int(bad[0])}; "
+                        f"{len(bad)} of {len(labels)} are outside.")
+    share = torch.bincount(labels, weights, k).double()
+    share = share / share.sum()
+    if not torch.allclose(share, stated, rtol=1e-3, atol=1e-9):
+        j = int((share - stated).abs().argmax())
+        raise DataError(f"{self} was built on other counts than those of its training items: class {j} makes up "
+                        f"{stated[j]:.4%} there and {share[j]:.4%} here. Build it on `effective_counts`, "
+                        "or pass the items' weights.")
+
+# %% ../nbs/22_losses.ipynb #3680ac66
+@patch
+def check_epochs(self:Counted,
+                 shares:torch.Tensor, # (E, K) of the classes in each epoch, or (1, K) counts that an order states
+                 n:float # images that all epochs show
+                ):
+    "Compare with an order that changes by epoch: the share of each class lies between its least and its largest"
+    stated, shares = self.stated(), shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
+    if shares.shape[1] != len(stated):
+        raise DataError(f"{self} has {len(stated)} classes, the order shows {shares.shape[1]}.")
+    low, high = shares.amin(0), shares.amax(0)
+    room = 1e-3 * stated + 1e-9 + 4 * (stated * (1 - stated) / n).sqrt() # rounding, and four standard errors
+    outside = torch.maximum(low - stated, stated - high) - room
+    j = int(outside.argmax())
+    if not outside[j] > 0: return
+    raise DataError(f"{self} was built on other counts than those that its order shows: class {j} makes up "
+                    f"{stated[j]:.4%} there and {low[j]:.4%} to {high[j]:.4%} of an epoch here. Build it on the "
+                    "counts of what is shown.")
 
 # %% ../nbs/22_losses.ipynb #99b1ffde
 class Loss(Counted):
@@ -167,25 +174,29 @@ class Loss(Counted):
         "Loss of each item"
         return F.cross_entropy(self.adjust(logits, labels), labels, reduction="none")
 
-    def total(self,
-              logits:torch.Tensor, # (B, K); float16 and bfloat16 are computed in float32
-              labels:torch.Tensor, # (B,) int64
-              weights:torch.Tensor|None=None # (B,) of the items, such as omega for a generated one
-             )->tuple[torch.Tensor, torch.Tensor]: # sum of w * loss, sum of w
-        "The two sums of the mean, for processes that share one"
-        losses = self.items(logits if logits.dtype in (torch.float32, torch.float64) else logits.float(), labels)
-        w = torch.ones_like(losses) if weights is None else weights.to(losses)
-        return (w * losses).sum(), w.sum()
-
-    def forward(self, logits, labels, weights=None): # as `total`
-        total, weight = self.total(logits, labels, weights)
-        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
-
     def set_epoch(self,
                   epoch:int, # from 0
                   n_epochs:int # of the whole training
                  ):
         "To be told before every epoch; only `DRW` listens"
+
+# %% ../nbs/22_losses.ipynb #7811c12e
+@patch
+def total(self:Loss,
+          logits:torch.Tensor, # (B, K); float16 and bfloat16 are computed in float32
+          labels:torch.Tensor, # (B,) int64
+          weights:torch.Tensor|None=None # (B,) of the items, such as omega for a generated one
+         )->tuple[torch.Tensor, torch.Tensor]: # sum of w * loss, sum of w
+    "The two sums of the mean, for processes that share one"
+    losses = self.items(logits if logits.dtype in (torch.float32, torch.float64) else logits.float(), labels)
+    w = torch.ones_like(losses) if weights is None else weights.to(losses)
+    return (w * losses).sum(), w.sum()
+
+
+@patch
+def forward(self:Loss, logits, labels, weights=None): # as `total`
+    total, weight = self.total(logits, labels, weights)
+    return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
 
 # %% ../nbs/22_losses.ipynb #1009aa66
 class CrossEntropy(Loss):
@@ -296,14 +307,16 @@ class DRW(ClassBalanced):
     @property
     def prior(self): return self.late_weights * self.base.prior if self.ends_weighted else self.base.prior
 
-    def set_epoch(self,
-                  epoch:int, # from 0
-                  n_epochs:int # of the whole training; if none comes after `start`, it ends without weights
-                 ):
-        "Fill the weights in for this epoch, also after a restart"
-        first = round(self.start * n_epochs, 6)
-        self.ends_weighted = n_epochs - 1 >= first
-        self.class_weights.copy_(self.late_weights if epoch >= first else torch.ones_like(self.late_weights))
+# %% ../nbs/22_losses.ipynb #9d076b8c
+@patch
+def set_epoch(self:DRW,
+              epoch:int, # from 0
+              n_epochs:int # of the whole training; if none comes after `start`, it ends without weights
+             ):
+    "Fill the weights in for this epoch, also after a restart"
+    first = round(self.start * n_epochs, 6)
+    self.ends_weighted = n_epochs - 1 >= first
+    self.class_weights.copy_(self.late_weights if epoch >= first else torch.ones_like(self.late_weights))
 
 # %% ../nbs/22_losses.ipynb #f5948a94
 class BalancedSoftmax(Loss):
