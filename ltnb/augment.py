@@ -7,7 +7,7 @@ __all__ = ['PIXEL_OPS', 'OPS', 'CIFAR10_POLICY', 'AUGMENTATIONS', 'crop', 'flip'
            'warp', 'op_levels', 'apply_ops', 'AutoAugment', 'RandAugment', 'Augment']
 
 # %% ../nbs/23_augment.ipynb #8a2a2a3d
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from .core import UsageError, nearest
 def _randint(n, size, g, x): return torch.randint(n, size, generator=g, device=x.device)
 
 
-def _take(x, index): return x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).unflatten(2, index.shape[1:])
+def _take(x, index): # (B, C, H, W), (B, h, w) places in H x W -> (B, C, h, w)
+    at = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, at).unflatten(2, index.shape[1:])
 
 
 def crop(x:torch.Tensor, # (B, C, H, W) on any device
@@ -43,13 +45,11 @@ def flip(x:torch.Tensor, # (B, C, H, W) on any device
     return torch.where(_each(_randint(2, (len(x),), g, x) == 1), x.flip(3), x)
 
 # %% ../nbs/23_augment.ipynb #9480a79d
-def _fill(x, keep, fill): return x * keep + (~keep).to(x.dtype) * fill # products of bytes run many times faster than `where`
+def _fill(x, keep, fill): # products of bytes run many times faster than `where`
+    return x * keep + (~keep).to(x.dtype) * fill
 
 
-def _between(low, # (B,) and (B,) -> (B
-             high, # n)
-             n # True from low to high - 1
-            ):
+def _between(low, high, n): # (B,) and (B,) -> (B, n), True from low to high - 1
     at = torch.arange(n, device=low.device)
     return (at >= low[:, None]) & (at < high[:, None])
 
@@ -63,8 +63,10 @@ def cutout(x:torch.Tensor, # (B, C, H, W) on any device
     b, c, h, w = x.shape
     top, left = _randint(h, (b,), g, x) - size // 2, _randint(w, (b,), g, x) - size // 2
     hole = _between(top, top + size, h)[:, None, :, None] & _between(left, left + size, w)[:, None, None, :]
-    if np.ndim(fill) and len(fill) != c: raise UsageError(f"fill has {len(fill)} values for images of {c} channels: give one number, or one a channel.")
-    return _fill(x, ~hole, torch.tensor(fill, dtype=x.dtype, device=x.device)[:, None, None] if np.ndim(fill) else fill)
+    if not np.ndim(fill): return _fill(x, ~hole, fill)
+    if len(fill) != c:
+        raise UsageError(f"fill has {len(fill)} values for images of {c} channels: give one number, or one a channel.")
+    return _fill(x, ~hole, torch.tensor(fill, dtype=x.dtype, device=x.device)[:, None, None])
 
 # %% ../nbs/23_augment.ipynb #831c7008
 def beta_draw(alpha:float, # both parameters; 1 is uniform, smaller prefers 0 and 1
@@ -94,8 +96,8 @@ def cutmix(x:torch.Tensor, # (B, C, H, W), float (normalised or not) or uint8
            y:torch.Tensor, # (B,) labels
            g:torch.Generator, # on the images' device; draws the partners and the place of the box
            lam:float # share of the image that should stay, as from `beta_draw`
-          )->tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: # images, labels, labels of the partners, share of pixels that stayed (a scalar on the device)
-    "A box of each image comes from its partner; one box a batch, its true area after clipping gives lam (Yun et al., 2019)"
+          )->tuple: # images, labels, labels of the partners, share of pixels that stayed (a scalar on the device)
+    "A box of each image comes from its partner; its area after clipping gives lam (Yun et al., 2019)"
     _check_share(lam)
     h, w = x.shape[2:]
     order = torch.randperm(len(x), generator=g, device=x.device)
@@ -106,29 +108,31 @@ def cutmix(x:torch.Tensor, # (B, C, H, W), float (normalised or not) or uint8
     return torch.where(rows[:, None] & columns, x[order], x), y, y[order], 1 - rows.sum() * columns.sum() / (h * w)
 
 # %% ../nbs/23_augment.ipynb #4fe44529
-def _matrices(op,
-              level,
-              h,
-              w # (B,) geometric ops by their place in OPS, (B,) levels -> (B, 2, 3), from a pixel to where it comes from
-             ):
+def _matrices(op, # (B,) geometric ops by their place in OPS
+              level, # (B,) levels
+              h, # rows of the images
+              w # columns
+             ): # -> (B, 2, 3), from a pixel to where it comes from
     m, o, z = level.double(), torch.ones_like(level, dtype=torch.float64), torch.zeros_like(level, dtype=torch.float64)
-    slope, t, s, c = m.atan().rad2deg().deg2rad(), m.trunc(), m.deg2rad().sin(), m.deg2rad().cos() # a slope goes through degrees: its last bits decide ties
+    slope = m.atan().rad2deg().deg2rad() # through degrees: its last bits decide ties
+    t, s, c = m.trunc(), m.deg2rad().sin(), m.deg2rad().cos()
     p, q = slope.tan(), slope.sin() / slope.cos()
-    kinds = [(o, p, w / 2 + p * (h / 2) - w / 2, z, o, z), (o, z, z, q, o, q * (w / 2) + h / 2 - h / 2), (o, z, -t, z, o, z), (o, z, z, z, o, -t), (c, -s, z, s, c, z)]
+    shear_x = o, p, w / 2 + p * (h / 2) - w / 2, z, o, z
+    shear_y = o, z, z, q, o, q * (w / 2) + h / 2 - h / 2
+    kinds = [shear_x, shear_y, (o, z, -t, z, o, z), (o, z, z, z, o, -t), (c, -s, z, s, c, z)]
     every = torch.stack([torch.stack(k, 1) for k in kinds], 1)
     return every[torch.arange(len(m), device=m.device), (op - 1).clamp(0, 4)].float().unflatten(1, (2, 3))
 
 
 def warp(x:torch.Tensor, # (B, C, H, W)
-         theta:torch.Tensor, # (B, 2, 3) float32: where a pixel (column, row, 1), counted from the image's centre, comes from
+         theta:torch.Tensor, # (B, 2, 3) float32: where a pixel (column, row, 1) comes from; 0 is the centre
          fill:int=0 # value outside the image
         )->torch.Tensor: # (B, C, H, W)
     "Resample each image with its own affine map, nearest pixel, rounded as torchvision rounds"
     h, w = x.shape[2:]
-    rows, columns = torch.arange(h, device=x.device)[:, None] - (h - 1) / 2, torch.arange(w, device=x.device) - (w - 1) / 2
-    def source(t,
-               n # goes through coordinates in [-1, 1], float32 throughout: the order of the sums decides ties
-              ):
+    rows, columns = (torch.arange(n, device=x.device) - (n - 1) / 2 for n in (h, w))
+    rows = rows[:, None]
+    def source(t, n): # through coordinates in [-1, 1], float32 throughout: the order of the sums decides ties
         t = (t / torch.full((), n / 2, device=x.device))[:, :, None, None]
         return ((columns * t[:, 0] + rows * t[:, 1] + t[:, 2] + 1) * (n / 2) - .5).round()
     i, j = source(theta[:, 1], h), source(theta[:, 0], w)
@@ -136,22 +140,21 @@ def warp(x:torch.Tensor, # (B, C, H, W)
     return _fill(_take(x, (i.clamp(0, h - 1) * w + j.clamp(0, w - 1)).long()), inside[:, None], fill)
 
 # %% ../nbs/23_augment.ipynb #293b15ef
-def _grey(x # (B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601; grey images as they are
-         ):
+def _grey(x): # (B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601; grey images as they are
     return (.2989 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]).to(x.dtype) if x.shape[1] == 3 else x
 
 
-def _smooth(x # 3 x 3 average with a centre of weight 5; the border as it is
-           ):
+def _smooth(x): # 3 x 3 average with a centre of weight 5; the border as it is
     smooth = x.float()
     rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
-    smooth[:, :, 1:-1, 1:-1] = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * smooth[:, :, 1:-1, 1:-1]) / 13).round()
+    inner = smooth[:, :, 1:-1, 1:-1]
+    inner.copy_(((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round())
     return smooth
 
 
-def _blend(x, # away from the other image (level > 0) or towards it
-           other, # cut down to whole grey levels
-           level # not rounded
+def _blend(x, # an image
+           other, # another one, cut down to whole grey levels
+           level # not rounded: above 0 away from the other, below 0 towards it
           ):
     factor = 1 + level.double()
     return (_each(factor.float()) * x).add_(_each((1 - factor).float()) * other).clamp_(0, 255).to(x.dtype)
@@ -172,7 +175,8 @@ def _sharpness(x, level): return _blend(x, _smooth(x), level) if min(x.shape[2:]
 def _posterize(x, level): return x & _each((256 - 2 ** (8 - level.long())).to(x.dtype)) # level: bits that stay
 
 
-def _solarize(x, level): return x ^ (x >= _each(level.ceil().to(x.dtype))).to(x.dtype).neg_() # level: the first grey level to invert; v ^ 255 = 255 - v
+def _solarize(x, level): # level: the first grey level to invert; v ^ 255 = 255 - v
+    return x ^ (x >= _each(level.ceil().to(x.dtype))).to(x.dtype).neg_()
 
 
 def _invert(x, level): return 255 - x
@@ -184,49 +188,48 @@ def _autocontrast(x, level):
     return ((x - torch.where(flat, 0, low)) * torch.where(flat, 1, 255 / (high - low))).clamp_(0, 255).to(x.dtype)
 
 
-def _equalize(x, # one histogram a channel
-              level # the brightest level does not count
-             ):
+def _equalize(x, level): # one histogram a channel; the brightest level does not count
     v = x.flatten(2).flatten(0, 1).long()
-    counts = torch.zeros(len(v), 256, dtype=torch.int32, device=x.device).scatter_add_(1, v, torch.ones((), dtype=torch.int32, device=x.device).expand_as(v))
+    one = torch.ones((), dtype=torch.int32, device=x.device).expand_as(v)
+    counts = torch.zeros(len(v), 256, dtype=torch.int32, device=x.device).scatter_add_(1, v, one)
     step = (v.shape[1] - counts.gather(1, v.amax(1, keepdim=True))) // 255
     table = ((counts.cumsum(1) - counts + step // 2) // step.clamp(min=1)).clamp(max=255)
     return torch.where(step == 0, torch.arange(256, device=x.device), table).to(x.dtype).gather(1, v).view_as(x)
 
 # %% ../nbs/23_augment.ipynb #4e1684ce
-PIXEL_OPS = {"Brightness": _brightness, "Color": _color, "Contrast": _contrast, "Sharpness": _sharpness, "Posterize": _posterize, "Solarize": _solarize,
+PIXEL_OPS = {"Brightness": _brightness, "Color": _color, "Contrast": _contrast, "Sharpness": _sharpness,
+             "Posterize": _posterize, "Solarize": _solarize,
              "AutoContrast": _autocontrast, "Equalize": _equalize, "Invert": _invert}
 OPS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", *PIXEL_OPS)
 
 
 def op_levels(n_bins:int, # how finely a range is divided
-              h:int,
-              w:int # pixels
+              h:int, # rows of the images
+              w:int # columns
              )->dict[str, tuple[torch.Tensor, bool]]: # op -> ((n_bins,) levels or a scalar 0, may the sign be turned)
-    "What a magnitude means for each op: slopes, pixels, degrees, factors - 1, bits, a grey level (Cubuk et al., 2019; ranges of torchvision)"
-    top = {"ShearX": .3, "ShearY": .3, "TranslateX": 150 / 331 * w, "TranslateY": 150 / 331 * h, "Rotate": 30., "Brightness": .9, "Color": .9, "Contrast": .9, "Sharpness": .9}
+    "What a magnitude means for each op: slopes, pixels, degrees, factors - 1, bits, a grey level as in torchvision"
+    top = {"ShearX": .3, "ShearY": .3, "TranslateX": 150 / 331 * w, "TranslateY": 150 / 331 * h, "Rotate": 30.,
+           **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), .9)}
+    bits = 8 - (torch.arange(n_bins) / ((n_bins - 1) / 4)).round().int()
     return {**{k: (torch.tensor(0.), False) for k in ("Identity", "AutoContrast", "Equalize", "Invert")},
             **{k: (torch.linspace(0., v, n_bins), True) for k, v in top.items()},
-            "Posterize": (8 - (torch.arange(n_bins) / ((n_bins - 1) / 4)).round().int(), False), "Solarize": (torch.linspace(255., 0., n_bins), False)}
+            "Posterize": (bits, False), "Solarize": (torch.linspace(255., 0., n_bins), False)}
 
 
 @lru_cache(maxsize=64)
-def _level_table(n_bins, # (ops
-                 h, # n_bins) levels
-                 w, # and (ops,) whether the sign may be turned
-                 device # in the order of OPS
-                ):
+def _level_table(n_bins, h, w, device): # -> (ops, n_bins) levels and (ops,) whether the sign may be turned, as in OPS
     known = op_levels(n_bins, h, w)
-    return torch.stack([known[k][0].double().expand(n_bins) for k in OPS]).to(device), torch.tensor([known[k][1] for k in OPS], device=device)
+    levels = torch.stack([known[k][0].double().expand(n_bins) for k in OPS]).to(device)
+    return levels, torch.tensor([known[k][1] for k in OPS], device=device)
 
 # %% ../nbs/23_augment.ipynb #1937efd5
 def _counts_are_free(x): return x.device.type == "cpu" # elsewhere the host would wait for them
 
 
-def _only(x, # in place: f of the images that are `mine`
-          mine, # where counting them is not free
-          f, # of all
-          *args # to keep those
+def _only(x, # changed in place
+          mine, # (B,) which images
+          f, # (images, *args) -> images; where counting is not free, it is done for all of them
+          *args # (B,) each
          ):
     if not _counts_are_free(x): return x.copy_(torch.where(_each(mine), f(x, *args), x))
     at = mine.nonzero()[:, 0]
@@ -239,41 +242,42 @@ def apply_ops(x:torch.Tensor, # (B, 1 or 3, H, W) uint8
               fill:int=0 # grey level that moves in from outside
              )->torch.Tensor: # (B, C, H, W) uint8
     "Give every image its own ops; no randomness"
-    if x.dtype != torch.uint8 or x.shape[1] not in (1, 3): raise UsageError(f"the policies take uint8 images of 1 or 3 channels, got {x.dtype} of {x.shape[1]}.")
+    if x.dtype != torch.uint8 or x.shape[1] not in (1, 3):
+        raise UsageError(f"the policies take uint8 images of 1 or 3 channels, got {x.dtype} of {x.shape[1]}.")
     x = x.clone()
-    for op, m in zip(ops.unbind(1), level.unbind(1)):
+    for op, m in zip(ops.unbind(1), level.unbind(1), strict=True):
         _only(x, (op > 0) & (op < 6), lambda x, theta: warp(x, theta, fill), _matrices(op, m, *x.shape[2:]))
         for k, f in enumerate(PIXEL_OPS.values(), 6): _only(x, op == k, f, m)
     return x
 
 # %% ../nbs/23_augment.ipynb #8aeed1bf
 CIFAR10_POLICY = ( # 25 sub-policies of two (op, probability, level of 10)
-    (("Invert", .1, None), ("Contrast", .2, 6)), (("Rotate", .7, 2), ("TranslateX", .3, 9)), (("Sharpness", .8, 1), ("Sharpness", .9, 3)),
-    (("ShearY", .5, 8), ("TranslateY", .7, 9)), (("AutoContrast", .5, None), ("Equalize", .9, None)), (("ShearY", .2, 7), ("Posterize", .3, 7)),
-    (("Color", .4, 3), ("Brightness", .6, 7)), (("Sharpness", .3, 9), ("Brightness", .7, 9)), (("Equalize", .6, None), ("Equalize", .5, None)),
-    (("Contrast", .6, 7), ("Sharpness", .6, 5)), (("Color", .7, 7), ("TranslateX", .5, 8)), (("Equalize", .3, None), ("AutoContrast", .4, None)),
-    (("TranslateY", .4, 3), ("Sharpness", .2, 6)), (("Brightness", .9, 6), ("Color", .2, 8)), (("Solarize", .5, 2), ("Invert", 0., None)),
-    (("Equalize", .2, None), ("AutoContrast", .6, None)), (("Equalize", .2, None), ("Equalize", .6, None)), (("Color", .9, 9), ("Equalize", .6, None)),
-    (("AutoContrast", .8, None), ("Solarize", .2, 8)), (("Brightness", .1, 3), ("Color", .7, 0)), (("Solarize", .4, 5), ("AutoContrast", .9, None)),
-    (("TranslateY", .9, 9), ("TranslateY", .7, 9)), (("AutoContrast", .9, None), ("Solarize", .8, 3)), (("Equalize", .8, None), ("Invert", .1, None)),
+    (("Invert", .1, None), ("Contrast", .2, 6)), (("Rotate", .7, 2), ("TranslateX", .3, 9)),
+    (("Sharpness", .8, 1), ("Sharpness", .9, 3)), (("ShearY", .5, 8), ("TranslateY", .7, 9)),
+    (("AutoContrast", .5, None), ("Equalize", .9, None)), (("ShearY", .2, 7), ("Posterize", .3, 7)),
+    (("Color", .4, 3), ("Brightness", .6, 7)), (("Sharpness", .3, 9), ("Brightness", .7, 9)),
+    (("Equalize", .6, None), ("Equalize", .5, None)), (("Contrast", .6, 7), ("Sharpness", .6, 5)),
+    (("Color", .7, 7), ("TranslateX", .5, 8)), (("Equalize", .3, None), ("AutoContrast", .4, None)),
+    (("TranslateY", .4, 3), ("Sharpness", .2, 6)), (("Brightness", .9, 6), ("Color", .2, 8)),
+    (("Solarize", .5, 2), ("Invert", 0., None)), (("Equalize", .2, None), ("AutoContrast", .6, None)),
+    (("Equalize", .2, None), ("Equalize", .6, None)), (("Color", .9, 9), ("Equalize", .6, None)),
+    (("AutoContrast", .8, None), ("Solarize", .2, 8)), (("Brightness", .1, 3), ("Color", .7, 0)),
+    (("Solarize", .4, 5), ("AutoContrast", .9, None)), (("TranslateY", .9, 9), ("TranslateY", .7, 9)),
+    (("AutoContrast", .9, None), ("Solarize", .8, 3)), (("Equalize", .8, None), ("Invert", .1, None)),
     (("TranslateY", .7, 9), ("AutoContrast", .9, None)))
 
 
 @lru_cache(maxsize=64)
-def _policy_table(h,
-                  w,
-                  device # ops, probabilities, unsigned levels: each (25, 2)
-                 ):
-    column = lambda i: [[op[i] for op in pair] for pair in CIFAR10_POLICY]
-    ops = torch.tensor([[OPS.index(name) for name in pair] for pair in column(0)], device=device)
-    return ops, torch.tensor(column(1), device=device), _level_table(10, h, w, device)[0][ops, torch.tensor([[m or 0 for m in pair] for pair in column(2)], device=device)]
+def _policy_table(h, w, device): # -> ops, probabilities, unsigned levels: each (25, 2)
+    names, chances, levels = ([[op[i] for op in pair] for pair in CIFAR10_POLICY] for i in range(3))
+    ops = torch.tensor([[OPS.index(name) for name in pair] for pair in names], device=device)
+    at = torch.tensor([[m or 0 for m in pair] for pair in levels], device=device)
+    return ops, torch.tensor(chances, device=device), _level_table(10, h, w, device)[0][ops, at]
 
 
-def _signed(ops,
-            level,
-            g # turns the sign of half of the levels, where the op has one
-           ):
-    return level * torch.where(_level_table(2, 1, 1, ops.device)[1][ops], _randint(2, ops.shape, g, ops) * 2 - 1, 1)
+def _signed(ops, level, g): # turns the sign of half of the levels, where the op has one
+    turns = _level_table(2, 1, 1, ops.device)[1][ops]
+    return level * torch.where(turns, _randint(2, ops.shape, g, ops) * 2 - 1, 1)
 
 # %% ../nbs/23_augment.ipynb #81ea25d9
 class AutoAugment:
@@ -313,7 +317,8 @@ class RandAugment:
                  fill:int=0 # grey level that moves in from outside
                 ):
         if n < 0 or n_bins < 2 or not 0 <= magnitude < n_bins:
-            raise UsageError(f"RandAugment takes n >= 0 and 0 <= magnitude < n_bins, got n={n}, magnitude={magnitude}, n_bins={n_bins}.")
+            raise UsageError(f"RandAugment takes n >= 0 and 0 <= magnitude < n_bins, got n={n}, "
+                             f"magnitude={magnitude}, n_bins={n_bins}.")
         self.n, self.magnitude, self.n_bins, self.fill = n, magnitude, n_bins, fill
 
     def draw(self,
@@ -334,12 +339,12 @@ class RandAugment:
 # %% ../nbs/23_augment.ipynb #fd82e4a3
 AUGMENTATIONS = ("crop", "flip", "autoaugment", "randaugment", "cutout")
 
-
+# %% ../nbs/23_augment.ipynb #d846c991
 class Augment:
     "Augmentations by name, always in the order crop, flip, a policy, cutout"
 
-    def __init__(self, # such as "crop+flip+autoaugment+cutout", in any order
-                 names:str="none", # "none" for none
+    def __init__(self,
+                 names:str="none", # such as "crop+flip+autoaugment+cutout", in any order; "none" for none
                  pad:int=4, # of `crop`, pixels on each side
                  size:int=16, # of `cutout`, pixels along the side
                  fill:int|tuple=0 # of `cutout`: one number, or one a channel
@@ -347,10 +352,13 @@ class Augment:
         asked = [] if names == "none" else [n.strip() for n in names.split("+")]
         for n in asked:
             if n == "none": raise UsageError(f"'none' stands alone: leave it out of {names!r}.")
-            if n not in AUGMENTATIONS: raise UsageError(f"there is no augmentation {n!r} in {names!r}. {nearest(n, AUGMENTATIONS)}")
+            if n not in AUGMENTATIONS:
+                raise UsageError(f"there is no augmentation {n!r} in {names!r}. {nearest(n, AUGMENTATIONS)}")
         if len(set(asked)) < len(asked): raise UsageError(f"{names!r} names an augmentation twice: name each once.")
-        if {"autoaugment", "randaugment"} <= set(asked): raise UsageError(f"{names!r} has two policies: choose autoaugment or randaugment.")
-        steps = {"crop": lambda x, g: crop(x, g, pad), "flip": flip, "autoaugment": AutoAugment(), "randaugment": RandAugment(), "cutout": lambda x, g: cutout(x, g, size, fill)}
+        if {"autoaugment", "randaugment"} <= set(asked):
+            raise UsageError(f"{names!r} has two policies: choose autoaugment or randaugment.")
+        steps = {"crop": partial(crop, pad=pad), "flip": flip, "autoaugment": AutoAugment(),
+                 "randaugment": RandAugment(), "cutout": partial(cutout, size=size, fill=fill)}
         self.names = "+".join(n for n in AUGMENTATIONS if n in asked) or "none" # in the order in which they happen
         self.steps = [steps[n] for n in AUGMENTATIONS if n in asked]
 
@@ -361,5 +369,4 @@ class Augment:
         "A new view of every image; the same generator state makes the same views"
         for step in self.steps: x = step(x, g)
         return x
-
     def __repr__(self): return f"Augment({self.names!r})"

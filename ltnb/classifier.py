@@ -8,6 +8,7 @@ __all__ = ['Classifier', 'pixel_stats', 'set_stats', 'luma', 'check_images', 'en
 
 # %% ../nbs/21_classifier.ipynb #c5df1ff3
 import csv, os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from .folders import Photographs, image_suffixes
 from .files import ImageFiles, read_image
 from .data import LongTail
 from .sources import BAD_IMAGES
-from .models import LinearNet, _finish, build_model
+from .models import LinearNet, build_model, with_head
 
 # %% ../nbs/21_classifier.ipynb #ccd1aa30
 class Classifier(nn.Module):
@@ -39,30 +40,32 @@ class Classifier(nn.Module):
                  std=(1.,), # per channel
                  arch:str="linear", # name of the network
                  log_prior=None, # (K,) what is subtracted from the logits, or None for plain argmax
-                 head:str|None=None, # as in `build_model`
-                 norm:str|None=None # None asks the network
+                 head:str|None=None # a name of `HEADS`; None asks the network
                 ):
         super().__init__()
-        self.net, self.arch, self.class_names, self.input_size = net, arch, unique_names(class_names), tuple(input_size)
+        self.net, self.arch = net, arch
+        self.class_names, self.input_size = unique_names(class_names), tuple(input_size)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.log_prior = None if log_prior is None else [float(c) for c in log_prior]
-        self.head, self.norm = head or getattr(net, "head", "linear"), norm or getattr(net, "norm", "batch")
+        self.head, self.norm = head or getattr(net, "head", "linear"), getattr(net, "norm", "batch")
         for name, v in (("_mean", self.mean), ("_std", self.std)): # on the device with the network, in no saved file
             self.register_buffer(name, torch.tensor(v, dtype=torch.float32)[:, None, None], persistent=False)
-
-    def prepare(self,
-                x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
-               )->torch.Tensor: # normalised floats
-        "Pixels to what the network was trained on"
-        if x.dtype != torch.uint8: return x
-        mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
-        return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def forward(self,
                 x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
                )->torch.Tensor: # (B, K) logits, prior-corrected
         logits = self.net(self.prepare(x)).float()
         return logits if self.log_prior is None else logits - logits.new_tensor(self.log_prior)
+
+# %% ../nbs/21_classifier.ipynb #85f4723f
+@patch
+def prepare(self:Classifier,
+            x:torch.Tensor # (B, C, H, W) uint8, or (B, d) float
+           )->torch.Tensor: # normalised floats
+    "Pixels to what the network was trained on"
+    if x.dtype != torch.uint8: return x
+    mean, std = (v.to(x.device, torch.float32) for v in (self._mean, self._std)) # there already, as a rule
+    return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/21_classifier.ipynb #49ba1179
 def pixel_stats(images:np.ndarray # (N, C, H, W) uint8
@@ -91,20 +94,28 @@ def check_images(clf:Classifier, # what they are for
                  images # array or ImageFiles
                 ):
     "Refuse images that the classifier was not made for; nothing is decoded"
-    want, got, name = clf.input_size, tuple(images.shape[1:]), lambda shape: " x ".join(map(str, shape)) or "a single number"
-    if isinstance(images, ImageFiles):
-        if got != (3, *want[1:]) or want[0] not in (1, 3): raise DataError(f"this classifier takes {name(want)}, these files are decoded to {name(got)}: {f'make them with ImageFiles(..., size={want[1]})' if want[1:] == want[1:2] * 2 and want[0] in (1, 3) else 'files give square RGB images'}.")
-        return
-    if got != want: raise DataError(f"this classifier takes {'images' if len(want) > 1 else 'features'} of {name(want)}, got {name(got)}.")
-    if len(want) > 1 and images.dtype != np.uint8: raise DataError(f"images must be uint8 in 0 to 255, got {images.dtype}.")
-    if len(want) == 1 and images.dtype.kind != "f": raise DataError(f"features must be floats, got {images.dtype}.")
+    want, got = clf.input_size, tuple(images.shape[1:])
+    if isinstance(images, ImageFiles): _check_files(want, got)
+    elif got != want:
+        what = "images" if len(want) > 1 else "features"
+        raise DataError(f"this classifier takes {what} of {_sizes(want)}, got {_sizes(got)}.")
+    elif len(want) > 1 and images.dtype != np.uint8:
+        raise DataError(f"images must be uint8 in 0 to 255, got {images.dtype}.")
+    elif len(want) == 1 and images.dtype.kind != "f":
+        raise DataError(f"features must be floats, got {images.dtype}.")
 
 
-def _batches(clf,
-             images,
-             bs,
-             device # -> tensors on the device, ready for `prepare`; the classifier is put there too
-            ):
+def _check_files(want, got): # sizes of images: of the classifier, and as the files are decoded
+    if got == (3, *want[1:]) and want[0] in (1, 3): return
+    square = want[1:] == want[1:2] * 2 and want[0] in (1, 3)
+    how = f"make them with ImageFiles(..., size={want[1]})" if square else "files give square RGB images"
+    raise DataError(f"this classifier takes {_sizes(want)}, these files are decoded to {_sizes(got)}: {how}.")
+
+# %% ../nbs/21_classifier.ipynb #40aafeb2
+def _sizes(shape): return " x ".join(map(str, shape)) or "a single number"
+
+
+def _batches(clf, images, bs, device): # -> tensors on the device, ready for `prepare`; the classifier goes there too
     if not isinstance(images, ImageFiles): images = np.asarray(images)
     check_images(clf, images)
     clf.to(device, memory_format=torch.channels_last).eval()
@@ -121,7 +132,7 @@ def encode(clf:Classifier, # whose network is to be used
            bs:int=512, # images at a time
            device:str="cpu", # where to compute
            precision:str="fp32", # "fp32" or "bf16"
-           progress=lambda n: None # told the number of images after each batch
+           progress:Callable=lambda n: None # told the number of images after each batch
           )->torch.Tensor: # (N, d) float32 on the CPU
     "Penultimate features"
     out = []
@@ -139,7 +150,7 @@ def logits(self:Classifier,
            bs:int=512, # images at a time
            device:str="cpu", # where to compute
            precision:str="fp32", # "fp32" or "bf16"
-           progress=lambda n: None # told the number of images after each batch
+           progress:Callable=lambda n: None # told the number of images after each batch
           )->torch.Tensor: # (N, K) float32 on the CPU, prior-corrected
     "Scores of many images, in evaluation mode"
     out = []
@@ -152,14 +163,14 @@ def logits(self:Classifier,
 
 @patch
 def predict(self:Classifier,
-            images:np.ndarray|ImageFiles, # as in `logits`
-            bs:int=512,
-            device:str="cpu",
-            precision:str="fp32",
-            progress=lambda n: None # as in `logits`
+            images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or (N, d) features
+            bs:int=512, # images at a time
+            device:str="auto", # where to compute: "auto" takes a GPU where there is one
+            precision:str="fp32", # "fp32" or "bf16"
+            progress:Callable=lambda n: None # told the number of images after each batch
            )->np.ndarray: # (N, K) probabilities
-    "Probabilities of many images"
-    return self.logits(images, bs, device, precision, progress).softmax(1).numpy()
+    "Probabilities of many images, as `predict_files` computes those of files"
+    return self.logits(images, bs, choose_device(device), precision, progress).softmax(1).numpy()
 
 # %% ../nbs/21_classifier.ipynb #30db8b6c
 @patch
@@ -169,21 +180,22 @@ def save(self:Classifier,
         ):
     "Save the classifier"
     save_tensors(Path(folder)/"model.safetensors", self.net.state_dict())
-    write_json(Path(folder)/"model.json", {"format": 1, "arch": self.arch, "head": self.head, "norm": self.norm, "classes": self.class_names, "input_size": self.input_size,
-                                           "normalisation": {"mean": self.mean, "std": self.std}, "prior_correction": {"log_prior": self.log_prior} if self.log_prior else None, **more})
+    known = {"format": 1, "arch": self.arch, "head": self.head, "norm": self.norm, "classes": self.class_names,
+             "input_size": self.input_size, "normalisation": {"mean": self.mean, "std": self.std},
+             "prior_correction": {"log_prior": self.log_prior} if self.log_prior else None}
+    write_json(Path(folder)/"model.json", {**known, **more})
 
 
-def _fill(net,
-          tensors,
-          what # load weights, or say which one does not fit
-         ):
+def _fill(net, tensors, what): # load weights, or say which one does not fit
     own = net.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in tensors] + [f"{k} has no place" for k in tensors if k not in own]
-    wrong += [f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]
+    wrong = [f"{k} is missing" for k in own if k not in tensors]
+    wrong += [f"{k} has no place" for k in tensors if k not in own]
+    wrong += [f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
+              if k in tensors and tensors[k].shape != v.shape]
     if wrong: raise DataError(f"{what}: {len(wrong)} weights do not fit, such as: {wrong[0]}.")
     net.load_state_dict(tensors)
 
-
+# %% ../nbs/21_classifier.ipynb #19bc97ed
 @patch(cls_method=True)
 def load(cls:Classifier,
          folder:str|Path # a folder of `save`
@@ -192,12 +204,18 @@ def load(cls:Classifier,
     d = read_json(Path(folder)/"model.json")
     try:
         if d.get("format", 1) > 1: raise DataError(f"{folder} was written by a newer ltnb: upgrade ltnb to read it.")
-        arch, head, norm, size, k = d["arch"], d.get("head", "linear"), d.get("norm", "batch"), d["input_size"], len(d["classes"])
-        net = _finish(LinearNet(k, size[0]), arch, 0, head, norm) if arch == "linear" else build_model(arch, k, size[0], head=head, norm=norm)
-        _fill(net, load_tensors(Path(folder)/"model.safetensors")[0], f"{folder}/model.safetensors is not the {arch} with {k} classes, head {head!r} and norm {norm!r} of its model.json")
-        return cls(net, d["classes"], size, d["normalisation"]["mean"], d["normalisation"]["std"], arch, d["prior_correction"] and d["prior_correction"]["log_prior"]).eval()
+        arch, head, norm, size = d["arch"], d.get("head", "linear"), d.get("norm", "batch"), d["input_size"]
+        k, scale, prior = len(d["classes"]), d["normalisation"], d["prior_correction"]
+        if arch == "linear": net = with_head(LinearNet(k, size[0]), arch, 0, head, norm)
+        else: net = build_model(arch, k, size[0], head=head, norm=norm)
+        what = f"the {arch} with {k} classes, head {head!r} and norm {norm!r} of its model.json"
+        weights = load_tensors(Path(folder)/"model.safetensors")[0]
+        _fill(net, weights, f"{folder}/model.safetensors is not {what}")
+        return cls(net, d["classes"], size, scale["mean"], scale["std"], arch, prior and prior["log_prior"]).eval()
     except DataError: raise
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as e: raise DataError(f"{folder} holds no classifier of this ltnb ({(str(e) or type(e).__name__).splitlines()[0]}).") from e
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise DataError(f"{folder} holds no classifier of this ltnb ({why}).") from e
 
 # %% ../nbs/21_classifier.ipynb #83ca285c
 def load_classifier(run:str|Path # a run directory, or its folder model
@@ -206,8 +224,10 @@ def load_classifier(run:str|Path # a run directory, or its folder model
     run = Path(run)
     for folder in (run/"model", run):
         if (folder/"model.json").is_file(): return Classifier.load(folder)
-    if (run/"config.json").is_file(): raise UsageError(f"{run} is a run without a classifier: it is not finished; run the same command again.")
-    raise UsageError(f"{run} {'holds no classifier' if run.exists() else 'does not exist'}: give a run directory, or its folder model with model.json and model.safetensors.")
+    if (run/"config.json").is_file():
+        raise UsageError(f"{run} is a run without a classifier: it is not finished; run the same command again.")
+    raise UsageError(f"{run} {'holds no classifier' if run.exists() else 'does not exist'}: give a run directory, "
+                     "or its folder model with model.json and model.safetensors.")
 
 # %% ../nbs/21_classifier.ipynb #d7225b0e
 def new_encoder(arch:str, # timm:NAME, or a name of `ARCHS`
@@ -217,7 +237,9 @@ def new_encoder(arch:str, # timm:NAME, or a name of `ARCHS`
                )->Classifier: # whose head is untrained
     "A network to encode a set with"
     own = not arch.startswith("timm:")
-    if own and pretrained: raise UsageError(f"arch={arch!r} has no pretrained weights: name a network of timm (timm:resnet50), encode with a run's classifier (--model), or ask for random weights (--pretrained false).")
+    if own and pretrained:
+        raise UsageError(f"arch={arch!r} has no pretrained weights: name a network of timm (timm:resnet50), encode "
+                         "with a run's classifier (--model), or ask for random weights (--pretrained false).")
     shape = data.train.images.shape[1:]
     net = build_model(arch, data.n_classes, shape[0], seed, pretrained=pretrained)
     if own: mean, std = set_stats(data.train.images)
@@ -241,9 +263,7 @@ class Predictions:
     def __iter__(self): return iter((self.paths, self.probs, self.left_out))
 
 
-def _found(source,
-           kind # a folder or a file, how it is called -> (root, paths, listing or None)
-          ):
+def _found(source, kind): # a folder or a file, and how it is called -> (root, paths, listing or None)
     source = os.path.abspath(source)
     if os.path.isfile(source): return os.path.dirname(source), [os.path.basename(source)], None
     if not os.path.isdir(source): raise UsageError(f"{one_line(kind)} is no folder and no file.")
@@ -266,36 +286,48 @@ def left_out_because(e:DataError, # of `read_image`
 def predict_files(clf:Classifier, # for square images of 1 or 3 channels
                   folder:str|Path, # all images below it; or one file
                   bs:int=64, # images at a time
-                  device:str="auto", # where to compute
+                  device:str="auto", # where to compute: "auto" takes a GPU where there is one
                   precision:str="auto", # "auto", "fp32" or "bf16"
                   bad_images:str="skip", # unreadable images: "stop", "skip" or "tolerate"
                   grey_bits:int|None=None # deep grey values: 2**grey_bits - 1 is white; None asks the files
                  )->Predictions: # unpacks as sorted relative paths, (N, K) probabilities, (path, what is wrong)
     "Classify a folder of image files, or one file"
-    if len(clf.input_size) != 3 or clf.input_size[1] != clf.input_size[2] or clf.input_size[0] not in (1, 3): raise UsageError(f"image files need a classifier of square grey or RGB images, this one takes {' x '.join(map(str, clf.input_size))}.")
-    if bad_images not in BAD_IMAGES:
-        raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
+    _check_square(clf, bad_images)
     root, found, listing = _found(folder, folder)
     device = choose_device(device)
     precision, probs, bad, marks, paths = choose_precision(precision, device), [], [], {}, []
+    for got in _decoded(root, found, bs, (clf.input_size[1], grey_bits), bad_images):
+        bad += [(p, note) for p, (x, note) in got.items() if x is None]
+        marks |= {p: note for p, (x, note) in got.items() if x is not None and note}
+        if not (good := {p: x for p, (x, _) in got.items() if x is not None}): continue
+        x = np.stack(list(good.values()))
+        paths += good
+        probs.append(clf.predict(luma(x) if clf.input_size[0] == 1 else x, bs, device, precision))
+    if listing is None and bad:
+        raise UsageError(f"{one_line(folder)} is no folder, and no photograph that can be classified: {bad[0][1]}")
+    whole = np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32)
+    return Predictions(paths, whole, bad, marks, listing.notes() if listing else [], listing.n_left if listing else 0)
+
+# %% ../nbs/21_classifier.ipynb #9a985d6e
+def _check_square(clf, bad_images): # what files cannot be classified by, or with
+    size = clf.input_size
+    if len(size) != 3 or size[1] != size[2] or size[0] not in (1, 3):
+        raise UsageError(f"image files need a classifier of square grey or RGB images, this one takes "
+                         f"{' x '.join(map(str, size))}.")
+    if bad_images not in BAD_IMAGES:
+        raise UsageError(f"bad_images={bad_images!r} is not a choice. {nearest(bad_images, BAD_IMAGES)}")
+
+
+def _decoded(root, found, bs, how, bad_images): # -> {path: (image or None, note)}; `how`: side and grey bits
     def decode(path):
-        try: return read_image(os.path.join(root, path), clf.input_size[1], grey_bits, bad_images == "tolerate")
+        try: return read_image(os.path.join(root, path), *how, bad_images == "tolerate")
         except DataError as e:
             if bad_images == "stop": raise
             return None, left_out_because(e, bad_images).replace(root + os.sep, "")
     with ThreadPoolExecutor(reading_threads()) as pool:
         for i in range(0, len(found), bs):
-            got = dict(zip(found[i:i + bs], pool.map(decode, found[i:i + bs])))
-            bad += [(p, note) for p, (x, note) in got.items() if x is None]
-            marks |= {p: note for p, (x, note) in got.items() if x is not None and note}
-            if not (good := {p: x for p, (x, _) in got.items() if x is not None}): continue
-            x = np.stack(list(good.values()))
-            paths += good
-            probs.append(clf.predict(luma(x) if clf.input_size[0] == 1 else x, bs, device, precision))
-    if listing is None and bad:
-        raise UsageError(f"{one_line(folder)} is no folder, and no photograph that can be classified: {bad[0][1]}")
-    whole = np.concatenate(probs) if probs else np.zeros((0, len(clf.class_names)), np.float32)
-    return Predictions(paths, whole, bad, marks, listing.notes() if listing else [], listing.n_left if listing else 0)
+            part = found[i:i + bs]
+            yield dict(zip(part, pool.map(decode, part), strict=True))
 
 # %% ../nbs/21_classifier.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
@@ -306,14 +338,17 @@ def write_predictions(path:str|Path, # the .csv file to write
                      ):
     "One row an image: path, class, its probability, a note where there are any, and the probability of each class"
     names, probs, paths = list(map(str, names)), np.asarray(probs), list(map(str, paths))
-    if probs.shape != (len(paths), len(names)): raise DataError(f"{len(paths)} paths and {len(names)} classes need probabilities of shape {(len(paths), len(names))}, got {probs.shape}.")
+    want = len(paths), len(names)
+    if probs.shape != want:
+        raise DataError(f"{want[0]} paths and {want[1]} classes need probabilities of shape {want}, got {probs.shape}.")
     names = unique_names(map(valid_text, names))
     own = ("path", "class", "probability", *(["note"] if marks else []))
-    columns = [f"{n} ({k})" if n in (*own, "note") else n for k, n in enumerate(names)] # each column is found by its name
+    taken = *own, "note" # each column is found by its name
+    columns = [f"{n} ({k})" if n in taken else n for k, n in enumerate(names)]
     with atomic_write(path) as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow([*own, *columns])
-        for p, row in zip(paths, probs):
+        for p, row in zip(paths, probs, strict=True):
             note = [marks.get(p, "")] if marks else []
             first = [valid_text(p), names[row.argmax()], f"{row.max():.6g}"]
             out.writerow([*first, *note, *(f"{v:.6g}" for v in row)])

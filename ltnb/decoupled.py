@@ -68,7 +68,7 @@ def cycled(labels:torch.Tensor, # (N,) int64 classes of the items
         out[when] = own[cycles.argsort(1).flatten()[:len(when)]]
     return out
 
-
+# %% ../nbs/29_decoupled.ipynb #cfe5e8f0
 def class_aware(labels:torch.Tensor, # (N,) int64 classes, none of them empty
                 n:int, # how many to draw
                 g:torch.Generator, # on the labels' device
@@ -93,7 +93,7 @@ class SecondStage:
     max_draws: int = MAX_DRAWS # budget that ends the epochs early where there are very many classes
     progress: Callable = lambda n: None # told 1 after each step
 
-
+# %% ../nbs/29_decoupled.ipynb #1dbbff68
 def sgd_steps(logits:Callable, # function of (B, d) features
               parameters:list, # tensors with gradients, changed in place
               features, # (N, d) tensor, or what gives the rows at some positions
@@ -221,7 +221,7 @@ def shifted_order(labels:torch.Tensor, # (N,) int64, of the training images
     n = balanced_draws(torch.bincount(labels).cpu().numpy(), n_epochs, max_draws)
     return class_aware(labels, n // bs * bs or n, g)
 
-
+# %% ../nbs/29_decoupled.ipynb #97966b32
 def shifted_heads(clf:Classifier, # trained
                   head:Head, # its own, linear
                   images, # (N, C, H, W) uint8, array or `ImageFiles`, of the training set

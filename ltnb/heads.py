@@ -149,13 +149,15 @@ class Features:
     @property
     def counts(self)->np.ndarray: return np.bincount(self.train_labels.numpy(), minlength=self.n_classes)
 
-    def fingerprint(self
-                   )->str: # 16 hexadecimal digits
-        "A hash of all features, labels and the head"
-        h = hashlib.blake2b("\n".join(self.class_names).encode(), digest_size=8)
-        head = (self.head.weight, self.head.bias) if self.head else ()
-        for t in (self.train, self.train_labels, self.test, self.test_labels, *head): h.update(t.contiguous().numpy())
-        return h.hexdigest()
+# %% ../nbs/28_heads.ipynb #9de68835
+@patch
+def fingerprint(self:Features
+               )->str: # 16 hexadecimal digits
+    "A hash of all features, labels and the head"
+    h = hashlib.blake2b("\n".join(self.class_names).encode(), digest_size=8)
+    head = (self.head.weight, self.head.bias) if self.head else ()
+    for t in (self.train, self.train_labels, self.test, self.test_labels, *head): h.update(t.contiguous().numpy())
+    return h.hexdigest()
 
 # %% ../nbs/28_heads.ipynb #652109a6
 def _check_part(part, z, y, k): # train or test, its features and labels, the number of classes
@@ -196,7 +198,7 @@ def _checked_archive(z, path): # what `read_npz` gave, with class names where a 
 
 def _f32(a): return torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
 
-
+# %% ../nbs/28_heads.ipynb #1a114c44
 def _archived_head(z, path, labels, k): # None without one
     if "fc_weight" not in z: return None
     counts = np.bincount(labels["train"], minlength=k)[:k]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import DataError, UsageError, nearest, read_json
@@ -23,7 +24,8 @@ def log_prior(counts # (K,) items per class, any positive numbers
              )->torch.Tensor: # (K,) float32, on the counts' device
     "log pi, the log share of each class"
     c = torch.as_tensor(counts, dtype=torch.float64)
-    if not (torch.isfinite(c).all() and (c > 0).all()): raise DataError(f"a prior needs a positive count for every class, got {c.tolist()[:12]}.")
+    if not (torch.isfinite(c).all() and (c > 0).all()):
+        raise DataError(f"a prior needs a positive count for every class, got {c.tolist()[:12]}.")
     return (c / c.sum()).log().float()
 
 # %% ../nbs/22_losses.ipynb #4b12279a
@@ -73,8 +75,9 @@ def positive_counts(counts # (K,) items per class, effective ones where items we
     "Class counts, none of them missing"
     c = torch.as_tensor(counts, dtype=torch.float64)
     missing = (~(torch.isfinite(c) & (c > 0))).nonzero()
-    if len(missing): raise DataError(f"class {int(missing[0])} of {len(c)} has count {c[missing[0]].item():g}, so it has no weight, margin or prior: "
-                                     "leave it out, or generate images for it and pass `effective_counts`.")
+    if len(missing):
+        raise DataError(f"class {int(missing[0])} of {len(c)} has count {c[missing[0]].item():g}, so it has no weight, "
+                        "margin or prior: leave it out, or generate images for it and pass `effective_counts`.")
     return c
 
 # %% ../nbs/22_losses.ipynb #12410f0a
@@ -91,51 +94,62 @@ class Counted(nn.Module):
         self.options = options
 
     def __repr__(self):
-        c, options = self.counts, ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items())
-        return f"{self.name}(counts: {c.sum():.10g} items, {c.max():.10g} to {c.min():.10g}{options and '; ' + options})"
+        said = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items())
+        c, options = self.counts, ", ".join(said)
+        counts = f"counts: {c.sum():.10g} items, {c.max():.10g} to {c.min():.10g}"
+        return f"{self.name}({counts}{options and '; ' + options})"
 
-    def stated(self
-              )->torch.Tensor: # (K,) float64, on the CPU
-        "The share of each class in the counts"
-        return self.counts.cpu() / self.counts.sum().cpu()
+# %% ../nbs/22_losses.ipynb #5a184d9b
+@patch
+def stated(self:Counted
+          )->torch.Tensor: # (K,) float64, on the CPU
+    "The share of each class in the counts"
+    return self.counts.cpu() / self.counts.sum().cpu()
 
-    def check_epochs(self,
-                     shares:torch.Tensor, # (E, K) of the classes in each epoch, or (1, K) counts that an order states
-                     n:float # images that all epochs show
-                    ):
-        "Compare with an order that changes by epoch: the share of each class lies between its least and its largest"
-        stated, shares = self.stated(), shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
-        if shares.shape[1] != len(stated):
-            raise DataError(f"{self} has {len(stated)} classes, the order shows {shares.shape[1]}.")
-        low, high = shares.amin(0), shares.amax(0)
-        room = 1e-3 * stated + 1e-9 + 4 * (stated * (1 - stated) / n).sqrt() # rounding, and four standard errors
-        outside = torch.maximum(low - stated, stated - high) - room
-        j = int(outside.argmax())
-        if not outside[j] > 0: return
-        raise DataError(f"{self} was built on other counts than those that its order shows: class {j} makes up "
-                        f"{stated[j]:.4%} there and {low[j]:.4%} to {high[j]:.4%} of an epoch here. Build it on the "
-                        "counts of what is shown.")
 
-    def check(self,
-              labels, # (N,) of the whole training set
-              weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
-             ):
-        "Compare with the set to train on; once, before the first step"
-        labels, stated = torch.as_tensor(labels).cpu(), self.stated()
-        k, weights = len(stated), None if weights is None else torch.as_tensor(weights).double().cpu()
-        if labels.is_floating_point(): raise DataError(f"labels must be whole numbers, got {labels.dtype}.")
-        bad = labels[(labels < 0) | (labels >= k)]
-        if len(bad): raise DataError(f"labels must be 0 to {k - 1} for the {k} classes of {self}, got {int(bad[0])}; {len(bad)} of {len(labels)} are outside.")
-        share = torch.bincount(labels, weights, k).double()
-        share = share / share.sum()
-        if not torch.allclose(share, stated, rtol=1e-3, atol=1e-9):
-            j = int((share - stated).abs().argmax())
-            raise DataError(f"{self} was built on other counts than those of its training items: class {j} makes up {stated[j]:.4%} there and {share[j]:.4%} here. "
-                            "Build it on `effective_counts`, or pass the items' weights.")
+@patch
+def check(self:Counted,
+          labels, # (N,) of the whole training set
+          weights=None # (N,) of its items: omega for a generated one, n_k^(power - 1) under `power_indices`
+         ):
+    "Compare with the set to train on; once, before the first step"
+    labels, stated = torch.as_tensor(labels).cpu(), self.stated()
+    k, weights = len(stated), None if weights is None else torch.as_tensor(weights).double().cpu()
+    if labels.is_floating_point(): raise DataError(f"labels must be whole numbers, got {labels.dtype}.")
+    bad = labels[(labels < 0) | (labels >= k)]
+    if len(bad):
+        raise DataError(f"labels must be 0 to {k - 1} for the {k} classes of {self}, got {int(bad[0])}; "
+                        f"{len(bad)} of {len(labels)} are outside.")
+    share = torch.bincount(labels, weights, k).double()
+    share = share / share.sum()
+    if not torch.allclose(share, stated, rtol=1e-3, atol=1e-9):
+        j = int((share - stated).abs().argmax())
+        raise DataError(f"{self} was built on other counts than those of its training items: class {j} makes up "
+                        f"{stated[j]:.4%} there and {share[j]:.4%} here. Build it on `effective_counts`, "
+                        "or pass the items' weights.")
+
+# %% ../nbs/22_losses.ipynb #3680ac66
+@patch
+def check_epochs(self:Counted,
+                 shares:torch.Tensor, # (E, K) of the classes in each epoch, or (1, K) counts that an order states
+                 n:float # images that all epochs show
+                ):
+    "Compare with an order that changes by epoch: the share of each class lies between its least and its largest"
+    stated, shares = self.stated(), shares / shares.sum(1, keepdim=True).clamp_min(1e-30)
+    if shares.shape[1] != len(stated):
+        raise DataError(f"{self} has {len(stated)} classes, the order shows {shares.shape[1]}.")
+    low, high = shares.amin(0), shares.amax(0)
+    room = 1e-3 * stated + 1e-9 + 4 * (stated * (1 - stated) / n).sqrt() # rounding, and four standard errors
+    outside = torch.maximum(low - stated, stated - high) - room
+    j = int(outside.argmax())
+    if not outside[j] > 0: return
+    raise DataError(f"{self} was built on other counts than those that its order shows: class {j} makes up "
+                    f"{stated[j]:.4%} there and {low[j]:.4%} to {high[j]:.4%} of an epoch here. Build it on the "
+                    "counts of what is shown.")
 
 # %% ../nbs/22_losses.ipynb #99b1ffde
 class Loss(Counted):
-    "`loss(logits, labels, weights)` is the mean over a batch; `loss.to(device)` moves its constants, and `state_dict` holds none"
+    "`loss(logits, labels, weights)` is the mean over a batch; `loss.to(device)` moves its constants"
     title = "loss" # the method's name in a table
     head = "linear" # the classifier that its logits come from: "linear", "cosine" or "wcdas"
     scale = 1. # what the logits must be multiplied by at test time, before a softmax or `label_shift`
@@ -143,46 +157,46 @@ class Loss(Counted):
     @property
     def prior(self
              )->torch.Tensor: # (K,) float64
-        "Counts whose prior training leaves in `scale * logits`, for `label_shift`; for focal, LDAM, smoothing and WCDAS the usual approximation, not a theorem"
+        "Counts whose prior training leaves in `scale * logits`; of focal, LDAM, smoothing and WCDAS an approximation"
         return self.counts
 
-    def adjust(self, # (B
-               logits:torch.Tensor, # K)
+    def adjust(self,
+               logits:torch.Tensor, # (B, K)
                labels:torch.Tensor # (B,) int64
               )->torch.Tensor: # (B, K) what cross-entropy is taken of
         "The logits as training sees them"
         return logits
 
-    def items(self, # (B
-              logits:torch.Tensor, # K) float32 or float64
+    def items(self,
+              logits:torch.Tensor, # (B, K) float32 or float64
               labels:torch.Tensor # (B,) int64
              )->torch.Tensor: # (B,)
         "Loss of each item"
         return F.cross_entropy(self.adjust(logits, labels), labels, reduction="none")
 
-    def total(self, # (B, K)
-              logits:torch.Tensor, # float16 and bfloat16 are computed in float32
-              labels:torch.Tensor, # (B,) int64
-              weights:torch.Tensor|None=None # (B,) of the items, such as omega for a generated one
-             )->tuple[torch.Tensor, torch.Tensor]: # sum of w * loss, sum of w
-        "The two sums of the mean, for processes that share one"
-        losses = self.items(logits if logits.dtype in (torch.float32, torch.float64) else logits.float(), labels)
-        w = torch.ones_like(losses) if weights is None else weights.to(losses)
-        return (w * losses).sum(), w.sum()
-
-    def forward(self,
-                logits,
-                labels,
-                weights=None # as in `total`
-               ):
-        total, weight = self.total(logits, labels, weights)
-        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
-
     def set_epoch(self,
-                  epoch:int,
-                  n_epochs:int # from 0, of the whole training
+                  epoch:int, # from 0
+                  n_epochs:int # of the whole training
                  ):
         "To be told before every epoch; only `DRW` listens"
+
+# %% ../nbs/22_losses.ipynb #7811c12e
+@patch
+def total(self:Loss,
+          logits:torch.Tensor, # (B, K); float16 and bfloat16 are computed in float32
+          labels:torch.Tensor, # (B,) int64
+          weights:torch.Tensor|None=None # (B,) of the items, such as omega for a generated one
+         )->tuple[torch.Tensor, torch.Tensor]: # sum of w * loss, sum of w
+    "The two sums of the mean, for processes that share one"
+    losses = self.items(logits if logits.dtype in (torch.float32, torch.float64) else logits.float(), labels)
+    w = torch.ones_like(losses) if weights is None else weights.to(losses)
+    return (w * losses).sum(), w.sum()
+
+
+@patch
+def forward(self:Loss, logits, labels, weights=None): # as `total`
+    total, weight = self.total(logits, labels, weights)
+    return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
 
 # %% ../nbs/22_losses.ipynb #1009aa66
 class CrossEntropy(Loss):
@@ -194,8 +208,8 @@ class Focal(Loss):
     "(1 - p_y)^gamma times cross-entropy (Lin et al., 2017)"
     name = title = "focal"
 
-    def __init__(self, # (K,) items per class
-                 counts, # for `check`
+    def __init__(self,
+                 counts, # (K,) items per class, for `check`
                  gamma:float=1. # 1 in the LDAM authors' code, 2 elsewhere; 0 is cross-entropy
                 ):
         if not gamma >= 0: raise UsageError(f"gamma must be at least 0, got {gamma}.")
@@ -204,7 +218,8 @@ class Focal(Loss):
 
     def items(self, logits, labels):
         ce = super().items(logits, labels)
-        return (-torch.expm1(-ce)).clamp_min(torch.finfo(ce.dtype).tiny) ** self.gamma * ce # the floor keeps 0 < gamma < 1 differentiable at p = 1
+        wrong = (-torch.expm1(-ce)).clamp_min(torch.finfo(ce.dtype).tiny) # 1 - p; at 0, 0 < gamma < 1 has no slope
+        return wrong ** self.gamma * ce
 
 # %% ../nbs/22_losses.ipynb #6201d02d
 def class_balanced_weights(counts, # (K,) items per class as the fit sees them
@@ -234,7 +249,8 @@ class ClassBalanced(Loss):
     def name(self): return "class_balanced" if self.base.name == "cross_entropy" else f"class_balanced_{self.base.name}"
 
     @property
-    def title(self): return "class-balanced" if self.base.name == "cross_entropy" else f"class-balanced {self.base.title}"
+    def title(self):
+        return "class-balanced" if self.base.name == "cross_entropy" else f"class-balanced {self.base.title}"
 
     @property
     def prior(self): return self.class_weights * self.base.prior
@@ -280,7 +296,7 @@ class DRW(ClassBalanced):
         super().__init__(counts, base, beta)
         self.options["start"], self.start, self.ends_weighted = float(start), start, start < 1
         self.register_buffer("late_weights", self.class_weights.clone(), persistent=False)
-        self.class_weights.fill_(1) # one tensor for the whole training, so that a compiled or captured step need not be made again
+        self.class_weights.fill_(1) # one tensor throughout, so that a compiled or captured step need not be made again
 
     @property
     def name(self): return f"{self.base.name}_drw"
@@ -291,14 +307,16 @@ class DRW(ClassBalanced):
     @property
     def prior(self): return self.late_weights * self.base.prior if self.ends_weighted else self.base.prior
 
-    def set_epoch(self,
-                  epoch:int, # from 0
-                  n_epochs:int # of the whole training; so few that none comes after `start` end without weights, and `prior` knows
-                 ):
-        "Fill the weights in for this epoch, also after a restart"
-        first = round(self.start * n_epochs, 6)
-        self.ends_weighted = n_epochs - 1 >= first
-        self.class_weights.copy_(self.late_weights if epoch >= first else torch.ones_like(self.late_weights))
+# %% ../nbs/22_losses.ipynb #9d076b8c
+@patch
+def set_epoch(self:DRW,
+              epoch:int, # from 0
+              n_epochs:int # of the whole training; if none comes after `start`, it ends without weights
+             ):
+    "Fill the weights in for this epoch, also after a restart"
+    first = round(self.start * n_epochs, 6)
+    self.ends_weighted = n_epochs - 1 >= first
+    self.class_weights.copy_(self.late_weights if epoch >= first else torch.ones_like(self.late_weights))
 
 # %% ../nbs/22_losses.ipynb #f5948a94
 class BalancedSoftmax(Loss):
@@ -318,7 +336,7 @@ class BalancedSoftmax(Loss):
 
 # %% ../nbs/22_losses.ipynb #0e0ff0bd
 class LogitAdjustment(Loss):
-    "Cross-entropy of z + tau log pi (Menon et al., 2021); `label_shift` is its post-hoc form, for models of plain cross-entropy"
+    "Cross-entropy of z + tau log pi (Menon et al., 2021); `label_shift` is its post-hoc form"
     name, title = "logit_adjustment", "logit adjustment"
 
     def __init__(self,
@@ -340,24 +358,27 @@ class WCDAS(Loss):
     name, title, head = "wcdas", "wcdas", "wcdas"
 
 # %% ../nbs/22_losses.ipynb #5235697e
-_SHAPES = {"concave": lambda u: torch.sin(math.pi / 2 * u), "linear": lambda u: u, "convex": lambda u: 1 - torch.cos(math.pi / 2 * u)}
+_SHAPES = {"concave": lambda u: torch.sin(math.pi / 2 * u), "linear": lambda u: u,
+           "convex": lambda u: 1 - torch.cos(math.pi / 2 * u)}
 
 
 class LabelAwareSmoothing(Loss):
     "Cross-entropy against labels smoothed by eps_y, more for large classes (MiSLAS, Zhong et al., 2021)"
     name, title = "label_aware_smoothing", "label-aware smoothing"
 
-    def __init__(self, # (K,) items per class
-                 counts, # real ones in MiSLAS, though its sampler is class-balanced
-                 smooth_head:float=0.3, # eps of the largest class: 0.3 for CIFAR-10, 0.4 for CIFAR-100, at imbalance 100
+    def __init__(self,
+                 counts, # (K,) items per class: real ones in MiSLAS, though its sampler is class-balanced
+                 smooth_head:float=0.3, # eps of the largest class: 0.3 for CIFAR-10-LT, 0.4 for CIFAR-100-LT
                  smooth_tail:float=0., # eps of the smallest class: 0 for CIFAR-10, 0.1 for CIFAR-100
                  shape:str="concave" # how eps rises with n: "concave" (all the published configs), "linear" or "convex"
                 ):
         if shape not in _SHAPES: raise UsageError(f"shape={shape!r} is not a choice. {nearest(shape, _SHAPES)}")
-        if not (0 <= smooth_head < 1 and 0 <= smooth_tail < 1): raise UsageError(f"smooth_head and smooth_tail must lie in 0 to 1, got {smooth_head} and {smooth_tail}.")
+        if not (0 <= smooth_head < 1 and 0 <= smooth_tail < 1):
+            raise UsageError(f"smooth_head and smooth_tail must lie in 0 to 1, got {smooth_head} and {smooth_tail}.")
         super().__init__(counts, smooth_head=float(smooth_head), smooth_tail=float(smooth_tail), shape=shape)
         c = positive_counts(counts)
-        u = (c - c.min()) / (c.max() - c.min()) if c.max() > c.min() else torch.ones_like(c) # equal classes are all head
+        u = torch.ones_like(c) # equal classes are all head
+        if c.max() > c.min(): u = (c - c.min()) / (c.max() - c.min())
         self.register_buffer("smooth", smooth_tail + (smooth_head - smooth_tail) * _SHAPES[shape](u), persistent=False)
 
     def items(self, logits, labels):
@@ -365,11 +386,20 @@ class LabelAwareSmoothing(Loss):
         return -(1 - eps) * log_p.gather(1, labels[:, None])[:, 0] - eps * log_p.mean(1)
 
 # %% ../nbs/22_losses.ipynb #f5c2f364
-LOSSES = {"cross_entropy": CrossEntropy, "focal": Focal, "class_balanced": ClassBalanced, "balanced_softmax": BalancedSoftmax, "logit_adjustment": LogitAdjustment, "ldam": LDAM,
-          "class_balanced_focal": lambda counts, gamma=1., beta=0.9999: ClassBalanced(counts, Focal(counts, gamma), beta),
-          "cross_entropy_drw": lambda counts, beta=0.9999, start=0.8: DRW(counts, None, beta, start),
-          "ldam_drw": lambda counts, s=30., max_margin=0.5, beta=0.9999, start=0.8: DRW(counts, LDAM(counts, s, max_margin), beta, start),
-          "wcdas": WCDAS, "label_aware_smoothing": LabelAwareSmoothing}
+def _cb_focal(counts, gamma=1., beta=0.9999): return ClassBalanced(counts, Focal(counts, gamma), beta)
+
+
+def _ce_drw(counts, beta=0.9999, start=0.8): return DRW(counts, None, beta, start)
+
+
+def _ldam_drw(counts, s=30., max_margin=0.5, beta=0.9999, start=0.8):
+    return DRW(counts, LDAM(counts, s, max_margin), beta, start)
+
+
+LOSSES = {"cross_entropy": CrossEntropy, "focal": Focal, "class_balanced": ClassBalanced,
+          "balanced_softmax": BalancedSoftmax, "logit_adjustment": LogitAdjustment, "ldam": LDAM,
+          "class_balanced_focal": _cb_focal, "cross_entropy_drw": _ce_drw, "ldam_drw": _ldam_drw,
+          "wcdas": WCDAS, "label_aware_smoothing": LabelAwareSmoothing} # name -> a loss, made by (counts, **options)
 
 
 def build_loss(name:str, # a name of `LOSSES`
@@ -379,4 +409,6 @@ def build_loss(name:str, # a name of `LOSSES`
     "A loss by name"
     if name not in LOSSES: raise UsageError(f"loss={name!r} is not a loss. {nearest(name, LOSSES)}")
     try: return LOSSES[name](counts, **options)
-    except TypeError as e: raise UsageError(f"loss {name!r} cannot be built with the options {', '.join(options) or 'given'}: {e}.") from e
+    except TypeError as e:
+        given = ", ".join(options) or "given"
+        raise UsageError(f"loss {name!r} cannot be built with the options {given}: {e}.") from e

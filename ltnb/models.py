@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'ARCHS', 'BasicBlock', 'ResNet', 'Halve', 'ConvNet', 'LinearNet', 'Backbone', 'cosines', 'CosineHead',
-           'WCDASHead', 'group_norm', 'build_model']
+           'WCDASHead', 'group_norm', 'with_head', 'build_model']
 
 # %% ../nbs/20_models.ipynb #9c26b2be
 import math
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 # %% ../nbs/20_models.ipynb #6838edf7
 class ResNet(nn.Module):
-    "CIFAR ResNet with 6n + 2 layers, option-A shortcuts and 64 features; ResNet-32 has 0.46 M parameters, not the 7.4 M of one with 64, 128 and 256 channels (He et al., 2016)"
+    "CIFAR ResNet with 6n + 2 layers, option-A shortcuts and 64 features (He et al., 2016); ResNet-32: 0.46 M weights"
 
     def __init__(self,
                  n_classes:int, # K
@@ -46,11 +46,15 @@ class ResNet(nn.Module):
                 ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        stage = lambda i, o, s: nn.Sequential(BasicBlock(i, o, s), *[BasicBlock(o, o) for _ in range(n_blocks - 1)])
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        widths = (16, 16, 1), (16, 32, 2), (32, 64, 2)
+        self.layer1, self.layer2, self.layer3 = (self._stage(*w, n_blocks) for w in widths)
         self.n_features, self.fc = 64, nn.Linear(64, n_classes)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
+
+    @staticmethod
+    def _stage(n_in, n_out, stride, n_blocks): # of equally many channels
+        return nn.Sequential(BasicBlock(n_in, n_out, stride), *[BasicBlock(n_out, n_out) for _ in range(n_blocks - 1)])
 
     def features(self,
                  x:torch.Tensor # (B, C, H, W), normalised
@@ -77,7 +81,7 @@ class ConvNet(nn.Module):
                  in_channels:int=3 # 1 for grey images
                 ):
         super().__init__()
-        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
         self.body = nn.Sequential(conv(in_channels, 32), conv(32, 32), Halve(), conv(32, 64), conv(64, 64))
         self.n_features, self.fc = 64, nn.Linear(64, n_classes)
 
@@ -128,11 +132,11 @@ class Backbone(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x))
 
-
-def _imagenet(block, # -> a builder of that ResNet
-              layers, # from (n_classes
-              **more # in_channels)
-             ):
+# %% ../nbs/20_models.ipynb #b45fd9da
+def _imagenet(block, # a name in torchvision's resnet
+              layers, # blocks of each of its four stages
+              **more # of torchvision's ResNet
+             ): # -> a builder of that network
     def make(n_classes, in_channels):
         from torchvision.models import resnet
         body = resnet.ResNet(getattr(resnet, block), layers, num_classes=1, **more)
@@ -144,19 +148,19 @@ def _imagenet(block, # -> a builder of that ResNet
     return make
 
 # %% ../nbs/20_models.ipynb #4c7a96bc
-def _timm(name,
-          n_classes,
-          in_channels,
-          pretrained # -> Backbone
-         ):
+def _timm(name, n_classes, in_channels, pretrained): # -> Backbone
     try: import timm
     except ImportError as e: raise LtnbError(f"arch='timm:{name}' needs the package timm: pip install timm") from e
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), 3, 0.5)
-        raise UsageError(f"arch='timm:{name}': timm {timm.__version__} has no network {name!r}. {'Did you mean ' + ' or '.join(f'timm:{c}' for c in close) + '?' if close else 'timm.list_models() names them all.'}")
+        close = " or ".join(f"timm:{c}" for c in get_close_matches(name, timm.list_models(), 3, 0.5))
+        raise UsageError(f"arch='timm:{name}': timm {timm.__version__} has no network {name!r}. "
+                         + (f"Did you mean {close}?" if close else "timm.list_models() names them all."))
     try: body = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
     except Exception as e:
-        if pretrained: raise LtnbError(f"the pretrained weights of timm:{name} cannot be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the first use needs the network; pretrained=False does without.") from e
+        if pretrained:
+            why = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise LtnbError(f"the pretrained weights of timm:{name} cannot be loaded ({why}): the first use needs the "
+                            "network; pretrained=False does without.") from e
         raise UsageError(f"timm cannot build {name!r} for {in_channels} channels ({e}).") from e
     return Backbone(body, getattr(body, "head_hidden_size", None) or body.num_features, n_classes)
 
@@ -164,14 +168,14 @@ def _timm(name,
 def cosines(x:torch.Tensor, # (B, d) features
             weight:torch.Tensor # (K, d)
            )->torch.Tensor: # (B, K) in -1 to 1, up to rounding
-    "cos theta_k between a feature and a class weight, never in half precision: a step of 0.004 in bfloat16 is 0.12 in a logit of scale 30"
+    "cos theta_k, never in half precision: a step of 0.004 in bfloat16 is 0.12 in a logit of scale 30"
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype not in (torch.float32, torch.float64): x = x.float()
         return F.linear(F.normalize(x, dim=1), F.normalize(weight.to(x.dtype), dim=1))
 
 
 class CosineHead(nn.Module):
-    "scale cos theta_k: a classifier that large classes cannot win by long weights, as it has only directions (Wang et al., 2018)"
+    "scale cos theta_k: only directions count, so that large classes cannot win by long weights (Wang et al., 2018)"
 
     def __init__(self,
                  n_features:int, # d
@@ -193,7 +197,7 @@ class WCDASHead(nn.Module):
     def __init__(self,
                  n_features:int, # d
                  n_classes:int, # K
-                 gamma:float=0., # g_k = sigmoid(gamma_k) at the start: 0 for CIFAR-LT, -1 for ImageNet-LT, 1 for iNaturalist
+                 gamma:float=0., # g_k = sigmoid(gamma_k) at first: 0 for CIFAR-LT, -1 ImageNet-LT, 1 iNaturalist
                  s:float|None=None # fixed scale, 250 for iNaturalist; None trains it as softplus(raw_s) + 1, from 1.69
                 ):
         if s is not None and not 1 < s < math.inf: raise UsageError(f"s must be above 1, got {s}.")
@@ -208,35 +212,48 @@ class WCDASHead(nn.Module):
         gamma = self.gamma.to(far)
         g, rest = gamma.sigmoid(), (-gamma).sigmoid() # rest = 1 - g, without cancellation
         s = F.softplus(self.raw_s.to(far)) + 1
-        return s / (2 * math.pi) * rest * (1 + g) / (rest**2 + 2 * g * far) # 1 + g^2 - 2 g cos = (1 - g)^2 + 2 g (1 - cos)
+        below = rest**2 + 2 * g * far # 1 + g^2 - 2 g cos = (1 - g)^2 + 2 g (1 - cos)
+        return s / (2 * math.pi) * rest * (1 + g) / below
 
 
-HEADS = {"linear": nn.Linear, "cosine": CosineHead, "wcdas": WCDASHead} # name -> a classifier, made by (n_features, n_classes)
+HEADS = {"linear": nn.Linear, "cosine": CosineHead, "wcdas": WCDASHead} # made by (n_features, n_classes)
 
 # %% ../nbs/20_models.ipynb #4ea0ab6d
 def group_norm(net:nn.Module # changed in place
               )->nn.Module: # without BatchNorm2d
     "Replace batch normalisation by group normalisation, in 8, 4, 2 or 1 groups: the most that divide the channels"
     for name, m in list(net.named_children()):
-        if not isinstance(m, nn.BatchNorm2d): group_norm(m); continue
+        if not isinstance(m, nn.BatchNorm2d):
+            group_norm(m)
+            continue
         new = nn.GroupNorm(next(g for g in (8, 4, 2, 1) if m.num_features % g == 0), m.num_features, m.eps)
         if m.affine:
-            with torch.no_grad(): new.weight.copy_(m.weight); new.bias.copy_(m.bias)
-        more = [x for x in (getattr(m, "drop", None), getattr(m, "act", None)) if x is not None] # timm's layers do all three at once
+            with torch.no_grad():
+                new.weight.copy_(m.weight)
+                new.bias.copy_(m.bias)
+        parts = getattr(m, "drop", None), getattr(m, "act", None) # timm's layers do all three at once
+        more = [x for x in parts if x is not None]
         setattr(net, name, nn.Sequential(new, *more) if more else new)
     return net
 
 
-ARCHS = {"convnet": ConvNet, **{f"resnet{6 * n + 2}": (lambda k, c, n=n: ResNet(k, n, c)) for n in (1, 3, 5, 7, 9, 18)},
-         "resnet10": _imagenet("BasicBlock", [1, 1, 1, 1]), "resnet50": _imagenet("Bottleneck", [3, 4, 6, 3]), "resnext50": _imagenet("Bottleneck", [3, 4, 6, 3], groups=32, width_per_group=4)}
+def _cifar(n_blocks): # -> a builder of that ResNet
+    def make(n_classes, in_channels): return ResNet(n_classes, n_blocks, in_channels)
+    return make
 
 
-def _finish(net,
-            arch,
-            seed,
-            head,
-            norm # put head and norm in; -> the net, which knows both
-           ):
+ARCHS = {"convnet": ConvNet, **{f"resnet{6 * n + 2}": _cifar(n) for n in (1, 3, 5, 7, 9, 18)},
+         "resnet10": _imagenet("BasicBlock", [1, 1, 1, 1]), "resnet50": _imagenet("Bottleneck", [3, 4, 6, 3]),
+         "resnext50": _imagenet("Bottleneck", [3, 4, 6, 3], groups=32, width_per_group=4)}
+
+# %% ../nbs/20_models.ipynb #c6ab8d1b
+def with_head(net:nn.Module, # with `n_features` and a linear `fc`; changed in place
+              arch:str, # its name
+              seed:int, # of a head that is not linear
+              head:str="linear", # a name of `HEADS`
+              norm:str="batch" # "batch", or "group"
+             )->nn.Module: # the network, which knows both
+    "Give a network its head and its normalisation"
     if norm == "group": group_norm(net)
     if head != "linear":
         with seeded(seed, "head", arch, head): net.fc = HEADS[head](net.n_features, net.fc.out_features)
@@ -252,12 +269,18 @@ def build_model(arch:str, # a name of `ARCHS`, or timm:NAME
                 norm:str="batch", # "batch", or "group" for training without batch statistics
                 pretrained:bool=False # timm only: weights from the network
                )->nn.Module: # with `features`, `n_features` and `fc`
-    "A network by name; resnet8 to resnet110 are CIFAR's small ones (ResNet-32: 0.46 M parameters, option-A shortcuts), resnet10, resnet50 and resnext50 ImageNet's"
+    "A network by name: resnet8 to resnet110 are CIFAR's small ones, resnet10, resnet50 and resnext50 ImageNet's"
     if head not in HEADS: raise UsageError(f"head={head!r} is not a head. {nearest(head, HEADS)}")
-    if norm not in ("batch", "group"): raise UsageError(f"norm={norm!r} is not a choice. {nearest(norm, ('batch', 'group'))}")
+    if norm not in ("batch", "group"):
+        raise UsageError(f"norm={norm!r} is not a choice. {nearest(norm, ('batch', 'group'))}")
     own = not arch.startswith("timm:")
-    if own and arch not in ARCHS: raise UsageError(f"arch={arch!r} is not a network. {nearest(arch, [*ARCHS, 'timm:NAME'])}")
-    if pretrained and own: raise UsageError(f"arch={arch!r} has no pretrained weights: they come through timm, such as arch='timm:resnet50'.")
-    if pretrained and norm == "group": raise UsageError("pretrained weights belong to their own normalisation: leave out norm='group'.")
-    with seeded(seed, "init", arch): net = ARCHS[arch](n_classes, in_channels) if own else _timm(arch[5:], n_classes, in_channels, pretrained)
-    return _finish(net, arch, seed, head, norm)
+    if own and arch not in ARCHS:
+        raise UsageError(f"arch={arch!r} is not a network. {nearest(arch, [*ARCHS, 'timm:NAME'])}")
+    if pretrained and own:
+        raise UsageError(f"arch={arch!r} has no pretrained weights: they come through timm, such as "
+                         "arch='timm:resnet50'.")
+    if pretrained and norm == "group":
+        raise UsageError("pretrained weights belong to their own normalisation: leave out norm='group'.")
+    with seeded(seed, "init", arch):
+        net = ARCHS[arch](n_classes, in_channels) if own else _timm(arch[5:], n_classes, in_channels, pretrained)
+    return with_head(net, arch, seed, head, norm)

@@ -10,6 +10,7 @@ import contextlib, copy
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .config import spread
@@ -17,9 +18,9 @@ from .core import LtnbError, UsageError, autocast, generator
 from .progress import Progress
 from .batches import Batches, epoch_order
 from .losses import build_loss
-from .team import Where, dropout_seeded
-from .checkpoint import Averages, Clock, keep, restore
-from .training import Fitting, check_fit, least_batch, lr_factor, new_optimizer, split_order, view
+from .team import Where, dropout_seeded, least_batch, split_order
+from .checkpoint import Averages, Clock, keep, new_optimizer, restore
+from .training import Fitting, check_fit, lr_factor, view
 
 # %% ../nbs/27_together.ipynb #8a7654b7
 class Stack(nn.Module):
@@ -86,7 +87,7 @@ def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
     "Train several seeds at once; each gets what `fit` would give it alone, up to rounding"
     how, where = spread(changes, how or Fitting(), where or Where())
     t = _Together(clfs, images, labels, seeds, how, where, losses)
-    first = t.restore()
+    first = t.resume()
     bar = Progress(f"seeds {seeds[0]} to {seeds[-1]}: {t.name}", how.n_epochs, first)
     for epoch in range(first, how.n_epochs):
         t.end_epoch(epoch, t.steps(epoch))
@@ -97,14 +98,16 @@ def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
 # %% ../nbs/27_together.ipynb #f8790809
 def _check_together(how, where, ys): # what seeds side by side cannot do
     if len({len(y) for y in ys}) > 1:
-        raise UsageError(f"seeds that train side by side need equally many images, got {sorted({len(y) for y in ys})}.")
+        raise UsageError(f"seeds that train side by side need equally many images, got "
+                         f"{sorted({len(y) for y in ys})}.")
     check_fit(len(ys[0]), how)
     usual = Fitting()
     alone = [k for k in ("optimizer", "order", "clip", "after_epoch", "seed") if getattr(how, k) != getattr(usual, k)]
     alone += ["compiled"] if where.compiled else ["several processes"] if where.team.size > 1 else []
-    if alone: raise UsageError(f"seeds that train side by side cannot have {' or '.join(alone)}: train them one by one.")
+    if alone:
+        raise UsageError(f"seeds that train side by side cannot have {' or '.join(alone)}: train them one by one.")
 
-
+# %% ../nbs/27_together.ipynb #5b8cff8f
 class _Together:
     "The changing state of one `fit_seeds`"
 
@@ -122,54 +125,67 @@ class _Together:
             loss.check(y, torch.bincount(y, minlength=len(loss.counts)).double()[y] ** (how.power - 1))
         self.stack = Stack([c.to(self.device).train().net for c in clfs]).to(self.device)
         self.n_steps = len(split_order(self.ys[0], how.bs, self.least))
-        self.optimizer, self.averages = new_optimizer(self.stack, how), Averages(self.stack, how.ema)
+        self.optimizer, self.averages = new_optimizer(self.stack, None, how.lr, how.wd), Averages(self.stack, how.ema)
         self.saved = Clock()
 
     def cross_entropies(self):
         counts = [np.bincount(y.cpu(), minlength=len(c.class_names)) for c, y in zip(self.clfs, self.ys, strict=True)]
         return [build_loss("cross_entropy", n.astype(float) ** self.how.power) for n in counts]
 
-    def restore(self): # -> epochs that are done
-        more = {}
-        first = restore(self.run, self.stage, self.stack, self.optimizer, more) if self.run else 0
-        self.averages.take(more)
-        if self.run and first < self.how.n_epochs: self.run.cut_back(first, stage=self.name, seed=self.seeds[0])
-        return first
+# %% ../nbs/27_together.ipynb #81b684b2
+@patch
+def steps(self:_Together, epoch): # -> (S,) sums of losses
+    how, total = self.how, torch.zeros(len(self.clfs), device=self.device)
+    for loss in self.losses: loss.set_epoch(epoch, how.n_epochs)
+    orders = [self.order(y, s, epoch) for y, s in zip(self.ys, self.seeds, strict=True)]
+    for i in range(self.n_steps):
+        self.rate = how.lr * lr_factor(how.schedule, epoch + i / self.n_steps, how.n_epochs, how.warmup)
+        for group in self.optimizer.param_groups: group["lr"] = self.rate
+        key, now = (self.name, epoch, i), [o[i] for o in orders]
+        of = zip(self.clfs, self.images, now, self.seeds, strict=True)
+        views = [self.seen(c, self.x[id(im)].images[at], (s, *key)) for c, im, at, s in of]
+        answers = [y[at] for y, at in zip(self.ys, now, strict=True)]
+        total += stack_step(self.stack, self.optimizer, self.losses, views, answers, self.where.precision,
+                            (*self.seeds, *key))
+        self.averages.update()
+    return total
 
-    def steps(self, epoch): # -> (S,) sums of losses
-        how, total = self.how, torch.zeros(len(self.clfs), device=self.device)
-        for loss in self.losses: loss.set_epoch(epoch, how.n_epochs)
-        orders = [self.order(y, s, epoch) for y, s in zip(self.ys, self.seeds, strict=True)]
-        for i in range(self.n_steps):
-            self.rate = how.lr * lr_factor(how.schedule, epoch + i / self.n_steps, how.n_epochs, how.warmup)
-            for group in self.optimizer.param_groups: group["lr"] = self.rate
-            key, now = (self.name, epoch, i), [o[i] for o in orders]
-            of = zip(self.clfs, self.images, now, self.seeds, strict=True)
-            views = [self.view(c, self.x[id(im)].images[at], (s, *key)) for c, im, at, s in of]
-            answers = [y[at] for y, at in zip(self.ys, now, strict=True)]
-            total += stack_step(self.stack, self.optimizer, self.losses, views, answers, self.where.precision,
-                                (*self.seeds, *key))
-            self.averages.update()
-        return total
 
-    def order(self, y, seed, epoch): # the batches of one seed
-        order = epoch_order(y, self.how.power, generator(seed, self.name, epoch, device=self.device))
-        return split_order(order, self.how.bs, self.least)
+@patch
+def order(self:_Together, y, seed, epoch): # the batches of one seed
+    order = epoch_order(y, self.how.power, generator(seed, self.name, epoch, device=self.device))
+    return split_order(order, self.how.bs, self.least)
 
-    def view(self, clf, x, key): return view(clf, x, key, self.how.augment, self.how.mixup, self.how.cutmix)
 
-    def end_epoch(self, epoch, total):
-        last, bad = epoch + 1 == self.how.n_epochs, (~torch.isfinite(total)).nonzero()
-        if len(bad):
-            raise LtnbError(f"the loss of seed {self.seeds[int(bad[0])]} is not a number in epoch {epoch + 1}: "
-                            f"lower --lr (now {self.how.lr}), with another --out.")
-        if not self.run: return
-        for s, v in zip(self.seeds, total.tolist(), strict=True):
-            row = dict(step=epoch + 1, lr=self.rate, loss=v / self.n_steps)
-            self.run.log(stage=self.name, seed=self.seeds[0], of=s, **row)
-        if last or self.saved.older_than(self.where.save_every):
-            keep(self.run, self.stage, epoch + 1, self.stack, self.optimizer, **self.averages.tensors())
+@patch
+def seen(self:_Together, clf, x, key): # of one seed
+    return view(clf, x, key, self.how.augment, self.how.mixup, self.how.cutmix)
 
-    def result(self): # the classifiers
-        self.averages.load().unstack([c.net for c in self.clfs])
-        return [c.eval() for c in self.clfs]
+# %% ../nbs/27_together.ipynb #c2b1bfab
+@patch
+def resume(self:_Together): # -> epochs that are done
+    more = {}
+    first = restore(self.run, self.stage, self.stack, self.optimizer, more) if self.run else 0
+    self.averages.take(more)
+    if self.run and first < self.how.n_epochs: self.run.cut_back(first, stage=self.name, seed=self.seeds[0])
+    return first
+
+
+@patch
+def end_epoch(self:_Together, epoch, total):
+    last, bad = epoch + 1 == self.how.n_epochs, (~torch.isfinite(total)).nonzero()
+    if len(bad):
+        raise LtnbError(f"the loss of seed {self.seeds[int(bad[0])]} is not a number in epoch {epoch + 1}: "
+                        f"lower --lr (now {self.how.lr}), with another --out.")
+    if not self.run: return
+    for s, v in zip(self.seeds, total.tolist(), strict=True):
+        row = dict(step=epoch + 1, lr=self.rate, loss=v / self.n_steps)
+        self.run.log(stage=self.name, seed=self.seeds[0], of=s, **row)
+    if last or self.saved.older_than(self.where.save_every):
+        keep(self.run, self.stage, epoch + 1, self.stack, self.optimizer, **self.averages.tensors())
+
+
+@patch
+def result(self:_Together): # the classifiers
+    self.averages.load().unstack([c.net for c in self.clfs])
+    return [c.eval() for c in self.clfs]

@@ -61,7 +61,9 @@ def images(g, b, c, h, w):
 def theirs(x, name, level, fill=0):
     "torchvision, one image at a time"
     fill = [float(fill)] * x.shape[1] if fill else None
-    return torch.stack([_apply_op(i, name, m, InterpolationMode.NEAREST, fill) for i, m in zip(x, level.tolist())])
+    return torch.stack(
+        [_apply_op(i, name, m, InterpolationMode.NEAREST, fill) for i, m in zip(x, level.tolist(), strict=True)]
+    )
 
 
 def ours(x, name, level, fill=0):
@@ -69,7 +71,7 @@ def ours(x, name, level, fill=0):
 
 
 def unsure(name, level, h, w):
-    "Pixels whose source lies within 1e-4 of the border between two pixels: there the order of float32 sums in the matrix product decides, which is the processor's"
+    "Pixels whose source lies within 1e-4 of the border between two: the processor's order of float32 sums decides"
     y, x, m = (
         torch.arange(h).double()[:, None] - (h - 1) / 2,
         torch.arange(w).double() - (w - 1) / 2,
@@ -81,7 +83,10 @@ def unsure(name, level, h, w):
         "ShearY": (x + 0 * m, y + m * (x + w / 2)),
         "Rotate": (c * x - s * y, s * x + c * y),
     }.get(name)
-    near = lambda v, n: ((v + (n - 1) / 2 - 0.5) % 1 - 0.5).abs() > 0.5 - 1e-4
+
+    def near(v, n):
+        return ((v + (n - 1) / 2 - 0.5) % 1 - 0.5).abs() > 0.5 - 1e-4
+
     return (near(at[0], w) | near(at[1], h))[:, None] if at else torch.zeros(len(level), 1, h, w, dtype=torch.bool)
 
 
@@ -143,8 +148,8 @@ def test_policy_is_torchvisions_given_the_draws(policy, c):
     x = images(generator("end"), 300, c, 32, 32)
     ops, level = policy.draw(x, generator("draws", c))
     want = []
-    for image, names, magnitudes in zip(x, ops.tolist(), level.tolist()):
-        for k, m in zip(names, magnitudes):
+    for image, names, magnitudes in zip(x, ops.tolist(), level.tolist(), strict=True):
+        for k, m in zip(names, magnitudes, strict=True):
             image = _apply_op(
                 image, OPS[k], m, InterpolationMode.NEAREST, [float(policy.fill)] * c if policy.fill else None
             )
@@ -177,7 +182,10 @@ def test_autoaugment_draws_by_its_table():
                 assert within((level[mine, slot] < 0).sum(), int(mine.sum()), 0.5), name
             if not known[name][1]:
                 assert (level[mine, slot] >= 0).all()
-    both = lambda a, b: (ops == torch.tensor([OPS.index(a), OPS.index(b)])).all(1)
+
+    def both(a, b):
+        return (ops == torch.tensor([OPS.index(a), OPS.index(b)])).all(1)
+
     assert (
         within(both("Rotate", "TranslateX").sum(), n, 0.7 * 0.3 / 25)
         and within(both("ShearY", "TranslateY").sum(), n, 0.5 * 0.7 / 25)
@@ -212,9 +220,14 @@ def test_crop_and_flip_are_windows_of_the_padded_image():
         g, h = generator("same", pad), generator("same", pad)
         top, left, mirrored = (torch.randint(n, (64,), generator=h).tolist() for n in (2 * pad + 1, 2 * pad + 1, 2))
         padded = F.pad(x, (pad, pad, pad, pad))
-        want = torch.stack([padded[i, :, t : t + 12, l : l + 20] for i, (t, l) in enumerate(zip(top, left))])
+        want = torch.stack(
+            [padded[i, :, t : t + 12, l : l + 20] for i, (t, l) in enumerate(zip(top, left, strict=True))]
+        )
         assert (
-            torch.equal(flip(crop(x, g, pad), g), torch.stack([v.flip(2) if m else v for v, m in zip(want, mirrored)]))
+            torch.equal(
+                flip(crop(x, g, pad), g),
+                torch.stack([v.flip(2) if m else v for v, m in zip(want, mirrored, strict=True)]),
+            )
             and len(set(mirrored)) == 2
         )
     board = torch.arange(240, dtype=torch.uint8).view(
@@ -239,7 +252,10 @@ def test_cutout_is_a_clipped_square_anywhere(size):
     assert torch.equal(hole[:, 0], hole[:, 1]) and hole[:, 0].flatten(1).any(1).all()
     rows, columns = hole[:, 0].any(2), hole[:, 0].any(1)
     assert torch.equal(hole[:, 0], rows[:, :, None] & columns[:, None]), "the hole is a rectangle"
-    span = lambda centre, n: set(range(max(0, centre - size // 2), min(n, centre - size // 2 + size)))
+
+    def span(centre, n):
+        return set(range(max(0, centre - size // 2), min(n, centre - size // 2 + size)))
+
     for lines, m in ((rows, h), (columns, w)):
         seen = [frozenset(np.flatnonzero(r)) for r in lines.numpy()]
         spans = [frozenset(span(c, m)) for c in range(m)]
@@ -477,7 +493,8 @@ def test_new_kernels_are_within_one_level():
     }
     for name, f in kernels.items():
         assert (
-            ours(x, name, level).int() - torch.stack([f(i, 1 + m) for i, m in zip(x, level.tolist())]).int()
+            ours(x, name, level).int()
+            - torch.stack([f(i, 1 + m) for i, m in zip(x, level.tolist(), strict=True)]).int()
         ).abs().max() <= 1
     assert (ours(x, "AutoContrast", level).int() - V2.autocontrast(x).int()).abs().max() <= 1 and torch.equal(
         ours(x, "Equalize", level), V2.equalize(x)

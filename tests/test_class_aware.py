@@ -98,7 +98,7 @@ def test_statistics_become_those_of_balanced_batches(encoder):
         i = class_aware(f.train_labels, 1140, generator(5))
         x = clf.prepare(torch.from_numpy(data.train.images[i]))
         seen = {}
-        hook = was.register_forward_hook(lambda m, a, b: seen.update(mean=a[0].mean((0, 2, 3))))
+        hook = was.register_forward_hook(lambda m, a, b, seen=seen: seen.update(mean=a[0].mean((0, 2, 3))))
         with torch.no_grad():
             clf.net.features(x)
         hook.remove()

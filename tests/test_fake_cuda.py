@@ -291,10 +291,12 @@ def test_fit(how, monkeypatch):
     def train(device):
         loss = build_loss(how["loss"], COUNTS.astype(float) ** how.get("power", 1.0))
         more = {k: v for k, v in how.items() if k not in ("loss", "head")}
-        clf = fit(classifier(head=how["head"]), IMAGES, LABELS, n_epochs=2, bs=8, lr=0.01, loss=loss, device=device, **more)
+        clf = fit(
+            classifier(head=how["head"]), IMAGES, LABELS, n_epochs=2, bs=8, lr=0.01, loss=loss, device=device, **more
+        )
         return weights(clf.net), clf.logits(IMAGES, device=device), encode(clf, IMAGES, device=device)
 
-    for a, b in zip(*both(monkeypatch, train)):
+    for a, b in zip(*both(monkeypatch, train), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -304,7 +306,7 @@ def test_draws(monkeypatch):
         g = [generator("draws", i, device=device) for i in range(3)]
         return epoch_order(y, 1.0, g[0]), epoch_order(y, 0.5, g[1]), *held_out(y, g[2], 0.5)
 
-    for a, b in zip(*both(monkeypatch, draw)):
+    for a, b in zip(*both(monkeypatch, draw), strict=True):
         assert torch.equal(a.cpu(), b)
 
 
@@ -358,7 +360,7 @@ def test_training_features(monkeypatch):
         other = train_published(FEATURES, y, K, n_steps=3, diff_bs=8, dim=16, device=device)
         return weights(one.net), weights(other.net), sample_published(other, make_plan([1, 2, 0, 1]), 4, device)[0]
 
-    for a, b in zip(*both(monkeypatch, train)):
+    for a, b in zip(*both(monkeypatch, train), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -397,7 +399,7 @@ def test_heads(monkeypatch):
         assert choose_tau(base, z, labels) >= 0
         return [h.logits(z).cpu() for h in heads] + [h.corrected(z).cpu() for h in heads]
 
-    for a, b in zip(*both(monkeypatch, refit)):
+    for a, b in zip(*both(monkeypatch, refit), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 

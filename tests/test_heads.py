@@ -52,7 +52,10 @@ def test_power_indices_frequencies(power):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.sampled_from([-1.0, 0.0, 0.5, 1.0]), st.integers(0, 99))
 def test_power_indices_any_labels(labels, power, seed):
     y = torch.tensor(labels)
-    draw = lambda: power_indices(y, 64, power, torch.Generator().manual_seed(seed))
+
+    def draw():
+        return power_indices(y, 64, power, torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(), draw()) and 0 <= draw().min() and draw().max() < len(y)
     other = [power_indices(torch.arange(10), 64, power, torch.Generator().manual_seed(s)) for s in (1, 2)]
     assert not torch.equal(*other)
@@ -114,7 +117,9 @@ def test_sgd_steps_is_sgd():
     assert torch.allclose(w, want)
     bad = torch.ones(3, requires_grad=True)
     with pytest.raises(DataError, match="lower lr"):
-        sgd_steps(lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2))
+        sgd_steps(
+            lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2)
+        )
 
 
 def test_lws_only_scales():
@@ -129,7 +134,10 @@ def test_lws_only_scales():
         and torch.equal(head.counts, torch.ones(4, dtype=torch.float64))
     )
     assert torch.equal(head.weight, lws(plain, z, y).weight)
-    loss = lambda h: torch.nn.functional.cross_entropy(h.logits(zt), yt)
+
+    def loss(h):
+        return torch.nn.functional.cross_entropy(h.logits(zt), yt)
+
     assert loss(head) < loss(plain), "fits balanced data better"
     biased = Head(plain.weight, torch.arange(4.0), plain.counts)
     moved = lws(biased, z, y)

@@ -84,10 +84,13 @@ PLAIN = {  # name, options -> the loss of one item, and its class weights
     ("class_balanced",): (lambda z, y, n: nll(z, y), cb),
     ("class_balanced", ("beta", 0.9)): (lambda z, y, n: nll(z, y), lambda n: cb(n, 0.9)),
     ("class_balanced_focal", ("gamma", 2.0)): (lambda z, y, n: focal(z, y, 2), cb),
-    ("balanced_softmax",): (lambda z, y, n: nll([v + math.log(c) for v, c in zip(z, n)], y), None),
-    ("logit_adjustment",): (lambda z, y, n: nll([v + math.log(c / sum(n)) for v, c in zip(z, n)], y), None),
+    ("balanced_softmax",): (lambda z, y, n: nll([v + math.log(c) for v, c in zip(z, n, strict=True)], y), None),
+    ("logit_adjustment",): (
+        lambda z, y, n: nll([v + math.log(c / sum(n)) for v, c in zip(z, n, strict=True)], y),
+        None,
+    ),
     ("logit_adjustment", ("tau", 1.7)): (
-        lambda z, y, n: nll([v + 1.7 * math.log(c / sum(n)) for v, c in zip(z, n)], y),
+        lambda z, y, n: nll([v + 1.7 * math.log(c / sum(n)) for v, c in zip(z, n, strict=True)], y),
         None,
     ),
     ("ldam",): (lambda z, y, n: nll(ldam_logits(z, y, n), y), None),
@@ -462,7 +465,7 @@ def test_a_tail_class_is_found_again():
         for epoch in range(5):
             loss.set_epoch(epoch, 5)
 
-            def closure():
+            def closure(optimizer=optimizer, loss=loss, w=w, b=b):
                 optimizer.zero_grad()
                 value = loss(x @ w.T + b, y)
                 value.backward()

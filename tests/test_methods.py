@@ -259,7 +259,7 @@ def test_samples_do_not_depend_on_their_batch(pull):
 
 
 def test_no_pull_is_plain_sampling():
-    "Strength 0 gives the items of the class alone, strength 1 with one neighbour those of that class"
+    "Strength 0 gives the items of the class alone, whatever the neighbours; 1 with one neighbour gives that class"
     z, y, head = digits_features()
     model, plan = train_latent(z, y, 10, n_steps=60, width=32), make_plan([5] * 10)
     around = Neighbourhood.find(head, z, y, 10, shrink_n0=0.0)
@@ -564,7 +564,7 @@ def test_defaults_depend_on_who_trained_the_encoder(tmp_path):
 
 
 def test_odd_heads_and_one_class(tmp_path):
-    "A class whose weights are zero: rows that make no sense are left out; a set of one class is refused"
+    "A class whose weights are zero: rows that make no sense are left out, the rest is there; one class is refused"
     path = tiny_file(tmp_path)
     with np.load(path) as z:
         parts = dict(z)
@@ -593,7 +593,7 @@ def test_other_settings_keep_their_noise():
 
 
 def test_published_variant_runs_with_its_controls(tmp_path):
-    "From features and from images; one start, real prior, counts of a fifth"
+    "From features and from images; one start, real prior, counts of a fifth; kills have tests of their own"
     small = dict(
         variant="published", n_steps=6, diff_width=16, sample_steps=3, head_steps=20, device="cpu", precision="fp32"
     )

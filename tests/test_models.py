@@ -101,7 +101,9 @@ def test_every_network_has_features_and_head(arch, channels):
 
 
 def test_sizes_against_the_literature():
-    count = lambda arch, k: sum(p.numel() for p in build_model(arch, k).parameters())
+    def count(arch, k):
+        return sum(p.numel() for p in build_model(arch, k).parameters())
+
     assert count("resnet32", 10) == 464154
     assert [count(a, 1000) for a in ("resnet50", "resnext50")] == [25557032, 25028904], "as torchvision states"
     from torchvision.models import resnet50
@@ -447,7 +449,10 @@ def test_timm(tmp_path, name, side):
 
 def test_timm_group_norm_keeps_activations():
     timm = pytest.importorskip("timm")
-    count = lambda net: sum(isinstance(m, (nn.ReLU, nn.Hardswish)) for m in net.modules())
+
+    def count(net):
+        return sum(isinstance(m, (nn.ReLU, nn.Hardswish)) for m in net.modules())
+
     net = timm.create_model("mobilenetv3_small_050", num_classes=0)
     assert count(group_norm(net)) == count(timm.create_model("mobilenetv3_small_050", num_classes=0)) > 0
 
@@ -478,14 +483,18 @@ def test_timm_refuses(tmp_path, monkeypatch):
     [("cifar10", 10, 5000, -1, 72.49, 80.86), ("cifar100", 100, 500, 1, 41.28, 48.59)],
 )
 def test_reference_weights(name, k, n_max, order, argmax, shifted):
-    "The LDMLR authors' ResNet-32 on the whole test set. Their CIFAR-10 weights want blue-green-red images, those of CIFAR-100 red-green-blue; mean and deviation go by position in both"
+    """The LDMLR authors' ResNet-32 on the whole test set. Their CIFAR-10 weights want blue-green-red images, those of
+    CIFAR-100 red-green-blue; mean and deviation go by position in both"""
     from ltnb.core import load_tensors
 
     weights, pack = load_tensors(shared(f"ldmlr_{name}_if100_resnet32.safetensors"))[0], shared(f"{name}_lt.npz")
     with np.load(pack) as z:
         blob, at, labels = z["test_webp"], z["test_offsets"], z["test_labels"].ravel()
     images = np.stack(
-        [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in zip(at[:-1], at[1:])]
+        [
+            np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB"))
+            for a, b in zip(at[:-1], at[1:], strict=True)
+        ]
     ).transpose(0, 3, 1, 2)[:, ::order]
     net = build_model("resnet32", k)
     net.load_state_dict(weights)  # their names are ours

@@ -191,7 +191,9 @@ def train(name, stop=None, **more):
         team.wait("the end of a training")
 
 with team:
-    for name, how in (("plain", {}), ("averaged", dict(ema=.8)), ("best", dict(patience=9))):
+    order = lambda epoch, g: torch.randperm(len(digits.train), generator=g)[:200 + 90 * epoch + team.rank]
+    ordered = dict(order=order, optimizer=torch.optim.AdamW, lr=.01) # one that differs between the processes
+    for name, how in (("plain", {}), ("averaged", dict(ema=.8)), ("best", dict(patience=9)), ("ordered", ordered)):
         said[name] = print_of(train(name, **how))
         train(f"{name}-cut", stop=2, **how)
         said[f"{name}, cut"] = print_of(train(f"{name}-cut", **how))
@@ -263,13 +265,13 @@ def two(tmp_path_factory):
 def test_every_process_ends_with_the_state_of_the_first(two):
     "With BatchNorm, dropout, averages, and the best epoch on held-out images"
     (first, other), *_ = two
-    for name in ("plain", "averaged", "best", "diffusion"):
+    for name in ("plain", "averaged", "best", "ordered", "diffusion"):
         assert first[name] == other[name], name
 
 
 def test_two_killed_processes_go_on_bit_for_bit(two):
     (first, other), *_ = two
-    for name in ("plain", "averaged", "best"):
+    for name in ("plain", "averaged", "best", "ordered"):
         assert first[f"{name}, cut"] == other[f"{name}, cut"] == first[name], name
 
 

@@ -45,16 +45,15 @@ def fresh(arch="convnet", seed=0, channels=1, **more):
         (channels, *DATA.train.images.shape[2:]),
         *pixel_stats(DATA.train.images.repeat(channels, 1)),
         arch,
-        norm=more.get("norm", "batch"),
     )
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
 
 
 def distance(a, b):
-    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.values(), b.values()))
+    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True))
 
 
 def test_schedules():
@@ -104,7 +103,7 @@ def test_files_train_like_memory(tmp_path, workers):
     order = epoch_order(torch.arange(30), 1, generator("o")).split(8)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(Batches(images).follow(order), Batches(on_disk, workers=workers).follow(order))
+        for a, b in zip(Batches(images).follow(order), Batches(on_disk, workers=workers).follow(order), strict=True)
     )
     y, nets = np.arange(30) % 10, []
     for x in (images, on_disk):
@@ -158,7 +157,8 @@ def left(path):
 
 
 def test_ten_power_cuts_end_bit_for_bit(tmp_path, monkeypatch):
-    "Cuts at random steps, one inside a save and one right at an epoch boundary; weights, averages, optimizer and metrics are those of the undisturbed run"
+    """Cuts at random steps, one inside a save and one right at an epoch boundary; weights, averages, optimizer and
+    metrics are those of the undisturbed run"""
     reference = whole_fit(tmp_path / "whole")
     want, n_steps = left(tmp_path / "whole"), -(-len(DATA.train) // 64)
     assert any(k.startswith("ema.") for k in want[0]) and any(k.startswith("optimizer.") for k in want[0])
@@ -208,7 +208,8 @@ def test_torn_newest_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatc
     whole_fit(tmp_path / "cut")
     assert "classifier-seed-0.safetensors" in capsys.readouterr().err
     assert all(
-        torch.equal(a, b) for a, b in zip(left(tmp_path / "whole")[0].values(), left(tmp_path / "cut")[0].values())
+        torch.equal(a, b)
+        for a, b in zip(left(tmp_path / "whole")[0].values(), left(tmp_path / "cut")[0].values(), strict=True)
     )
 
 
@@ -344,14 +345,14 @@ def test_balanced_sampling_and_its_loss():
 
 
 def fresh64(arch="convnet", seed=0):
-    "A classifier that computes in 64-bit numbers: rounding is 1e-16 of a value, and a few small steps cannot make much of it"
+    "A classifier in 64-bit numbers: rounding is 1e-16 of a value, and a few small steps cannot make much of it"
     clf = fresh(arch, seed)
     clf.net.double().register_forward_pre_hook(lambda net, x: (x[0].double(),))
     return clf
 
 
 def apart(a, b, start):
-    "How far two trained networks are apart, as a share of the way that the first one's weights went; the same for its buffers"
+    "How far two trained networks are apart, as a share of the way that the first one went; its buffers too"
     parts = [
         [torch.cat([v.detach().double().flatten() for v in values(c.net)]) for c in (a, b, start)]
         for values in (torch.nn.Module.parameters, torch.nn.Module.buffers)
@@ -359,7 +360,7 @@ def apart(a, b, start):
     return max(((x - y).norm() / (x - first).norm()).item() for x, y, first in parts if len(x))
 
 
-# Seen: below 1e-14 for twelve pairs of seeds; another order of the same images is 1e-2 or more of the way off. 1e-8 is far from both.
+# Seen: below 1e-14 for twelve pairs of seeds; another order of the same images is 1e-2 of the way off, or more.
 @pytest.mark.parametrize(
     "arch, settings",
     [("convnet", dict(ema=0.8, mixup=0.4)), ("resnet8", dict(augment=Augment("crop"), schedule="cosine", cutmix=1.0))],
@@ -368,12 +369,14 @@ def test_seeds_side_by_side_equal_each_alone(arch, settings):
     x, y, seeds = DATA.train.images, DATA.train.labels, [3, 4]
     alone = [fit(fresh64(arch, s), x, y, n_epochs=2, bs=128, seed=s, lr=0.005, **settings) for s in seeds]
     together = fit_seeds([fresh64(arch, s) for s in seeds], x, y, seeds, n_epochs=2, bs=128, lr=0.005, **settings)
-    assert max(apart(a, b, fresh64(arch, s)) for a, b, s in zip(alone, together, seeds)) < 1e-8
+    assert max(apart(a, b, fresh64(arch, s)) for a, b, s in zip(alone, together, seeds, strict=True)) < 1e-8
     assert apart(together[0], together[1], fresh64(arch, seeds[0])) > 1e-2
 
 
 def test_seeds_side_by_side_with_balanced_draws():
-    loss = lambda: build_loss("cross_entropy", np.ones(10))
+    def loss():
+        return build_loss("cross_entropy", np.ones(10))
+
     alone = fit(fresh64(), DATA.train.images, DATA.train.labels, n_epochs=1, bs=128, lr=0.005, power=0.0, loss=loss())
     one, _ = fit_seeds(
         [fresh64(seed=s) for s in (0, 1)],
@@ -446,7 +449,7 @@ def test_seeds_side_by_side_continue(tmp_path, monkeypatch):
         go(tmp_path / "cut", 3)
     got = go(tmp_path / "cut")
     assert (
-        all(equal(a.net.state_dict(), b.net.state_dict()) for a, b in zip(want, got))
+        all(equal(a.net.state_dict(), b.net.state_dict()) for a, b in zip(want, got, strict=True))
         and (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     )
 
@@ -482,7 +485,7 @@ def test_a_team_shares_one_mean():
             pass
 
     halves = [gradients(Known(r, 2)) for r in (0, 1)]
-    assert max((a + b - w).abs().max().item() for a, b, w in zip(*halves, whole)) < 1e-6
+    assert max((a + b - w).abs().max().item() for a, b, w in zip(*halves, whole, strict=True)) < 1e-6
 
 
 def processes(n, out, *more):
@@ -540,17 +543,20 @@ def processes(n, out, *more):
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
-    "The same global batch, normalised without batch statistics: weights within 1e-5 after two epochs; one process writes"
+    "The same global batch without batch statistics: weights within 1e-5 after two epochs; one process writes"
     for n in (1, 2):
         done = processes(n, tmp_path / str(n))
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("run directory") == 1, "the table is printed once"
     one, two = (load_tensors(tmp_path / str(n) / "model" / "model.safetensors")[0] for n in (1, 2))
     assert distance(one, two) < 1e-5
-    files = lambda p: sorted(str(f.relative_to(p)) for f in p.rglob("*") if f.is_file())
+
+    def files(p):
+        return sorted(str(f.relative_to(p)) for f in p.rglob("*") if f.is_file())
+
     assert files(tmp_path / "1") == files(tmp_path / "2")
     a, b = (read_jsonl(tmp_path / str(n) / "metrics.jsonl") for n in (1, 2))
-    assert len(a) == len(b) and all(abs(r["loss"] - s["loss"]) < 1e-5 for r, s in zip(a, b))
+    assert len(a) == len(b) and all(abs(r["loss"] - s["loss"]) < 1e-5 for r, s in zip(a, b, strict=True))
 
 
 def test_several_processes_need_plain(main, monkeypatch):
