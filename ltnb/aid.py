@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZONES', 'Extractor', 'check_same_data', 'ExtractorCheck', 'recognition', 'check_extractor', 'diameter', 'Geometry',
            'shrunken', 'class_geometry', 'check_same_phi', 'zone_of', 'zone_shares', 'aid_ratios', 'score_zones',
-           'Filter', 'band_score', 'Filtered', 'draw_filtered']
+           'Filter', 'zone_score', 'Filtered', 'draw_filtered']
 
 # %% ../nbs/60_aid.ipynb #b571d3c7
 import copy, hashlib, json, math
@@ -340,7 +340,7 @@ class Filter:
         return keep
 
 # %% ../nbs/60_aid.ipynb #2c223024
-def band_score(extractor:Extractor, # phi_0
+def zone_score(extractor:Extractor, # phi_0
                geometry:Geometry, # and the classes seen with it
                bs:int=512, # images encoded at a time
                device:str="cpu", # where to encode
@@ -348,6 +348,9 @@ def band_score(extractor:Extractor, # phi_0
               )->ItemScore: # `aid_ratio` and `aid_by` in each row's scores
     "The distance of each image from its class, as a score to draw by"
     def measure(images, rows):
+        if images.dtype != torch.uint8:
+            raise UsageError(f"the job made {images.dtype} items: phi_0 sees uint8 images.")
+        check_same_data(extractor, None, images.shape[1:], "the job")
         z = extractor.encode(images, bs, device, precision)
         return {"aid_ratio": geometry.ratios(z, [r["class"] for r in rows]).round(4)}
     return ItemScore("aid", measure, geometry.fingerprint, bs)
@@ -390,7 +393,7 @@ def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
     check_same_data(extractor, how.class_names, what="the model")
     job = replace(job, team=where.team, keep=True)
     _check_scored(folder, made_rows(folder, model, job), geometry.fingerprint)
-    score = band_score(extractor, geometry, how.bs, where.device, where.precision)
+    score = zone_score(extractor, geometry, how.bs, where.device, where.precision)
     def passes(row): return zone_of(row["scores"]["aid_ratio"]) in keep
     drawn = draw_until(folder, wanted, make, model, score, passes, how.cap, job)
     if len(drawn.made): return _with_zones(drawn)

@@ -70,7 +70,7 @@ def item_noise(key:tuple, # what the noise is for
     def draw(g, n, c): return g.standard_normal((n, *shape), dtype=np.float32)
     return torch.from_numpy(draw_items(key, plan, draw))
 
-# %% ../nbs/30_jobs.ipynb #d441710a
+# %% ../nbs/30_jobs.ipynb #bdd623e8
 _TAKEN = ("id", "sha", "attempt", "model", "scores") # keys of a manifest row that no column may have
 _KINDS = {"i": "whole numbers", "f": "numbers", "O": "texts", "b": "true or false"}
 
@@ -85,7 +85,7 @@ def _column(name, # of a plan
     if name in ("class", "k"): raise UsageError(f"column {name!r} of a plan holds whole numbers, got {v.dtype}.")
     if v.dtype.kind == "f" and np.isfinite(v).all(): return v.astype(np.float64)
     if v.dtype.kind == "b": return v
-    v = np.array(v.tolist(), dtype=object)
+    v = np.array(list(values), dtype=object)
     if all(x is None or isinstance(x, str) for x in v): return v
     raise UsageError(f"column {name!r} of a plan holds whole numbers, finite numbers or texts, all of one kind.")
 

@@ -52,7 +52,7 @@ from ltnb.classifier import Classifier, encode, pixel_stats
 from ltnb.jobs import make_plan
 from ltnb.synthetic import Synthetic, add_scores, made_rows, make_synthetic
 from ltnb.copies import flag_copies
-from ltnb.draw import needed
+from ltnb.draw import draws_needed
 from ltnb.training import fit
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
@@ -823,15 +823,15 @@ def test_another_model_remakes_or_refuses(tmp_path, data, phi, geo):
 
 def test_needed():
     yes, no = np.ones(50, bool), np.zeros(50, bool)
-    assert needed(10, yes[:0], 50) == 10 == needed(10, yes[:10], 50) == needed(10, yes, 50)
-    assert needed(10, no[:10], 50) == 20 and needed(10, no, 50) == 50 == needed(10, no[:40], 50)
-    assert needed(0, yes, 0) == 0 and needed(10, np.arange(10) < 9, 50) == 10 + 2 + 2
+    assert draws_needed(10, yes[:0], 50) == 10 == draws_needed(10, yes[:10], 50) == draws_needed(10, yes, 50)
+    assert draws_needed(10, no[:10], 50) == 20 and draws_needed(10, no, 50) == 50 == draws_needed(10, no[:40], 50)
+    assert draws_needed(0, yes, 0) == 0 and draws_needed(10, np.arange(10) < 9, 50) == 10 + 2 + 2
     for seed in range(20):
         passed, seen, m = np.random.default_rng(seed).random(100) < 0.4, [], 0
-        while (m := needed(20, passed[:m], 100)) not in seen:
+        while (m := draws_needed(20, passed[:m], 100)) not in seen:
             seen.append(m)
         assert passed[:m].sum() >= 20 or m == 100
-        assert all(needed(20, passed[:n], 100) in seen for n in range(101)), "resumed anywhere, the same plans"
+        assert all(draws_needed(20, passed[:n], 100) in seen for n in range(101)), "resumed anywhere, the same plans"
 
 
 @pytest.mark.parametrize(
@@ -892,3 +892,13 @@ def test_two_processes_draw_the_same(tmp_path, data):
     )
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert all(np.load(f"{tmp_path / 'two'}-{r}.npy").tolist() == f.at.tolist() for r in range(2))
+
+
+def test_a_filter_refuses_what_phi_does_not_see(tmp_path, data, phi, geo):
+    "Images of another shape, and features"
+    shapes = {"a": ((3, 8, 8), r"\(1, 8, 8\).*\(3, 8, 8\)"), "b": ((4,), "float32")}
+    for name, (shape, text) in shapes.items():
+        noise = np.random.default_rng(0).integers(0, 256, (20, *shape))
+        made = torch.from_numpy(noise).to(torch.uint8 if len(shape) == 3 else torch.float32)
+        with pytest.raises(UsageError, match=text):
+            draw_filtered(tmp_path / name, [2] * 10, lambda part, made=made: made[: len(part)], "m", phi, geo)
