@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import LtnbError, UsageError, autocast, generator, nearest, seeded
@@ -95,22 +96,27 @@ class Denoiser(nn.Module):
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), 32)))
         self.register_buffer("class_means", torch.zeros(n_classes + 1, n_features))
 
-    def code(self,
-             y:torch.Tensor # (B,) classes; K for none
-            )->torch.Tensor: # (B, width)
-        "What the network is told about a class"
-        return self.label(y) + self.mean(self.class_means[y])
+# %% ../nbs/40_latent.ipynb #5a1d0030
+@patch
+def code(self:Denoiser,
+         y:torch.Tensor # (B,) classes; K for none
+        )->torch.Tensor: # (B, width)
+    "What the network is told about a class"
+    return self.label(y) + self.mean(self.class_means[y])
 
-    def forward(self,
-                x:torch.Tensor, # (B, d) noisy, standardised
-                t:torch.Tensor, # (B,) times
-                code:torch.Tensor # (B, width) of `code`, or between two of them
-               )->torch.Tensor: # (B, d) velocity
-        angle = t[:, None] * self.frequencies
-        condition = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + code)
-        h = self.enter(x)
-        for block in self.blocks: h = block(h, condition)
-        return self.leave(h)
+
+@patch
+def forward(self:Denoiser,
+            x:torch.Tensor, # (B, d) noisy, standardised
+            t:torch.Tensor, # (B,) times
+            code:torch.Tensor # (B, width) of `code`, or between two of them
+           )->torch.Tensor: # (B, d) velocity
+    "Time and code modulate every block"
+    angle = t[:, None] * self.frequencies
+    condition = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + code)
+    h = self.enter(x)
+    for block in self.blocks: h = block(h, condition)
+    return self.leave(h)
 
 # %% ../nbs/40_latent.ipynb #ef2a3020
 def denoising_loss(net:Denoiser, # the model
