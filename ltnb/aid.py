@@ -52,8 +52,7 @@ class Extractor:
         return self._scales[device]
 
     @cached_property
-    def fingerprint(self
-                   )->str: # 16 hexadecimal digits
+    def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of weights, normalisation and class names"
         known = [self.class_names, self.image_shape, self.clf.mean, self.clf.std]
         h = hashlib.blake2b(json.dumps(known).encode(), digest_size=8)
@@ -144,7 +143,7 @@ def recognition(seen:np.ndarray, # (N,) what the images are taken for
     false = (np.nansum(m, 0) - np.diag(m)) / (np.isfinite(m[:, 0]).sum() - 1)
     return [float(np.nanmean(v)) for v in (np.diag(m), np.diag(m)[tail], false[tail])]
 
-
+# %% ../nbs/60_aid.ipynb #5c1d0020
 def check_extractor(extractor:Extractor, # phi_0
                     train:ImageSet, # what it was trained on; its tail is the smallest third of the classes
                     held_out:ImageSet|None=None, # images that nobody was trained on, for a better answer
