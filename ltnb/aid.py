@@ -9,6 +9,7 @@ __all__ = ['ZONES', 'Extractor', 'check_same_data', 'ExtractorCheck', 'recogniti
 
 # %% ../nbs/60_aid.ipynb #b571d3c7
 import copy, hashlib, json, math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ def __call__(self:Extractor,
 
 @patch
 def encode(self:Extractor,
-           images, # (N, C, H, W) uint8: array, tensor, `ShardItems`, or `ImageFiles`
+           images:np.ndarray|torch.Tensor|ImageFiles, # (N, C, H, W) uint8; also `ShardItems`
            bs:int=512, # images at a time
            device:str="cpu", # where
            precision:str="fp32" # in which number format
@@ -90,7 +91,7 @@ def encode(self:Extractor,
 
 # %% ../nbs/60_aid.ipynb #81530a1e
 def check_same_data(extractor:Extractor, # phi_0
-                    class_names=None, # of the images or of the model that is to be used with it
+                    class_names:Sequence[str]|None=None, # of the images or of the model that is to be used with it
                     image_shape:tuple|None=None, # (C, H, W); None is not compared
                     what:str="the data" # how the message calls them
                    )->None:
@@ -242,7 +243,7 @@ def check_same_phi(extractor:Extractor, # phi_0
 @patch
 def ratios(self:Geometry,
            z:torch.Tensor, # (N, d) features, on the CPU
-           labels # (N,) classes
+           labels:np.ndarray|torch.Tensor # (N,) classes
           )->np.ndarray: # (N,) d_i / d_f; NaN where the class has no images or a feature is no number
     "Distance to the centre of the class, in diameters"
     y, k = torch.as_tensor(labels, dtype=torch.int64), len(self.counts)
@@ -255,7 +256,7 @@ def ratios(self:Geometry,
 ZONES = {"id": (0., 1.), "aid": (1., 2.), "ood": (2., math.inf)} # in diameters; the upper end belongs to the zone
 
 
-def zone_of(ratio # d_i / d_f: a number, None, or an array of them
+def zone_of(ratio:float|None|Sequence|np.ndarray # d_i / d_f, or many of them
            )->str|np.ndarray: # "id", "aid" or "ood", or an array of these
     "In which zone a distance lies; one that is no number is out of distribution"
     r = np.asarray(ratio, dtype=float)
@@ -263,8 +264,8 @@ def zone_of(ratio # d_i / d_f: a number, None, or an array of them
     return names if names.ndim else str(names)
 
 # %% ../nbs/60_aid.ipynb #5c1d0004
-def zone_shares(ratio, # (N,) d_i / d_f
-                labels, # (N,) classes
+def zone_shares(ratio:Sequence|np.ndarray, # (N,) d_i / d_f
+                labels:Sequence|np.ndarray, # (N,) classes
                 n_classes:int # K
                )->dict[str, np.ndarray]: # name -> (K,) share of the class, NaN where it has no item
     "Which part of each class lies in which zone"
@@ -298,7 +299,7 @@ def aid_ratios(made:Synthetic # of `score_zones`
 def score_zones(folder:str|Path, # of a finished job that made images
                 extractor:Extractor, # phi_0
                 geometry:Geometry, # and the classes seen with it
-                class_names=None, # of the model that made them, to be held against those of phi_0
+                class_names:Sequence[str]|None=None, # of the model that made them, to be held against those of phi_0
                 again:bool=False, # replace the scores of another phi_0 or of other training images; False refuses
                 bs:int=512, # images at a time
                 device:str="cpu", # where to compute
