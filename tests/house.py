@@ -1,4 +1,4 @@
-"""The house in numbers: `python tests/house.py [--git REV]` prints rooms and notebooks, of a revision beside those of now"""
+"""The house in numbers: `python tests/house.py [--git REV]` prints rooms and notebooks, of a revision too"""
 
 import argparse
 import ast
