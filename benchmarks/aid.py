@@ -1,4 +1,4 @@
-"""What each form of the AID-biased loss is worth on Digits-LT: zones, recognised, copies, diversity, and two classifiers a generator.
+"""What each form of the AID-biased loss is worth on Digits-LT: zones, recognised, copies, diversity, classifiers.
 
     python benchmarks/aid.py --seeds 5 --cbdm prediction,none,noise --out DIR
     python benchmarks/aid.py --table DIR [DIR ...]
@@ -97,7 +97,7 @@ def table_of(folders):  # a header and a line a kind and form
     for (kind, form), cells in found.items():
         values = {k: np.array([np.nan if c.get(k) is None else c[k] for c in cells], dtype=float) for k in keys}
 
-        def show(k):
+        def show(k, values=values):
             v, factor = values[k], 1 if k in ("diversity", "distance", "judge_distance", "alpha") else 100
             if np.isnan(v).all():
                 return "–"

@@ -1,4 +1,7 @@
-"Views a second of 32 x 32 images: a batch at once, and torchvision on PIL images one by one, side by side in one run. python benchmarks/augment.py [THREADS]"
+"""Views a second of 32 x 32 images: a batch at once, and torchvision on PIL images one by one, in one run.
+
+python benchmarks/augment.py [THREADS]
+"""
 
 import sys
 import time
@@ -36,7 +39,7 @@ def rates(*fs, rounds=7, seconds=0.3):
     for f in fs:
         f()
     for _ in range(rounds):
-        for f, rate in zip(fs, out):
+        for f, rate in zip(fs, out, strict=True):
             k, start = 0, time.perf_counter()
             while time.perf_counter() - start < seconds:
                 k, _ = k + 1, f()
@@ -57,16 +60,18 @@ if __name__ == "__main__":
         if device == "cuda":
             torch.cuda.synchronize()
 
+    chip = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(
-        f"32 x 32 RGB, batches of {BS} on {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}, torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} thread(s), {' '.join(cpu_flags()) or 'no known flags'}; images a second"
+        f"32 x 32 RGB, batches of {BS} on {chip}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"{torch.get_num_threads()} thread(s), {' '.join(cpu_flags()) or 'no known flags'}; images a second"
     )
     print(f"{'policy':34}{'batched':>10}{'PIL':>10}{'ratio':>8}{'array-PIL-tensor':>18}{'ratio':>8}")
     for names, steps in THEIRS.items():
         view, mine = T.Compose(steps), Augment(names)
         a, b, c = rates(
-            lambda: timed(lambda: mine(there, g)),
-            lambda: [view(p) for p in pictures],
-            lambda: torch.stack([pil_to_tensor(view(Image.fromarray(p))) for p in arrays]),
+            lambda mine=mine: timed(lambda: mine(there, g)),
+            lambda view=view: [view(p) for p in pictures],
+            lambda view=view: torch.stack([pil_to_tensor(view(Image.fromarray(p))) for p in arrays]),
         )
         print(f"{names:34}{a:10.0f}{b:10.0f}{a / b:8.1f}{c:18.0f}{a / c:8.1f}")
     more = {
@@ -76,4 +81,5 @@ if __name__ == "__main__":
         "cutmix": lambda x, g: cutmix(x, labels, g, beta_draw(1.0, 0)),
     }
     for names, f in more.items():
-        print(f"{names:34}{rates(lambda: timed(lambda: f(there, g)))[0]:10.0f}")
+        rate = rates(lambda f=f: timed(lambda: f(there, g)))[0]
+        print(f"{names:34}{rate:10.0f}")

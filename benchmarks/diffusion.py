@@ -1,14 +1,18 @@
-"""Image diffusion: our training loop against a plain one, and our sampler against 1,000 ancestral steps, each in one run.
+"""Image diffusion: our training loop against a plain one, our sampler against 1,000 ancestral steps, in one run each.
 
     python benchmarks/diffusion.py training cifar10_lt100.npz --unet medium --bs 32 --n-steps 8
     python benchmarks/diffusion.py sampling m --per-class 60
 
-`training`: the plain loop is what most codes have: the same U-Net in 32-bit floats, eager, contiguous, a DataLoader with two workers that decodes and flips one image at a time, Adam and EMA tensor by tensor.
-Ours is switched on a part at a time. Every variant trains a step in turn; the rates are medians, without the first steps. The multiplications and additions of a step are counted by torch, and their rate is
-printed, with --peak as a share of the chip's own (989 TFLOP/s for an H100 in bf16).
+`training`: the plain loop is what most codes have: the same U-Net in 32-bit floats, eager, contiguous, a DataLoader
+with two workers that decodes and flips one image at a time, Adam and EMA tensor by tensor. Ours is switched on a part
+at a time. Every variant trains a step in turn; the rates are medians, without the first steps. The multiplications and
+additions of a step are counted by torch, and their rate is printed, with --peak as a share of the chip's own
+(989 TFLOP/s for an H100 in bf16).
 
-`sampling`: `m` is a finished directory of `ltnb run diffusion`. Each sampler makes the same plan from the same noise. FID and KID are those to the test images in the features of the run's judge, and say nothing
-beyond this table; recognised and copied images are printed beside them, and the same for test images. With --inception and the weights of torch-fidelity, the literature's FID and KID are printed too.
+`sampling`: `m` is a finished directory of `ltnb run diffusion`. Each sampler makes the same plan from the same noise.
+FID and KID are those to the test images in the features of the run's judge, and say nothing beyond this table;
+recognised and copied images are printed beside them, and the same for test images. With --inception and the weights of
+torch-fidelity, the literature's FID and KID are printed too.
 """
 
 import argparse
@@ -107,7 +111,19 @@ class Ours:
 
 
 def machine(device):
-    return f"{torch.cuda.get_device_name() if device == 'cuda' else ' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    chip = torch.cuda.get_device_name() if device == "cuda" else " ".join(cpu_flags())
+    return f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def timed(loop, n, device):  # -> seconds of n steps
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
+        loop.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def training(a):
@@ -123,7 +139,10 @@ def training(a):
     }
     if a.compiled:
         ours[f"{best}, channels_last, compiled"] = (best, True, True)
-    new = lambda: build_unet(a.unet, shape[1], shape[0], data.n_classes)
+
+    def new():
+        return build_unet(a.unet, shape[1], shape[0], data.n_classes)
+
     loops = {"plain: DataLoader, contiguous, fp32": Plain(new(), data, a.bs, a.device)} | {
         name: Ours(new(), data, a.bs, a.device, *how) for name, how in ours.items()
     }
@@ -132,23 +151,19 @@ def training(a):
     flops, seconds = counter.get_total_flops(), {n: [] for n in loops}
     for i in range(a.n_steps + 2):
         for name, loop in loops.items():
-            if a.device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(a.repeat):
-                loop.step()
-            if a.device == "cuda":
-                torch.cuda.synchronize()
+            spent = timed(loop, a.repeat, a.device)
             if i >= 2:
-                seconds[name].append((time.perf_counter() - start) / a.repeat)
+                seconds[name].append(spent / a.repeat)
     print(
-        f"unet {a.unet}, {sum(p.numel() for p in new().parameters()) / 1e6:.1f} M parameters, images {shape}, batches of {a.bs}, median of {a.n_steps} x {a.repeat} steps; {machine(a.device)}"
+        f"unet {a.unet}, {sum(p.numel() for p in new().parameters()) / 1e6:.1f} M parameters, images {shape}, "
+        f"batches of {a.bs}, median of {a.n_steps} x {a.repeat} steps; {machine(a.device)}"
     )
     print(f"{flops / a.bs / 1e9:.2f} GFLOP an image and training step")
     rate = {n: a.bs / statistics.median(s) for n, s in seconds.items()}
+    plain = rate["plain: DataLoader, contiguous, fp32"]
     for n, r in rate.items():
         print(
-            f"  {n:<40} {r:8.1f} images/s   x {r / rate['plain: DataLoader, contiguous, fp32']:5.2f}   {r * flops / a.bs / 1e12:7.3f} TFLOP/s"
+            f"  {n:<40} {r:8.1f} images/s   x {r / plain:5.2f}   {r * flops / a.bs / 1e12:7.3f} TFLOP/s"
             + (f"   {r * flops / a.bs / 1e10 / a.peak:5.1f} % of the peak" if a.peak else "")
         )
     if a.device == "cuda":
@@ -163,7 +178,8 @@ def sampling(a):
     judge, precision = Judge(Classifier.load(run / "judge"), data, a.device), choose_precision("auto", a.device)
     plan = make_plan(np.where(model.counts > 0, a.per_class, 0))
     print(
-        f"{run.name}: {len(plan):,} images of {model.image_shape}, guidance {a.guidance_scale:g}, {precision}; {machine(a.device)}"
+        f"{run.name}: {len(plan):,} images of {model.image_shape}, guidance {a.guidance_scale:g}, {precision}; "
+        f"{machine(a.device)}"
     )
     real, first, features = (
         judge(data.test.images, data.test.labels, "test", 0),
@@ -187,7 +203,8 @@ def sampling(a):
             for g in [generative_scores(real_features[name], f(images.numpy()), name)]
         )
         print(
-            f"  {sampler:<6} {steps:5} steps  {spent:8.1f} s  x {first / spent:6.1f}   recognised {row['all']:6.1%}   copies {row['copies']:6.1%}{more}",
+            f"  {sampler:<6} {steps:5} steps  {spent:8.1f} s  x {first / spent:6.1f}   recognised {row['all']:6.1%}"
+            f"   copies {row['copies']:6.1%}{more}",
             flush=True,
         )
     half = np.arange(len(data.test)) % 2 == 0
@@ -197,7 +214,8 @@ def sampling(a):
         for g in [generative_scores(x[half], x[~half], name)]
     )
     print(
-        f"  {'test images, half against half':<36}   recognised {real['all']:6.1%}   copies {real['copies']:6.1%}{floor}"
+        f"  {'test images, half against half':<36}   recognised {real['all']:6.1%}   "
+        f"copies {real['copies']:6.1%}{floor}"
     )
 
 

@@ -37,7 +37,10 @@ def make(path: Path, n: int, d: int, k: int, most: int, least: int, n_test: int)
     counts = profile(n, k, most, least)
     means = rng.standard_normal((k, d), dtype=np.float32)
     labels, test = np.repeat(np.arange(k), counts), np.repeat(np.arange(k), n_test // k)
-    draw = lambda y: np.maximum(means[y] * 0.5 + rng.standard_normal((len(y), d), dtype=np.float32), 0)
+
+    def draw(y):
+        return np.maximum(means[y] * 0.5 + rng.standard_normal((len(y), d), dtype=np.float32), 0)
+
     train = draw(labels)
     weight = np.add.reduceat(train, counts.cumsum() - counts) / counts[:, None].astype("f4")
     weight -= weight.mean(0)
@@ -57,7 +60,10 @@ def make(path: Path, n: int, d: int, k: int, most: int, least: int, n_test: int)
 def commit():
     "The commit that is measured"
     here = Path(__file__).parent
-    ask = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True).stdout.strip()
+
+    def ask(*args):
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True).stdout.strip()
+
     changed = " with changes" if ask("status", "--porcelain", "--", "../ltnb") else ""
     return (ask("rev-parse", "--short", "HEAD") or "unknown") + changed
 
@@ -104,7 +110,8 @@ def main():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(
             f"{'whole command':16} {seconds:8.1f} s, of which {used.ru_utime + used.ru_stime:.1f} s on a processor "
-            f"(the rest waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; load {os.getloadavg()[0]:.1f} at the end"
+            f"(the rest waited for one), peak memory {used.ru_maxrss / 2**20:.2f} GB; "
+            f"load {os.getloadavg()[0]:.1f} at the end"
         )
         print(f"machine: {json.loads((folder / 'run' / 'environment.json').read_text())}")
 

@@ -368,7 +368,10 @@ def smoothing_rows(peers):
 
 def decoupling_rows(peers):
     "Kang et al.: τ-normalisation, LWS, nearest mean, class-aware sampling, bands"
-    at = lambda name: (peers.unpacked(DECOUPLING) / name).read_text()
+
+    def at(name):
+        return (peers.unpacked(DECOUPLING) / name).read_text()
+
     source, own = at("tau_norm.py"), {"torch": torch}
     exec(
         source[source.index("def pnorm") : source.index("for p in np.linspace")], own
@@ -714,7 +717,10 @@ def ldmlr_rows(peers):
     )
     plan = np.stack([y.numpy(), np.arange(b)], 1)
     start = torch.randn(b, 64)
-    zeros = lambda key, part, shape: start if len(key) == 3 else torch.zeros(len(part), *shape)
+
+    def zeros(key, part, shape):
+        return start if len(key) == 3 else torch.zeros(len(part), *shape)
+
     process.num_timesteps, last = 20, [(t, t - 1) for t in range(19, -1, -1)]
     with patch("ltnb.ldmlr_published.item_noise", zeros), patch("ltnb.ldmlr_published.ancestral_times", lambda n: last):
         mine = sample_published(PublishedModel(ours, np.ones(k), 64), plan)[0]
@@ -917,7 +923,9 @@ def min_snr_rows(peers):
                 part = NoisyBatch(x0, y, y, t.float(), noise, alpha * x0 + sigma * noise, torch.zeros(b))
 
                 def theirs(process=process):
-                    run = lambda x, s: net(x, s, y=y)
+                    def run(x, s):
+                        return net(x, s, y=y)
+
                     return process.training_losses(run, x0, t, noise=noise)["loss"].mean()
 
                 yield Row(
@@ -958,15 +966,18 @@ def measure(folder):  # -> rows, sentences about what was skipped, commits by re
 
 def page(rows, skipped, commits):  # -> Markdown
     "The table"
-    show = lambda v: "–" if v is None else "0" if v == 0 else f"{v:.1e}"
+
+    def show(v):
+        return "–" if v is None else "0" if v == 0 else f"{v:.1e}"
+
     agree = sum(r.agrees for r in rows)
     lines = [
         "# Beside the authors' code",
         "",
         f"{len(rows)} quantities on equal tensors, float32 on a CPU: the greatest absolute difference of the value "
         f"and, where there is one, of the gradient (of the inputs, or of the weights of a network). {agree} agree to "
-        "rounding (1e-4 of the size of the quantity); of the others the last column says how they part. Fetched code is "
-        "run, never copied.",
+        "rounding (1e-4 of the size of the quantity); of the others the last column says how they part. Fetched code "
+        "is run, never copied.",
         "",
         f"torch {torch.__version__}, {date.today()}, `python benchmarks/references.py FOLDER "
         "results/references/README.md`, where FOLDER holds a checkout or a bare clone of each repository, called "

@@ -150,7 +150,7 @@ if __name__ == "__main__":
         found = {how: [seconds(args, v, at, a.limit) for at in moments] for how, v in ways.items()}
         best = min(r[0][0] for r in found.values() if r[0][0])
         for how, results in found.items():
-            times, numbers = zip(*results)
+            times, numbers = zip(*results, strict=True)
             said = dict.fromkeys("–" if n is None else n for n in numbers)
             print(f"| {' | '.join(row(name, how, times, said, best, a.limit))} |", flush=True)
     print(f"\nload {os.getloadavg()[0]:.1f} at the end")

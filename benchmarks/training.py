@@ -2,8 +2,10 @@
 
     python benchmarks/training.py cifar10_lt100.npz --arch resnet8 --n-epochs 3
 
-The plain loop is what most long-tail codes have: PIL images, torchvision transforms, a DataLoader with two workers, 32-bit floats, contiguous tensors. Ours is switched on a part at a time, so that
-the shares of loader, layout and number format can be told apart. Each variant trains one epoch in turn; the rates are medians over the epochs after the first. Accuracy is printed for the first and the last variant.
+The plain loop is what most long-tail codes have: PIL images, torchvision transforms, a DataLoader with two workers,
+32-bit floats, contiguous tensors. Ours is switched on a part at a time, so that the shares of loader, layout and number
+format can be told apart. Each variant trains one epoch in turn; the rates are medians over the epochs after the first.
+Accuracy is printed for the first and the last variant.
 """
 
 import argparse
@@ -56,7 +58,8 @@ def plain_epoch(clf, optimizer, loader, device):
         optimizer.step()
 
 
-def our_epoch(clf, optimizer, batches, y, loss, epoch, bs, layout, precision):
+def our_epoch(clf, optimizer, data, loss, epoch, bs, how):
+    (batches, y), (layout, precision) = data, how
     clf.train()
     order = epoch_order(y, 1.0, generator("bench", epoch, device=y.device)).split(bs)
     for i, x in enumerate(batches.follow(order)):
@@ -113,25 +116,29 @@ if __name__ == "__main__":
             if how is None:
                 plain_epoch(clfs[v], optimizers[v], loader, a.device)
             else:
-                our_epoch(clfs[v], optimizers[v], batches, y, loss, epoch, a.bs, *how)
+                our_epoch(clfs[v], optimizers[v], (batches, y), loss, epoch, a.bs, how)
             if a.device == "cuda":
                 torch.cuda.synchronize()
             rates[v].append(n / (time.perf_counter() - start))
     names = list(variants)
     rate = {v: statistics.median(r[1:] or r) for v, r in rates.items()}
+    chip = torch.cuda.get_device_name() if a.device == "cuda" else " ".join(cpu_flags())
     print(
-        f"{a.arch}, {n:,} images, batches of {a.bs}, {a.n_epochs} epochs; {torch.cuda.get_device_name() if a.device == 'cuda' else ' '.join(cpu_flags())}, {torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}"
+        f"{a.arch}, {n:,} images, batches of {a.bs}, {a.n_epochs} epochs; {chip}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, numpy {np.__version__}"
     )
     for v in names:
         print(f"  {v:<38} {rate[v]:8.0f} images/s   x {rate[v] / rate[names[0]]:.2f}")
     print(
-        f"test accuracy: plain {accuracy(clfs[names[0]], data, a.device):.3f}, ours {accuracy(clfs[names[-1]], data, a.device):.3f}"
+        f"test accuracy: plain {accuracy(clfs[names[0]], data, a.device):.3f}, "
+        f"ours {accuracy(clfs[names[-1]], data, a.device):.3f}"
     )
     if a.device == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
     else:
         import resource
 
-        print(
-            f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB; of its largest worker: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB"
+        own, workers = (
+            resource.getrusage(w).ru_maxrss / 1024 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         )
+        print(f"peak memory of the process: {own:.0f} MB; of its largest worker: {workers:.0f} MB")

@@ -170,7 +170,7 @@ def ratio(self:AIDLoss,
     unit = self._mean[repr(o)] * (len(o.ratios) if literal else self.kappa)
     return unit / (s if literal else s.clamp(min=self.floor)) * shift
 
-
+# %% ../nbs/61_aid_loss.ipynb #5d1d0030
 @patch
 def __call__(self:AIDLoss,
              model:NoiseModel, # what is trained
