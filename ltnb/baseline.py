@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from fastcore.xml import Pre
 
 import ltnb.recipe
 from .core import UsageError, nearest, read_json, read_jsonl
@@ -350,12 +351,12 @@ def finish_run(run:Run, # open
     env, picture = read_json(run.path/"environment.json"), lambda name, alt: html_figure(run.path/"figures"/f"{name}.png", alt)
     settings = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in cfg.paths)
     write_report(run.path/"report.html", f"{methods(rows)[0]} on {cfg.source_name}", f"{cfg.seeds} {'seed' if cfg.seeds == 1 else 'seeds'}; {data.n_classes} classes, {len(data.train):,} training images; last epoch{' or best on held-out images' if cfg.patience else ''}. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
-        ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a comparison that was not made." + note + "</p>" + html_table(table(rows))),
+        ("The table", ["Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a comparison that was not made." + note, html_table(table(rows))]),
         ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")),
-        ("Accuracy per class", f"<p>{drawn_and_not(rows, methods(rows)[:4])}</p>"
-         + picture("per_class", "Test accuracy of each class for the first methods of the table")),
+        ("Accuracy per class", [drawn_and_not(rows, methods(rows)[:4]),
+         picture("per_class", "Test accuracy of each class for the first methods of the table")]),
         ("Training", picture("training", "Training loss of each epoch, and accuracy on held-out images where there are any")),
-        ("Settings", f"<pre>{settings}</pre>")])
+        ("Settings", Pre(settings))])
 
 # %% ../nbs/36_baseline.ipynb #e98bc5d9
 def run_directory(config:BaselineConfig # the settings

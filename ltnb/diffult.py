@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
+from fastcore.xml import Li, P, Pre, Sub, Ul
 
 import ltnb.recipe
 from .core import (UsageError, choose_device, choose_precision, device_type, nearest, read_json, read_jsonl,
@@ -784,13 +785,13 @@ def finish_run(run:Run, # open
     settings, paper = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in cfg.paths), published(cfg)
     main, swept = split_rows(rows)
     write_report(run.path/"report.html", f"DiffuLT on {cfg.source_name}", f"{cfg.seeds} {'seed' if cfg.seeds == 1 else 'seeds'}; {data.n_classes} classes, {len(data.train):,} training images, filled up to {cfg.target_per_class:,} a class. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
-        ("What it says", "<ul>" + "".join(f"<li>{s}</li>" for s in verdict(rows)) + "</ul>"),
-        ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds, last epoch. Differences to label shift are in points, paired, with 95 % intervals (the wider of those over seeds and over test images).</p>" + html_table(main_table(main, cfg)) + (f"<p>{DIFFERENCES}</p>" if paper else "")),
-        ("The generators", "<p>Bands: in, approximately in and out of distribution, by distance in &phi;<sub>0</sub>. Drawn until the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: Fréchet, in the features of &phi;<sub>0</sub>.</p>" + html_table(generator_table(rows))),
+        ("What it says", Ul(*map(Li, verdict(rows)))),
+        ("The table", ["Test accuracy in per cent, mean ± standard deviation over seeds, last epoch. Differences to label shift are in points, paired, with 95 % intervals (the wider of those over seeds and over test images).", html_table(main_table(main, cfg)), *([DIFFERENCES] if paper else [])]),
+        ("The generators", [P("Bands: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn until the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: Fréchet, in the features of φ", Sub("0"), "."), html_table(generator_table(rows))]),
         *([("What was swept", html_table(main_table(swept)))] if swept else []),
-        ("Class by class", f"<p>Seed {cfg.seed}; the generator with the AID loss.</p>" + picture("classes", "Band shares and accuracy of each class, from head to tail") + html_table(classes_table(by_class))),
+        ("Class by class", [f"Seed {cfg.seed}; the generator with the AID loss.", picture("classes", "Band shares and accuracy of each class, from head to tail"), html_table(classes_table(by_class))]),
         ("Samples", picture("samples", "Generated images, a row a class")), ("Accuracy per class", picture("per_class", "Test accuracy of each class for four methods")),
-        ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")), ("Training", picture("loss", "Loss of the two diffusion models by step")), ("Settings", f"<pre>{settings}</pre>")])
+        ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")), ("Training", picture("loss", "Loss of the two diffusion models by step")), ("Settings", Pre(settings))])
 
 # %% ../nbs/63_diffult.ipynb #d623ed16
 def check_inputs(config:DiffuLTConfig # as given

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from fastcore.xml import Pre
 
 import ltnb.recipe
 from .core import (DataError, LtnbError, UsageError, choose_device, choose_precision, device_type, read_json,
@@ -374,12 +375,12 @@ def finish_run(run:Run, # open
     env, picture = read_json(run.path/"environment.json"), lambda name, alt: html_figure(run.path/"figures"/f"{name}.png", alt)
     settings = "\n".join(f"{k} = {v}" for k, v in cfg.identity().items() if k not in cfg.paths)
     write_report(run.path/"report.html", f"A diffusion model of {cfg.source_name}", f"{cfg.seeds} {'seed' if cfg.seeds == 1 else 'seeds'}; {data.n_classes} classes, {len(data.train):,} training images. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
-        ("Samples", f"<p>From the first seed, head to tail; training images in brackets. {cfg.sampler}, {cfg.sample_steps} steps, guidance {cfg.guidance_scale:g}.</p>" + picture("samples", "Generated images, a row a class")),
-        ("What the judge says", "<p>Recognised: per cent of the images in which a classifier trained on all real images sees the class that was asked for. Copies: per cent that lie nearer to a training image than 95 % of the test images do. Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside this table.</p>" + html_table(judged_table(rows))),
+        ("Samples", [f"From the first seed, head to tail; training images in brackets. {cfg.sampler}, {cfg.sample_steps} steps, guidance {cfg.guidance_scale:g}.", picture("samples", "Generated images, a row a class")]),
+        ("What the judge says", ["Recognised: per cent of the images in which a classifier trained on all real images sees the class that was asked for. Copies: per cent that lie nearer to a training image than 95 % of the test images do. Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside this table.", html_table(judged_table(rows))]),
         ("Class by class", picture("judged", "Recognised and copied images of each class, from head to tail")),
         ("The long tail", picture("counts", "Training images per class on a log axis, coloured by band")),
         ("Training", picture("loss", "Loss by step")),
-        ("Settings", f"<pre>{settings}</pre>")])
+        ("Settings", Pre(settings))])
 
 # %% ../nbs/55_generator.ipynb #7b62a122
 def check_inputs(config:DiffusionConfig # as given

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from fastcore.xml import I, Li, P, Pre, Ul
 
 import ltnb.recipe
 from .core import UsageError, choose_device, nearest, read_json
@@ -458,16 +459,16 @@ def finish_run(run:Run, # open
     env = read_json(run.path/"environment.json")
     seeds = (f"{cfg.seeds} seeds" if cfg.seeds > 1 else "one seed") + (" of generator and head; one encoder" if cfg.features else "")
     write_report(run.path/"report.html", f"LDMLR ({cfg.variant}) on {data_name(cfg)}", f"{seeds[0].upper()}{seeds[1:]}; {len(counts)} classes, {int(np.sum(counts))} training items. ltnb {env['ltnb']}, torch {env['torch']}, {env['device']}, {env['precision']}.", [
-        ("What it says", "<ul>" + "".join(f"<li>{s}</li>" for s in verdict(rows)) + "</ul>"),
-        ("The table", "<p>Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a method that fits no head. The column <i>all, argmax</i> reads the same heads without removing the prior.</p>" + html_table(table(rows))),
-        *([("What each setting is worth", "<p>One setting changed at a time; each row is read with the effective prior removed."
-            + BANDS_DIFFER * any(r["method"].startswith("bands") for r in ablated) + "</p>" + html_table(table(ablated)))] if ablated else []),
-        ("The long tail", f"<p>Training items per class, seed {cfg.seed}.</p>" + picture("counts", "Training images per class on a log axis, coloured by band")),
-        *([("Two starts", "<p>Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few steps, it can stay near label shift whatever it is fed.</p>" + picture("starts", "Accuracy of heads fitted from scratch and started from label shift"))] if two_starts else []),
-        ("Accuracy per class, before and after", f"<p>{drawn_and_not(rows, SHOWN)}</p>"
-         + picture("per_class", "Test accuracy of each class for cross-entropy, label shift and LDMLR")),
-        ("Real and generated features", f"<p>First two principal components of the real training features, seed {cfg.seed}.</p>" + picture("features", "Three maps: real training features, generated features, unseen real features")),
-        ("Settings", f"<pre>{settings}</pre>")])
+        ("What it says", Ul(*map(Li, verdict(rows)))),
+        ("The table", [P("Test accuracy in per cent, mean ± standard deviation over seeds. Differences are in points, paired, with 95 % intervals (the wider of those over seeds and over test images). A dash is a band without classes, or a method that fits no head. The column ", I("all, argmax"), " reads the same heads without removing the prior."), html_table(table(rows))]),
+        *([("What each setting is worth", ["One setting changed at a time; each row is read with the effective prior removed."
+            + BANDS_DIFFER * any(r["method"].startswith("bands") for r in ablated), html_table(table(ablated))])] if ablated else []),
+        ("The long tail", [f"Training items per class, seed {cfg.seed}.", picture("counts", "Training images per class on a log axis, coloured by band")]),
+        *([("Two starts", ["Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few steps, it can stay near label shift whatever it is fed.", picture("starts", "Accuracy of heads fitted from scratch and started from label shift")])] if two_starts else []),
+        ("Accuracy per class, before and after", [drawn_and_not(rows, SHOWN),
+         picture("per_class", "Test accuracy of each class for cross-entropy, label shift and LDMLR")]),
+        ("Real and generated features", [f"First two principal components of the real training features, seed {cfg.seed}.", picture("features", "Three maps: real training features, generated features, unseen real features")]),
+        ("Settings", Pre(settings))])
 
 # %% ../nbs/43_ldmlr.ipynb #bd5c4eca
 def run_directory(config:LDMLRConfig # the settings
