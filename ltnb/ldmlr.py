@@ -430,7 +430,7 @@ def keep_first(run:Run, clf:Classifier|None, f:Features, head:Head, made:Synthet
     plot_counts(f.counts, f.class_names, name, ax=ax)
     save_figure(fig, run.path/"figures"/"counts.png")
     fig, axes = new_figure(9, 3, 3)
-    plot_feature_map(f.train, f.train_labels, made.items, made.labels, f.test, f.test_labels, f.class_names, axes=axes)
+    plot_feature_map((f.train, f.train_labels), (made.items, made.labels), (f.test, f.test_labels), f.class_names, axes=axes)
     save_figure(fig, run.path/"figures"/"features.png")
 
 # %% ../nbs/43_ldmlr.ipynb #81be4469

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'Scores', 'check_answers', 'confusion', 'worst', 'score', 'expected_accuracy', 'log_softmax',
-           'read_logits', 'Calibration', 'calibration', 'methods', 'values', 'mean_sd', 'percent', 'Difference',
-           'paired_over_seeds', 'paired_over_images', 'bootstrap', 'paired_bootstrap', 'difference', 'show_difference',
-           'frechet_distance', 'GenerativeScores', 'generative_scores', 'generative_by_band', 'inception_features',
-           'nearest_in_class', 'diversity']
+           'read_logits', 'Calibration', 'calibration', 'methods', 'values', 'mean_sd', 'percent',
+           'interval_over_seeds', 'Difference', 'paired_over_seeds', 'paired_over_images', 'bootstrap',
+           'paired_bootstrap', 'difference', 'show_difference', 'frechet_distance', 'GenerativeScores',
+           'generative_scores', 'generative_by_band', 'inception_features', 'nearest_in_class', 'diversity']
 
 # %% ../nbs/13_metrics.ipynb #a7fe3064
 import math
@@ -229,6 +229,16 @@ def percent(v:np.ndarray # (S,) fractions
     mean, sd = mean_sd(v)
     return "–" if np.isnan(mean) else f"{mean * 100:.1f} ± {sd * 100:.1f}" if np.isfinite(sd) else f"{mean * 100:.2f}"
 
+# %% ../nbs/13_metrics.ipynb #735e58cd
+def interval_over_seeds(v:np.ndarray # (S,) values, one a seed
+                       )->tuple[float, float]: # its ends; NaN for one seed
+    "95 % interval of a mean over seeds (Student)"
+    from scipy.stats import t
+    v = np.asarray(v, dtype=float)
+    if len(v) < 2: return math.nan, math.nan
+    half = t.ppf(0.975, len(v) - 1) * (v.std(ddof=1) / math.sqrt(len(v)))
+    return float(v.mean() - half), float(v.mean() + half)
+
 # %% ../nbs/13_metrics.ipynb #660fa495
 @dataclass(frozen=True)
 class Difference:
@@ -246,11 +256,11 @@ def paired_over_seeds(a:np.ndarray, # a method's accuracy, one a seed
     "Paired difference with Student's interval over seeds; one seed has none (NaN)"
     from scipy.stats import t
     d = np.asarray(a, float) - np.asarray(b, float)
-    if len(d) < 2: return Difference(float(d.mean()), math.nan, math.nan, "seeds")
+    low, high = interval_over_seeds(d)
+    if len(d) < 2: return Difference(float(d.mean()), low, high, "seeds")
     se = d.std(ddof=1) / math.sqrt(len(d))
-    half = t.ppf(0.975, len(d) - 1) * se
     p = 2 * t.sf(abs(d.mean()) / se, len(d) - 1) if se else float(d.mean() == 0)
-    return Difference(float(d.mean()), float(d.mean() - half), float(d.mean() + half), "seeds", float(p))
+    return Difference(float(d.mean()), low, high, "seeds", float(p))
 
 # %% ../nbs/13_metrics.ipynb #256b8a6d
 def paired_over_images(right_a:np.ndarray, # (N,) is image i right, method a
