@@ -7,10 +7,11 @@ __all__ = ['PROFILES', 'BANDS', 'THIRDS', 'CIFAR_LT', 'longtail_counts', 'longta
            'ImageSet', 'duplicates', 'LongTail']
 
 # %% ../nbs/11_data.ipynb #ed2ba6c8
-import hashlib, json, os
+import hashlib, json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -23,14 +24,20 @@ from .files import ImageFiles, free_memory, room_for
 PROFILES = ("exp", "step", "pareto")
 
 
+def _check_ratio(imb_ratio # as given
+                ):
+    if imb_ratio >= 1: return
+    meant = f": did you mean {1 / imb_ratio:g}?" if imb_ratio > 0 else "."
+    raise UsageError(f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}{meant}")
+
+
 def longtail_counts(n_max:int|float, # images of the largest class
                     n_classes:int, # K
                     imb_ratio:float, # rho, largest / smallest, at least 1
-                    profile:str="exp" # "exp" (Cui et al., 2019), "step" (Buda et al., 2018) or "pareto" (power 6, as in ImageNet-LT; Liu et al., 2019)
+                    profile:str="exp" # "exp" (Cui et al., 2019), "step" (Buda et al., 2018) or "pareto" (OLTR, 2019)
                    )->np.ndarray: # K class sizes, largest first, rounded down
     "How many images each class keeps"
-    if not imb_ratio >= 1: raise UsageError(f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}: did you mean {1 / imb_ratio:g}?" if imb_ratio > 0
-                                            else f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}.")
+    _check_ratio(imb_ratio)
     if profile not in PROFILES: raise UsageError(f"profile={profile!r} is not a profile. {nearest(profile, PROFILES)}")
     k, n_min = np.arange(n_classes), n_max / imb_ratio
     if profile == "step": n = np.where(k < max(n_classes // 2, 1), n_max, n_min)
@@ -53,9 +60,12 @@ def longtail_indices(labels:np.ndarray, # (N,) class numbers
     if n_max is None: n_max = int(counts.min())
     wanted = longtail_counts(n_max, len(counts), imb_ratio, profile)
     if (short := np.flatnonzero(wanted > counts)).size:
-        raise UsageError(f"n_max={n_max} asks for {wanted[short[0]]} images of class {short[0]}, which has {counts[short[0]]}: use a smaller n_max, or leave it out.")
+        k = short[0]
+        raise UsageError(f"n_max={n_max} asks for {wanted[k]} images of class {k}, which has {counts[k]}: use a "
+                         "smaller n_max, or leave it out.")
     if wanted.min() < 1:
-        raise UsageError(f"imb_ratio={imb_ratio:g} leaves class {int(wanted.argmin())} without an image, because the largest class keeps {n_max}: use at most {n_max}.")
+        raise UsageError(f"imb_ratio={imb_ratio:g} leaves class {int(wanted.argmin())} without an image, because the "
+                         f"largest class keeps {n_max}: use at most {n_max}.")
     rng = np.random.RandomState(seed)
     keep = []
     for k, n in enumerate(wanted):
@@ -73,14 +83,15 @@ def bands(counts:np.ndarray # training images per class
          )->dict[str, np.ndarray]: # band -> class numbers
     "many > 100, medium 20 to 100, few < 20 training images (Liu et al., OLTR, 2019)"
     c = np.asarray(counts)
-    return {"many": np.flatnonzero(c > 100), "medium": np.flatnonzero((c >= 20) & (c <= 100)), "few": np.flatnonzero(c < 20)}
+    return {"many": np.flatnonzero(c > 100), "medium": np.flatnonzero((c >= 20) & (c <= 100)),
+            "few": np.flatnonzero(c < 20)}
 
 
 def thirds(counts:np.ndarray # training images per class
           )->dict[str, np.ndarray]: # third -> class numbers
     "Classes by rank of their count; what does not divide by three goes to the middle"
     order, n = np.argsort(-np.asarray(counts), kind="stable"), len(counts) // 3
-    return dict(zip(THIRDS, (order[:n], order[n:len(order) - n], order[len(order) - n:])))
+    return dict(zip(THIRDS, (order[:n], order[n:len(order) - n], order[len(order) - n:]), strict=True))
 
 # %% ../nbs/11_data.ipynb #6f9081ff
 def gini(counts:np.ndarray # (K,) images per class
@@ -88,6 +99,21 @@ def gini(counts:np.ndarray # (K,) images per class
     "Gini coefficient of the class sizes"
     n = np.sort(np.asarray(counts, dtype=float))
     return float(((2 * np.arange(1, len(n) + 1) - len(n) - 1) * n).sum() / (len(n) * n.sum()))
+
+# %% ../nbs/11_data.ipynb #6659ec98
+def _check_images(x, # images
+                  y, # labels
+                  k, # classes
+                  source # ImageFiles, or None
+                 ):
+    if x.dtype != np.uint8 or x.ndim != 4:
+        raise DataError(f"images must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}.")
+    if y.shape != (len(x),): raise DataError(f"{len(x)} images need {len(x)} labels, got shape {y.shape}.")
+    if y.dtype.kind not in "iu": raise DataError(f"labels must be whole numbers, got {y.dtype}.")
+    if source is not None and len(source) != len(x):
+        raise DataError(f"{len(x)} images cannot come from {len(source)} files.")
+    if len(y) and (y.min() < 0 or y.max() >= k):
+        raise DataError(f"labels must be 0 to {k - 1} for {k} classes, got {y.min()} to {y.max()}.")
 
 # %% ../nbs/11_data.ipynb #61a0f38e
 @dataclass(frozen=True, eq=False)
@@ -100,40 +126,47 @@ class ImageSet:
 
     def __post_init__(self):
         x = self.images if isinstance(self.images, ImageFiles) else np.asarray(self.images)
-        y, k = np.asarray(self.labels), len(self.class_names)
-        if x.dtype != np.uint8 or x.ndim != 4: raise DataError(f"images must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}.")
-        if y.shape != (len(x),): raise DataError(f"{len(x)} images need {len(x)} labels, got shape {y.shape}.")
-        if y.dtype.kind not in "iu": raise DataError(f"labels must be whole numbers, got {y.dtype}.")
-        if self.source is not None and len(self.source) != len(x):
-            raise DataError(f"{len(x)} images cannot come from {len(self.source)} files.")
-        if len(y) and (y.min() < 0 or y.max() >= k): raise DataError(f"labels must be 0 to {k - 1} for {k} classes, got {y.min()} to {y.max()}.")
+        y = np.asarray(self.labels)
+        _check_images(x, y, len(self.class_names), self.source)
         for name, v in (("images", x), ("labels", y.astype(np.int64)), ("class_names", unique_names(self.class_names))):
             object.__setattr__(self, name, v)
 
-    def __len__(self): return len(self.labels)
+    def __len__(self)->int: return len(self.labels)
     def __getitem__(self, i): return self.images[i], int(self.labels[i])
 
-    @property
-    def on_disk(self)->bool: return isinstance(self.images, ImageFiles)
-    @property
-    def classes(self)->list[str]: return list(self.class_names)
-    @property
-    def class_to_idx(self)->dict[str, int]: return {c: i for i, c in enumerate(self.class_names)}
-    @property
-    def targets(self)->list[int]: return self.labels.tolist()
     @cached_property
     def counts(self)->np.ndarray: return np.bincount(self.labels, minlength=len(self.class_names))
     @property
+    def on_disk(self)->bool: return isinstance(self.images, ImageFiles)
+    @property
     def files(self)->ImageFiles|None: return self.images if self.on_disk else self.source
     @cached_property
-    def ids(self)->list[str]: return [valid_text(p) for p in self.files.paths] if self.files is not None else self.hashes
-    @cached_property
     def hashes(self)->list[str]: return [hashlib.blake2b(x.tobytes(), digest_size=16).hexdigest() for x in self.images]
+    @cached_property
+    def ids(self)->list[str]: return self.hashes if self.files is None else [valid_text(p) for p in self.files.paths]
+
+# %% ../nbs/11_data.ipynb #133aa370
+@patch(as_prop=True)
+def classes(self:ImageSet)->list[str]:
+    "The class names, as torchvision calls them"
+    return list(self.class_names)
+
+
+@patch(as_prop=True)
+def class_to_idx(self:ImageSet)->dict[str, int]:
+    "The number of each class"
+    return {c: i for i, c in enumerate(self.class_names)}
+
+
+@patch(as_prop=True)
+def targets(self:ImageSet)->list[int]:
+    "The labels, as torchvision calls them"
+    return self.labels.tolist()
 
 # %% ../nbs/11_data.ipynb #36666b4f
 @patch
-def take(self:ImageSet, # positions
-         index:np.ndarray # or a mask
+def take(self:ImageSet,
+         index:np.ndarray # positions or a mask
         )->ImageSet: # nothing is decoded
     "A part of the set"
     index, x = np.arange(len(self))[index], self.images
@@ -151,8 +184,8 @@ def decoded(self:ImageSet
 
 
 @patch
-def identify(self:ImageSet, # of hashlib
-             h # updated in place
+def identify(self:ImageSet,
+             h:Any # of hashlib, updated in place
             ):
     "Tell a hash which images these are: relative paths, lengths and size of files, else the pixels; and the labels"
     f = self.files
@@ -160,50 +193,64 @@ def identify(self:ImageSet, # of hashlib
     h.update(self.labels)
 
 # %% ../nbs/11_data.ipynb #8fd402e7
-@patch
-def content(self:ImageFiles,
-            i:int # a position
-           )->str: # 32 hexadecimal digits
-    "Hash of a file's bytes, computed once"
-    if i not in self._hashes:
-        try: self._hashes[i] = hashlib.blake2b(Path(self.path(i)).read_bytes(), digest_size=16).hexdigest()
-        except OSError as e: raise DataError(f"{self.path(i)} cannot be read ({e.strerror or e}).") from e
-    return self._hashes[i]
+def _by_files(other, # where images are looked for
+              within # does an image meet itself there?
+             )->tuple[Callable, Callable]: # set -> positions worth a look, (set, position) -> content
+    n = dict(zip(*np.unique(other.files.lengths, return_counts=True), strict=True))
+    def worth(s): return [i for i, size in enumerate(s.files.lengths) if n.get(size, 0) > within]
+    def key(s, i): return s.files.content(i)
+    return worth, key
 
 
-@patch(as_prop=True)
-def lengths(self:ImageFiles
-           )->list[int]: # bytes of each file
-    "File sizes; a missing file is an error that names it"
-    if "_lengths" not in self.__dict__:
-        try: self._lengths = [os.stat(self.path(i)).st_size for i in range(len(self))]
-        except (OSError, ValueError) as e: raise DataError(f"{getattr(e, 'filename', None) or 'a listed path'} cannot be read ({getattr(e, 'strerror', None) or e}).") from e
-    return self._lengths
+def _by_pixels()->tuple[Callable, Callable]: # the same for images without files
+    def worth(s): return range(len(s))
+    def key(s, i): return s.hashes[i]
+    return worth, key
 
 
 def duplicates(a:ImageSet, # where to look
                b:ImageSet|None=None # None looks for repeats within a
-              )->list[tuple[int, int]]: # (position in a, position in b) of equal images; within a set the first one comes second
+              )->list[tuple[int, int]]: # (position in a, position in b); within a set the first one comes second
     "Images of a that are also in b, by content"
     other = a if b is None else b
-    if a.files is not None and other.files is not None:
-        n = dict(zip(*np.unique(other.files.lengths, return_counts=True)))
-        worth = lambda s: [i for i, size in enumerate(s.files.lengths) if n.get(size, 0) > (b is None)]
-        key = lambda s, i: s.files.content(i)
+    if a.files is not None and other.files is not None: worth, key = _by_files(other, b is None)
     elif a.on_disk or other.on_disk:
         raise UsageError("images in memory cannot be compared with files: load both in the same way.")
-    else: worth, key = (lambda s: range(len(s))), (lambda s, i: s.hashes[i])
+    else: worth, key = _by_pixels()
     first = {}
     for j in worth(other): first.setdefault(key(other, j), j)
     return [(i, j) for i in worth(a) if (j := first.get(key(a, i))) is not None and not (b is None and i == j)]
+
+# %% ../nbs/11_data.ipynb #b054f873
+def _check_part(data, # a LongTail
+                part # "test" or "val"
+               ):
+    other, train = getattr(data, part), data.train
+    if other.class_names != train.class_names:
+        raise DataError(f"{data.name}: train and {part} differ in their class names.")
+    if other.images.shape[1:] != train.images.shape[1:]:
+        raise DataError(f"{data.name}: train images have shape {train.images.shape[1:]}, {part} images "
+                        f"{other.images.shape[1:]}.")
+    if not len(other): raise DataError(f"{data.name}: the {part} set is empty.")
+
+
+def _empty_classes(data, # a LongTail
+                   empty # classes without training images
+                  ): # what is wrong, and what helps
+    k, n = empty[0], data.test.counts[empty[0]]
+    tested = f" but {n} test images" if n else ""
+    helps = ("subtract 1 from labels that begin at 1." if list(empty) == [0] and not n
+             else "drop these classes from train and test, or add images.")
+    return (f"{data.name}: class {data.class_names[k]!r} (number {k}) has no training image{tested}; {empty.size} of "
+            f"{data.n_classes} classes are empty. Labels must be 0 to K - 1 without gaps: {helps}")
 
 # %% ../nbs/11_data.ipynb #81c1e00e
 @dataclass(frozen=True, eq=False)
 class LongTail:
     "A long-tailed train set with its test set"
-    train: ImageSet
-    test: ImageSet
-    name: str
+    train: ImageSet # what is learnt from
+    test: ImageSet # what is scored
+    name: str # of the set
     val: ImageSet|None = None # held-out training images, where there are any
     kept: np.ndarray|None = None # positions of train in the set that it was cut from
     notes: tuple = () # what was done to the data on the way, in sentences
@@ -212,18 +259,8 @@ class LongTail:
         if self.n_classes < 2:
             raise DataError(f"{self.name} has one class only, {self.class_names[0]!r}: at least 2 are needed.")
         for part in ("test", "val"):
-            other = getattr(self, part)
-            if other is None: continue
-            if other.class_names != self.train.class_names: raise DataError(f"{self.name}: train and {part} differ in their class names.")
-            if other.images.shape[1:] != self.train.images.shape[1:]:
-                raise DataError(f"{self.name}: train images have shape {self.train.images.shape[1:]}, {part} images {other.images.shape[1:]}.")
-            if not len(other): raise DataError(f"{self.name}: the {part} set is empty.")
-        if (empty := np.flatnonzero(self.train.counts == 0)).size:
-            k, n = empty[0], self.test.counts[empty[0]]
-            raise DataError(f"{self.name}: class {self.class_names[k]!r} (number {k}) has no training image{f' but {n} test images' if n else ''}; {empty.size} of {self.n_classes} classes are empty. "
-                            + "Labels must be 0 to K - 1 without gaps: "
-                            + ("subtract 1 from labels that begin at 1." if list(empty) == [0] and not n
-                               else "drop these classes from train and test, or add images."))
+            if getattr(self, part) is not None: _check_part(self, part)
+        if (empty := np.flatnonzero(self.train.counts == 0)).size: raise DataError(_empty_classes(self, empty))
 
     @property
     def class_names(self)->tuple: return self.train.class_names
@@ -236,7 +273,8 @@ class LongTail:
     @property
     def bands(self)->dict[str, np.ndarray]: return bands(self.counts)
     @property
-    def parts(self)->dict[str, ImageSet]: return {p: s for p in ("train", "val", "test") if (s := getattr(self, p)) is not None}
+    def parts(self)->dict[str, ImageSet]:
+        return {p: s for p in ("train", "val", "test") if (s := getattr(self, p)) is not None}
 
 # %% ../nbs/11_data.ipynb #377fa383
 @patch
@@ -268,17 +306,35 @@ def fingerprint(self:LongTail
     return h.hexdigest()
 
 
-CIFAR_LT = {"448d422a25745cda": "CIFAR-10-LT, ratio 10", "620184a2896675c8": "CIFAR-10-LT, ratio 50", "f7669c469c9ddf9a": "CIFAR-10-LT, ratio 100", "71da1ec51fc39313": "CIFAR-10-LT, ratio 200",
-            "d0262356bfc4aa11": "CIFAR-100-LT, ratio 10", "8382897eace08678": "CIFAR-100-LT, ratio 50", "644b6d28caa663f3": "CIFAR-100-LT, ratio 100", "270547597b0f832b": "CIFAR-100-LT, ratio 200"} # subset hash -> the literature's subset
-
-
 @patch(as_prop=True)
 def subset_hash(self:LongTail
                )->str|None: # 16 hexadecimal digits, None when nothing was cut
     "A hash of the kept positions, in ascending order"
     return None if self.kept is None else hashlib.sha256(np.sort(self.kept).astype("<i8").tobytes()).hexdigest()[:16]
 
+# %% ../nbs/11_data.ipynb #247b7800
+CIFAR_LT = { # subset hash -> the literature's subset
+    "448d422a25745cda": "CIFAR-10-LT, ratio 10", "620184a2896675c8": "CIFAR-10-LT, ratio 50",
+    "f7669c469c9ddf9a": "CIFAR-10-LT, ratio 100", "71da1ec51fc39313": "CIFAR-10-LT, ratio 200",
+    "d0262356bfc4aa11": "CIFAR-100-LT, ratio 10", "8382897eace08678": "CIFAR-100-LT, ratio 50",
+    "644b6d28caa663f3": "CIFAR-100-LT, ratio 100", "270547597b0f832b": "CIFAR-100-LT, ratio 200"}
+
 # %% ../nbs/11_data.ipynb #cd84a01d
+def _digit_counts(imb_ratio, # largest / smallest class
+                  n_max, # images of the largest class
+                  n_test, # test images a class
+                  profile # "exp", "step" or "pareto"
+                 ): # training images of each class, the largest first
+    wanted = longtail_counts(n_max, 10, imb_ratio, profile)
+    if wanted.min() < 1:
+        raise UsageError(f"imb_ratio={imb_ratio:g} leaves a class without an image, because Digits-LT has {n_max} at "
+                         f"most: use at most {n_max}.")
+    if n_max + n_test > 174:
+        raise UsageError("the rarest digit has 174 images, so n_max + n_test can be 174 at most, "
+                         f"got {n_max} + {n_test}.")
+    return wanted
+
+# %% ../nbs/11_data.ipynb #ebc9c964
 @patch(cls_method=True)
 def digits(cls:LongTail,
            imb_ratio:float=100., # largest / smallest class
@@ -290,10 +346,8 @@ def digits(cls:LongTail,
     "Digits-LT, cut from scikit-learn's bundled handwritten digits (Alpaydin and Kaynak, 1998)"
     from sklearn.datasets import load_digits
     raw = load_digits()
-    images, wanted = np.round(raw.images * (255 / 16)).astype(np.uint8)[:, None], longtail_counts(n_max, 10, imb_ratio, profile)
-    if wanted.min() < 1: raise UsageError(f"imb_ratio={imb_ratio:g} leaves a class without an image, because Digits-LT has {n_max} at most: use at most {n_max}.")
-    if n_max + n_test > 174: raise UsageError(f"the rarest digit has 174 images, so n_max + n_test can be 174 at most, got {n_max} + {n_test}.")
-    rng = np.random.RandomState(seed)
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8)[:, None]
+    rng, wanted = np.random.RandomState(seed), _digit_counts(imb_ratio, n_max, n_test, profile)
     order, train, test = rng.permutation(10), [], []
     for k, digit in enumerate(order):
         index = np.flatnonzero(raw.target == digit)
@@ -305,22 +359,59 @@ def digits(cls:LongTail,
     return cls(*sets, name=f"digits-lt{imb_ratio:g}", kept=kept)
 
 # %% ../nbs/11_data.ipynb #fbdec49d
+def _same_images(parts # name -> ImageSet
+                ): # how many images two parts share, and train repeats
+    names = list(parts)
+    pairs = {f"{p} and {q}": len(duplicates(parts[p], parts[q])) for i, p in enumerate(names) for q in names[i + 1:]}
+    return pairs | {"within train": len(duplicates(parts["train"]))}
+
+
 @patch
 def describe(self:LongTail,
              compare:bool=True # look for images that stand in more than one part
             )->dict: # plain numbers and texts
     "What is in a set"
-    c, named = self.counts, lambda k: self.class_names[int(k)]
-    d = {"name": self.name, "n_classes": self.n_classes, "image_shape": list(self.train.images.shape[1:]), "images": {p: len(s) for p, s in self.parts.items()},
-         "largest": [named(c.argmax()), int(c.max())], "smallest": [named(c.argmin()), int(c.min())], "median": float(np.median(c)), "imb_ratio": self.imb_ratio, "gini": gini(c),
+    c, tested = self.counts, self.test.counts
+    def named(k): return self.class_names[int(k)]
+    d = {"name": self.name, "n_classes": self.n_classes, "image_shape": list(self.train.images.shape[1:]),
+         "images": {p: len(s) for p, s in self.parts.items()},
+         "largest": [named(c.argmax()), int(c.max())], "smallest": [named(c.argmin()), int(c.min())],
+         "median": float(np.median(c)), "imb_ratio": self.imb_ratio, "gini": gini(c),
          "bands": {b: {"classes": len(k), "images": int(c[k].sum())} for b, k in self.bands.items()},
-         "test_images_per_class": [int(self.test.counts.min()), int(self.test.counts.max())], "missing_from_test": [named(k) for k in np.flatnonzero(self.test.counts == 0)],
+         "test_images_per_class": [int(tested.min()), int(tested.max())],
+         "missing_from_test": [named(k) for k in np.flatnonzero(tested == 0)],
          "subset_hash": self.subset_hash, "fingerprint": None, "duplicates": None, "notes": list(self.notes)}
-    if compare:
-        names = list(self.parts)
-        pairs = {f"{p} and {q}": len(duplicates(self.parts[p], self.parts[q])) for i, p in enumerate(names) for q in names[i + 1:]}
-        d |= {"fingerprint": self.fingerprint(), "duplicates": pairs | {"within train": len(duplicates(self.train))}}
+    if compare: d |= {"fingerprint": self.fingerprint(), "duplicates": _same_images(self.parts)}
     return d
+
+# %% ../nbs/11_data.ipynb #335b007e
+def _sizes(d # of `describe`
+          ): # lines of the card: (what, text)
+    total, (low, high) = d["images"]["train"], d["test_images_per_class"]
+    (first, most), (last, least) = d["largest"], d["smallest"]
+    yield "classes", f"{d['n_classes']:,}, images of {' x '.join(map(str, d['image_shape']))}"
+    yield "train", f"{total:,} images: {most:,} of {first!r} down to {least:,} of {last!r}, median {d['median']:g}"
+    yield "tail", f"imbalance ratio {d['imb_ratio']:.4g}, Gini coefficient {d['gini']:.3f}"
+    for band, rule in zip(BANDS, ("> 100", "20 to 100", "< 20"), strict=True):
+        n, k = d["bands"][band]["images"], d["bands"][band]["classes"]
+        some = f"{k:,} {'class' if k == 1 else 'classes'} with {rule}: {n:,} images, {n / total:.1%} of train"
+        yield band, some if k else f"no class with {rule}"
+    if "val" in d["images"]: yield "val", f"{d['images']['val']:,} images"
+    a_class = f"{low:,} images a class" if low == high else f"{low:,} to {high:,} images a class"
+    yield "test", f"{d['images']['test']:,} images, {a_class}"
+
+
+def _remarks(d # of `describe`
+            ): # further lines of the card
+    if m := d["missing_from_test"]:
+        yield "", f"{len(m)} of {d['n_classes']} classes have no test image ({some_of(m, 5)}): their accuracy is NaN"
+    if (found := d["duplicates"]) is not None:
+        said = [f"{n:,} {'in' if ' and ' in pair else 'repeats'} {pair}" for pair, n in found.items()]
+        yield "same image", ", ".join(said)
+    for name in ("subset_hash", "fingerprint"):
+        known = f" (the literature's {CIFAR_LT[d[name]]})" if d[name] in CIFAR_LT else ""
+        if d[name]: yield name.replace("_", " "), d[name] + known
+    for note in d["notes"]: yield "note", note
 
 # %% ../nbs/11_data.ipynb #6b94a512
 @patch
@@ -330,23 +421,7 @@ def card(self:LongTail,
         )->str: # lines
     "The facts of a set, for a person"
     d = facts or self.describe(compare)
-    total, span = d["images"]["train"], lambda a, b: f"{a:,} images a class" if a == b else f"{a:,} to {b:,} images a class"
-    lines = [("classes", f"{d['n_classes']:,}, images of {' x '.join(map(str, d['image_shape']))}"),
-             ("train", f"{total:,} images: {d['largest'][1]:,} of {d['largest'][0]!r} down to {d['smallest'][1]:,} of {d['smallest'][0]!r}, median {d['median']:g}"),
-             ("tail", f"imbalance ratio {d['imb_ratio']:.4g}, Gini coefficient {d['gini']:.3f}")]
-    for band, rule in zip(BANDS, ("> 100", "20 to 100", "< 20")):
-        n, k = d["bands"][band]["images"], d["bands"][band]["classes"]
-        lines.append((band, f"{k:,} {'class' if k == 1 else 'classes'} with {rule}: {n:,} images, {n / total:.1%} of train" if k else f"no class with {rule}"))
-    if "val" in d["images"]: lines.append(("val", f"{d['images']['val']:,} images"))
-    lines.append(("test", f"{d['images']['test']:,} images, {span(*d['test_images_per_class'])}"))
-    if (m := d["missing_from_test"]):
-        few = f"{len(m)} of {d['n_classes']} classes have no test image ({some_of(m, 5)})"
-        lines.append(("", f"{few}: their accuracy is NaN"))
-    if d["duplicates"] is not None: lines.append(("same image", ", ".join(f"{n:,} in {pair}" if " and " in pair else f"{n:,} repeats {pair}" for pair, n in d["duplicates"].items())))
-    for name in ("subset_hash", "fingerprint"):
-        if d[name]: lines.append((name.replace("_", " "), d[name] + (f" (the literature's {CIFAR_LT[d[name]]})" if d[name] in CIFAR_LT else "")))
-    lines += [("note", n) for n in d["notes"]]
-    return "\n".join([d["name"], *(f"  {k:<12} {v}" for k, v in lines)])
+    return "\n".join([d["name"], *(f"  {k:<12} {v}" for k, v in (*_sizes(d), *_remarks(d)))])
 
 # %% ../nbs/11_data.ipynb #f2d9eed9
 @patch
@@ -355,17 +430,23 @@ def hold_out(self:LongTail,
              seed:int=0 # which ones
             )->LongTail: # with a `val`; its train set is shorter
     "Carve a validation set from the train set"
-    if self.val is not None: raise UsageError(f"{self.name} already has {len(self.val)} validation images: leave out val_per_class.")
+    if self.val is not None:
+        raise UsageError(f"{self.name} already has {len(self.val)} validation images: leave out val_per_class.")
     if per_class < 1: raise UsageError(f"per_class must be at least 1, got {per_class}.")
-    if per_class >= self.counts.min():
-        raise UsageError(f"{per_class} validation images a class leave nothing of {self.class_names[int(self.counts.argmin())]!r}, which has {self.counts.min()}: use at most {self.counts.min() - 1}, or carve before the cut.")
-    rng, labels = np.random.RandomState(seed), self.train.labels
+    least, labels = self.counts.min(), self.train.labels
+    if per_class >= least:
+        raise UsageError(f"{per_class} validation images a class leave nothing of "
+                         f"{self.class_names[int(self.counts.argmin())]!r}, which has {least}: use at most "
+                         f"{least - 1}, or carve before the cut.")
+    rng = np.random.RandomState(seed)
     val = np.concatenate([rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(self.n_classes)])
     rest = np.setdiff1d(np.arange(len(labels)), val)
-    note = f"validation: {per_class} of train's images a class; the smallest class went from {self.counts.min():,} to {self.counts.min() - per_class:,} ({per_class / self.counts.min():.1%} of it)."
-    return replace(self, train=self.train.take(rest), val=self.train.take(val), kept=rest if self.kept is None else self.kept[rest], notes=(*self.notes, note))
+    note = (f"validation: {per_class} of train's images a class; the smallest class went from {least:,} to "
+            f"{least - per_class:,} ({per_class / least:.1%} of it).")
+    return replace(self, train=self.train.take(rest), val=self.train.take(val), notes=(*self.notes, note),
+                   kept=rest if self.kept is None else self.kept[rest])
 
-
+# %% ../nbs/11_data.ipynb #25c52bfa
 @patch
 def cut(self:LongTail,
         imb_ratio:float|None, # largest / smallest class; None changes nothing
@@ -375,13 +456,16 @@ def cut(self:LongTail,
         val_per_class:int=0 # validation images of each class, carved from train before the cut
        )->LongTail: # with a shorter train set
     "Cut the train set to a long tail, class 0 the largest"
-    if imb_ratio is None:
-        if n_max is not None: raise UsageError(f"n_max={n_max} belongs to a cut: give an imb_ratio beside it.")
-        return self.hold_out(val_per_class, seed) if val_per_class else self
+    if imb_ratio is None and n_max is not None:
+        raise UsageError(f"n_max={n_max} belongs to a cut: give an imb_ratio beside it.")
     full = self.hold_out(val_per_class, seed) if val_per_class else self
+    if imb_ratio is None: return full
     index = longtail_indices(full.train.labels, imb_ratio, seed, profile, n_max)
-    out = replace(full, train=full.train.take(index), name=f"{self.name}-lt{imb_ratio:g}{'' if profile == 'exp' else '-' + profile}", kept=index if full.kept is None else full.kept[index])
+    name = f"{self.name}-lt{imb_ratio:g}{'' if profile == 'exp' else '-' + profile}"
+    kept = index if full.kept is None else full.kept[index]
+    out = replace(full, train=full.train.take(index), name=name, kept=kept)
     if not val_per_class: return out
     before = longtail_counts(n_max or int(self.counts.min()), self.n_classes, imb_ratio, profile)
-    note = f"validation: {val_per_class} images a class, carved before the cut; train has {len(out.train):,} images instead of {before.sum():,}, its smallest class {out.counts.min():,} instead of {before.min():,}."
+    note = (f"validation: {val_per_class} images a class, carved before the cut; train has {len(out.train):,} images "
+            f"instead of {before.sum():,}, its smallest class {out.counts.min():,} instead of {before.min():,}.")
     return replace(out, notes=(*self.notes, note))
