@@ -247,8 +247,8 @@ def test_seeds_side_by_side_join_too():
     x, y = images(9, 1)
     alone = [fit(new("resnet8", x, s), x, y, n_epochs=2, bs=4, lr=0.01, seed=s) for s in (0, 1)]
     together = fit_seeds([new("resnet8", x, s) for s in (0, 1)], x, y, [0, 1], n_epochs=2, bs=4, lr=0.01)
-    for a, b in zip(alone, together):
-        pairs = zip(a.net.state_dict().values(), b.net.state_dict().values())
+    for a, b in zip(alone, together, strict=True):
+        pairs = zip(a.net.state_dict().values(), b.net.state_dict().values(), strict=True)
         assert all(torch.allclose(p, q, atol=1e-3) for p, q in pairs)
 
 
