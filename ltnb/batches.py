@@ -8,8 +8,10 @@ __all__ = ['power_indices', 'balanced_indices', 'sqrt_indices', 'held_out', 'epo
 # %% ../nbs/16_batches.ipynb #9ef45703
 import itertools, multiprocessing, os, signal, sys, threading, time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +99,7 @@ def decode_ahead(files:ImageFiles, # what is decoded
                  order:list, # of (B,) positions
                  workers:int=2, # processes
                  wait:float=60. # seconds to wait for a batch
-                ): # yields (B, C, H, W) uint8 arrays
+                )->Iterator[np.ndarray]: # (B, C, H, W) uint8 each
     "The batches of an order, decoded by worker processes; a killed or silent one is an error"
     start = "fork" if sys.platform == "linux" else None
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start), _begin, (files, os.getpid()))
@@ -124,7 +126,7 @@ class Batches:
                  device:str="cpu", # where the batches are wanted
                  workers:int=2, # processes that decode files; 0 decodes in this one
                  wait:float=60., # seconds to wait for a batch of theirs
-                 team=None # a `Team` that shares every batch: each process decodes its part, all get the whole
+                 team:Any=None # a `Team` that shares every batch: each process decodes its part, all get the whole
                 ):
         self.device, self.workers = device, workers
         self.wait, self.team = wait, team
@@ -138,7 +140,7 @@ class Batches:
 @patch
 def decoded(self:Batches,
             order:list # of (B,) positions
-           ): # yields (B, C, H, W) uint8 arrays
+           )->Iterator[np.ndarray]: # (B, C, H, W) uint8 each
     "The batches of files: by workers, and from where these fail in this process"
     done, workers = 0, 0 if Batches.failed else min(self.workers, len(order))
     if workers:
@@ -167,7 +169,7 @@ def go_on_alone(self:Batches,
 @patch
 def follow(self:Batches,
            order:list # of (B,) positions
-          ): # yields (B, C, H, W) uint8 tensors on the device
+          )->Iterator[torch.Tensor]: # (B, C, H, W) uint8 each, on the device
     "The batches of an order, one after the other"
     if not self.on_disk:
         yield from (self.images[i] for i in order)
