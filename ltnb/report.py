@@ -6,14 +6,16 @@
 __all__ = ['COLUMNS', 'table', 'render', 'verdict', 'html_table', 'html_figure', 'write_report']
 
 # %% ../nbs/15_report.ipynb #eff57cbd
-import base64, html, textwrap
+import base64, textwrap
 from pathlib import Path
 
 import numpy as np
+from fastcore.xml import (FT, H1, H2, Body, Div, Head, Html, Img, Link, Meta, P, Safe, Style, Table, Tbody, Td, Th,
+                          Thead, Title, Tr, to_xml)
 
 from .core import atomic_write, os_error
 from .data import BANDS, THIRDS
-from .metrics import BASELINE, difference, methods, percent, show_difference, values
+from .metrics import BASELINE, Difference, difference, methods, percent, show_difference, values
 
 # %% ../nbs/15_report.ipynb #05ef8cb9
 COLUMNS = {"all": "all", "scratch_all": "all, from scratch", "argmax_all": "all, argmax",
@@ -25,22 +27,33 @@ def table(rows:list[dict] # of scores.json
     "The table as text cells"
     keys = [k for k in COLUMNS if any(k in r for r in rows)]
     lines = [["method", *(COLUMNS[k] for k in keys), f"vs {BASELINE}", f"from scratch vs {BASELINE}"]]
-    for m in methods(rows): lines.append([m, *(percent(values(rows, m, k)) for k in keys), show_difference(difference(rows, m)), show_difference(difference(rows, m, "scratch_all"))])
+    for m in methods(rows):
+        gains = [show_difference(difference(rows, m, key)) for key in ("all", "scratch_all")]
+        lines.append([m, *(percent(values(rows, m, k)) for k in keys), *gains])
     order = [0, 1, len(keys) + 1] + ([2, len(keys) + 2] if "scratch_all" in keys else [])
     order += [i for i in range(len(lines[0])) if i not in order and (i <= len(keys))]
     return [[line[i] for i in order] for line in lines]
 
 # %% ../nbs/15_report.ipynb #f7766d51
-def _fold(text,
-          width # lines of at most that many characters
-         ):
+def _fold(text, # of a cell
+          width # characters a line
+         ): # lines of at most that many, where its words allow
     return textwrap.wrap(text, width, subsequent_indent=" " * (width > 9), break_on_hyphens=False) or [""]
 
 
-def _narrow(cells,
-            i,
-            width # names and column i, where they do not fit beside one another as they are
-           ):
+def _side_by_side(names, # lines of the first cell
+                  texts, # lines of the second
+                  at_bottom # does the shorter one stand at the bottom?
+                 ): # both, equally tall
+    tall = max(len(names), len(texts))
+    if at_bottom: return [[""] * (tall - len(t)) + t for t in (names, texts)]
+    return [t + [""] * (tall - len(t)) for t in (names, texts)]
+
+# %% ../nbs/15_report.ipynb #bfaa2584
+def _narrow(cells, # of `table`
+            i, # a column
+            width # characters a line; names and column do not fit beside one another as they are
+           ): # lines
     word = max(len(w) for line in cells for w in line[0].split() or [""])
     number = max((len(line[i]) for line in cells[1:]), default=1)
     number = max(number, min(len(cells[0][i]), width - 2 - word), 1) # the heading gives way first
@@ -48,10 +61,8 @@ def _narrow(cells,
     for n, line in enumerate(cells):
         if first < word: lines += [*_fold(line[0], width), *(t.rjust(width) for t in _fold(line[i], width))]
         else:
-            names, texts = _fold(line[0], first), textwrap.wrap(line[i], number) or [""]
-            tall = max(len(names), len(texts))
-            names, texts = (t + [""] * (tall - len(t)) if n else [""] * (tall - len(t)) + t for t in (names, texts))
-            lines += [f"{a.ljust(first)}  {b.rjust(number)}".rstrip() for a, b in zip(names, texts)]
+            names, texts = _side_by_side(_fold(line[0], first), textwrap.wrap(line[i], number) or [""], n == 0)
+            lines += [f"{a.ljust(first)}  {b.rjust(number)}".rstrip() for a, b in zip(names, texts, strict=True)]
         if n == 0: lines.append("-" * max(map(len, lines)))
     return lines
 
@@ -61,71 +72,100 @@ def render(cells:list[list[str]], # of `table`
           )->str: # blocks below one another where the table is wider
     "The table for a terminal"
     wide = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    blocks, block = [], [0]
+    blocks = [[0]]
     for i in range(1, len(wide)):
-        if block[1:] and sum(wide[j] + 2 for j in block) + wide[i] > width:
-            blocks.append(block)
-            block = [0]
-        block.append(i)
-    line = lambda l, b: "  ".join(l[i].rjust(wide[i]) if i else l[i].ljust(wide[i]) for i in b).rstrip()
+        block = blocks[-1]
+        if block[1:] and sum(wide[j] + 2 for j in block) + wide[i] > width: blocks.append([0, i])
+        else: block.append(i)
+    def text(line, block):
+        return "  ".join(line[i].rjust(wide[i]) if i else line[i].ljust(wide[i]) for i in block).rstrip()
     shown = []
-    for b in [*blocks, block]:
+    for b in blocks:
         if len(b) == 2 and wide[0] + 2 + wide[b[1]] > width: shown.append(_narrow(cells, b[1], width))
-        else: shown.append([line(cells[0], b), "-" * len(line(cells[0], b)), *(line(l, b) for l in cells[1:])])
+        else: shown.append([text(cells[0], b), "-" * len(text(cells[0], b)), *(text(line, b) for line in cells[1:])])
     return "\n\n".join(map("\n".join, shown))
 
 # %% ../nbs/15_report.ipynb #11d8d20d
+def _said(d:Difference, # of two methods
+          what # the beginning of the sentence
+         ): # the sentence
+    how = "wins" if d.low > 0 else "loses" if d.high < 0 else "shows no clear difference"
+    return f"{what} {how}: {show_difference(d)} points (95 % interval over {d.over})."
+
+
+def _best_control(rows, # of scores.json
+                  method # which is compared with its controls
+                 ): # the control that is best on the test set, None where there is none
+    compared = set().union(*(r.get("se", {}) for r in rows if r["method"] == method))
+    means = {m: np.nanmean(values(rows, m)) for m in methods(rows) if m in compared}
+    return max(means, key=means.get) if means else None
+
+
+def _two_starts(rows, # of scores.json
+                method, # that is proposed
+                noise # the control that knows nothing
+               ): # sentences: none, or one
+    both = [(m, k, values(rows, m, k)) for m in (method, noise) for k in ("all", "scratch_all")]
+    means = {(m, k): np.nanmean(v) * 100 for m, k, v in both if np.isfinite(v).any()}
+    if len(means) < 4: return []
+    far, near = (means[method, k] - means[noise, k] for k in ("scratch_all", "all"))
+    hides = "The warm start hides most of what tells this generator from noise."
+    advice = hides if far > 2 and far > 4 * abs(near) else "Judge a generator by the first gap."
+    return [f"From scratch, {method} is {far:+.1f} points from {noise}; started from {BASELINE}, {near:+.1f}. {advice}"]
+
+# %% ../nbs/15_report.ipynb #bd375fa1
 def verdict(rows:list[dict], # of scores.json
             method:str="ldmlr + label shift", # the method that is proposed
             noise:str="garbage" # the control that knows nothing
            )->list[str]: # sentences
     "What the table says, in words"
-    def say(d,
-            what # a sentence for an interval
-           ):
-        how = "wins" if d.low > 0 else "loses" if d.high < 0 else "shows no clear difference"
-        return f"{what} {how}: {show_difference(d)} points (95 % interval over {d.over})."
-    out = []
-    if (d := difference(rows, method)): out.append(say(d, f"{method} against {BASELINE}"))
-    controls = {m: np.nanmean(values(rows, m)) for m in methods(rows) if m in set().union(*(r.get("se", {}) for r in rows if r["method"] == method))}
-    if controls and (d := difference(rows, method, "all", best := max(controls, key=controls.get))): out.append(say(d, f"{method} against the best control, {best} (best on the test set, which favours it),"))
+    out, best = [], _best_control(rows, method)
+    if d := difference(rows, method): out.append(_said(d, f"{method} against {BASELINE}"))
+    if best and (d := difference(rows, method, "all", best)):
+        out.append(_said(d, f"{method} against the best control, {best} (best on the test set, which favours it),"))
     for other, key in ((BASELINE, "all"), ("gaussian", "scratch_all"), ("real refit", "scratch_all")):
-        if (d := difference(rows, method, "scratch_all", other, key)): out.append(say(d, f"Fitted from scratch, {method} against {other}"))
-    means = {(m, k): np.nanmean(values(rows, m, k)) * 100 for m in (method, noise) for k in ("all", "scratch_all") if np.isfinite(values(rows, m, k)).any()}
-    if len(means) == 4:
-        far, near = (means[method, k] - means[noise, k] for k in ("scratch_all", "all"))
-        out.append(f"From scratch, {method} is {far:+.1f} points from {noise}; started from {BASELINE}, {near:+.1f}. "
-                   + ("The warm start hides most of what tells this generator from noise." if far > 2 and far > 4 * abs(near) else "Judge a generator by the first gap."))
-    return out
+        if d := difference(rows, method, "scratch_all", other, key):
+            out.append(_said(d, f"Fitted from scratch, {method} against {other}"))
+    return out + _two_starts(rows, method, noise)
 
 # %% ../nbs/15_report.ipynb #f0905e72
-_CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem}
-table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}.scroll{overflow-x:auto}img{max-width:100%;height:auto}.lead{color:#555}pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}"""
+_CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b}
+h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem}
+table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}
+.scroll{overflow-x:auto}img{max-width:100%;height:auto}.lead{color:#555}
+pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}"""
 
-
+# %% ../nbs/15_report.ipynb #2825012c
 def html_table(cells:list[list[str]] # header and lines
-              )->str: # an HTML table
+              )->FT: # an HTML table
     "A table that scrolls on narrow screens"
-    row = lambda l, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in l) + "</tr>"
-    return f'<div class="scroll"><table><thead>{row(cells[0], "th")}</thead><tbody>{"".join(row(l, "td") for l in cells[1:])}</tbody></table></div>'
+    head, *lines = cells
+    body = [Tr(*map(Td, line)) for line in lines]
+    return Div(Table(Thead(Tr(*map(Th, head))), Tbody(*body)), cls="scroll")
 
 
 def html_figure(path:str|Path, # a .png file
                 alt:str # what it shows, in words
-               )->str: # an <img> that carries its own data
+               )->FT: # an <img> that carries its own data
     "A picture inside the page"
     try: data = base64.b64encode(Path(path).read_bytes()).decode()
     except OSError as e: raise os_error(e, f"reading {path}") from e
-    return f'<p><img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}"></p>'
+    return P(Img(alt=alt, src=f"data:image/png;base64,{data}"))
 
-
+# %% ../nbs/15_report.ipynb #60092e74
 def write_report(path:str|Path, # the .html file
                  title:str, # of the page
                  lead:str, # a sentence below it
-                 sections:list[tuple[str, str]] # (heading, HTML)
+                 sections:list[tuple] # (heading, what follows): text, an element of fastcore.xml, or several of these
                 ):
     "Write a self-contained page, atomically"
-    body = "".join(f"<h2>{html.escape(h)}</h2>{content}" for h, content in sections)
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{body}</body></html>\n'
-    with atomic_write(path) as f: f.write(page)
+    body = []
+    for heading, content in sections:
+        parts = content if isinstance(content, (list, tuple)) else [content]
+        body += [H2(heading), *(P(c) if type(c) is str else c for c in parts)]
+    head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width,initial-scale=1"),
+                Link(rel="icon", href="data:,"), Title(title), Style(Safe(_CSS)))
+    page = Html(head, Body(H1(title), P(lead, cls="lead"), *body), lang="en")
+    with atomic_write(path) as f: f.write(to_xml(page, indent=False) + "\n")

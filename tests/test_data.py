@@ -118,10 +118,11 @@ def test_digits(seed):
     from sklearn.datasets import load_digits
 
     raw = {
-        x.tobytes(): t for x, t in zip(np.round(load_digits().images * 255 / 16).astype(np.uint8), load_digits().target)
+        x.tobytes(): t
+        for x, t in zip(np.round(load_digits().images * 255 / 16).astype(np.uint8), load_digits().target, strict=True)
     }
     for part in (data.train, data.test):
-        assert all(data.class_names[y] == str(raw[x.tobytes()]) for x, y in zip(part.images, part.labels))
+        assert all(data.class_names[y] == str(raw[x.tobytes()]) for x, y in zip(part.images, part.labels, strict=True))
 
 
 def arrays(**changes):
@@ -198,10 +199,14 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
 
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    write = lambda name, obj: (
-        (folder / name).write_bytes(pickle.dumps(obj)) and [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-    )
-    batch = lambda n: {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": list(np.arange(n) % 10)}
+
+    def write(name, obj):
+        (folder / name).write_bytes(pickle.dumps(obj))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(n):
+        return {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": list(np.arange(n) % 10)}
+
     monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch(1000))])
     monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(50))])
     name, md5 = write("batches.meta", {"label_names": [f"c{i}" for i in range(10)]})
@@ -327,7 +332,7 @@ def test_real_photographs_as_class_folders(tmp_path):
     "Imagenette's tail: 2,105 JPEG files of 224 pixels, 850 down to 8 a class"
     for part, file in (("train", "imagenette_lt100_train.npz"), ("test", "imagenette_val1000.npz")):
         z = np.load(shared(file))
-        for i, (a, b) in enumerate(zip(z["offset"][:-1], z["offset"][1:])):
+        for i, (a, b) in enumerate(zip(z["offset"][:-1], z["offset"][1:], strict=True)):
             out = tmp_path / "photos" / part / str(z["classname"][z["label"][i]]) / f"{i}.jpg"
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_bytes(z["data"][a:b].tobytes())
@@ -535,7 +540,9 @@ def test_duplicates_by_content(tmp_path):
     st.lists(st.integers(0, 3), min_size=1, max_size=10),
 )
 def test_duplicates_against_pairs(a, b):
-    image = lambda v: np.full((1, 2, 2), v, np.uint8)
+    def image(v):
+        return np.full((1, 2, 2), v, np.uint8)
+
     x = ImageSet(np.stack([image(v) for v, _ in a]), np.array([y for _, y in a]), ("a", "b"))
     z = ImageSet(np.stack([image(v) for v in b]), np.zeros(len(b), int), ("a", "b"))
     assert {i for i, _ in duplicates(x, z)} == {i for i, (v, _) in enumerate(a) if v in b}

@@ -8,10 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
-from ltnb import data, files
+from conftest import everywhere
 from ltnb.core import DataError, UsageError
 from ltnb.files import ImageFiles, decode_image, free_memory, read_image
-from ltnb.data import LongTail
+from ltnb.sources import LongTail
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 EIGHT = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
@@ -162,9 +162,10 @@ def test_signed_values_and_dark_colours_are_refused(tmp_path):
 
     def png16(values):  # Pillow writes no 16-bit colours
         rows = b"".join(b"\0" + r.astype(">u2").tobytes() for r in values)
-        part = lambda kind, body: (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
+
+        def part(kind, body):
+            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
         head = struct.pack(">IIBBBBB", values.shape[1], len(values), 16, 2, 0, 0, 0)
         return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
 
@@ -390,8 +391,7 @@ def test_limits_of_the_process(tmp_path, monkeypatch):
 def test_what_does_not_fit_is_read_on_demand(torn, monkeypatch):
     data = LongTail.folder(torn, bad_images="skip")
     assert not data.ready().train.on_disk
-    monkeypatch.setattr(files, "free_memory", lambda: 10_000)
-    monkeypatch.setattr(data, "free_memory", lambda: 10_000)
+    everywhere(monkeypatch, "free_memory", lambda: 10_000)
     assert data.ready() is data
     with pytest.raises(Exception, match="--image-size"):
         data.in_memory()
@@ -425,8 +425,7 @@ def test_recipes_run_where_photographs_do_not_fit(torn, tmp_path, monkeypatch, m
         "baseline": ["--heads", "false"],
         "ldmlr": ["--n-steps", "5", "--per-class", "3", "--head-steps", "2", "--scratch-steps", "2"],
     }[recipe]
-    monkeypatch.setattr(files, "free_memory", lambda: 100)
-    monkeypatch.setattr(data, "free_memory", lambda: 100)
+    everywhere(monkeypatch, "free_memory", lambda: 100)
     code, out, err = main(*args)
     assert code == 0, err
 

@@ -47,7 +47,7 @@ def sources(tmp_path_factory):
     root = photographs(tmp_path_factory.mktemp("photos") / "set")
     data = LongTail.folder(root, image_size=8)
     for part, s in data.parts.items():
-        lines = [f"{p} {y}" for p, y in zip(s.ids, s.labels)]
+        lines = [f"{p} {y}" for p, y in zip(s.ids, s.labels, strict=True)]
         (root.parent / f"{part}.txt").write_text("\n".join(lines) + "\n")
     arrays = {
         f"{p}_{n}": v
@@ -92,7 +92,10 @@ def test_manifest_names_the_photograph(sources, tmp_path):
     "An image that copies a training image says which file it is"
     data = load_data(DiffusionConfig(**sources["folder"]), 0).in_memory()
     copied = data.train.images[[0, 6]]
-    make = lambda rows, attempt=0: (torch.from_numpy(copied), [{}] * 2)
+
+    def make(rows, attempt=0):
+        return torch.from_numpy(copied), [{}] * 2
+
     make_synthetic(tmp_path, make_plan([2, 0, 0]), make, "model", settings={})
     rows = flag_copies(tmp_path, data.train).manifest
     assert [r["scores"]["nearest_id"] for r in rows] == [data.train.ids[0], data.train.ids[6]]

@@ -15,6 +15,7 @@ from ltnb.metrics import (
     generative_by_band,
     generative_scores,
     inception_features,
+    interval_over_seeds,
     log_softmax,
     mean_sd,
     paired_bootstrap,
@@ -23,7 +24,16 @@ from ltnb.metrics import (
     score,
     worst,
 )
-from ltnb.pictures import confusion_flow, plot_by_rank, plot_flow, plot_reliability
+from ltnb.pictures import (
+    METHOD_COLORS,
+    confusion_flow,
+    plot_by_rank,
+    plot_confusion,
+    plot_distribution,
+    plot_flow,
+    plot_methods,
+    plot_reliability,
+)
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, log_loss, recall_score
 
@@ -98,8 +108,8 @@ def test_ece_against_its_formula(k, n, seed):
     rng = np.random.default_rng(seed)
     p, y = rng.dirichlet(np.ones(k) / 2, n), rng.integers(0, k, n)
     sure, right, ece = p.max(1), p.argmax(1) == y, 0.0
-    for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15):
-        inside = [(c, r) for c, r in zip(sure, right) if low < c <= high]
+    for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
+        inside = [(c, r) for c, r in zip(sure, right, strict=True) if low < c <= high]
         if inside:
             ece += len(inside) / n * abs(np.mean([r for _, r in inside]) - np.mean([c for c, _ in inside]))
     assert math.isclose(calibration(p, y).ece, ece, abs_tol=1e-9)
@@ -180,8 +190,13 @@ def test_generative_scores_against_their_formulas():
     same = generative_scores(real, rng.normal(0, 1, (250, 6)), "test")
     assert same.fid < s.fid / 3 and abs(same.kid) < s.kid / 5 and same.precision > s.precision
     assert generative_scores(real, np.repeat(real[:1], 50, 0), "test").recall < 0.1
-    ball = lambda x: np.sort(np.linalg.norm(x[:, None] - x, axis=-1), 1)[:, 3]
-    inside = lambda a, b: (np.linalg.norm(a[:, None] - b, axis=-1) <= ball(b)).any(1).mean()
+
+    def ball(x):
+        return np.sort(np.linalg.norm(x[:, None] - x, axis=-1), 1)[:, 3]
+
+    def inside(a, b):
+        return (np.linalg.norm(a[:, None] - b, axis=-1) <= ball(b)).any(1).mean()
+
     assert math.isclose(s.precision, inside(made, real), abs_tol=1e-6) and math.isclose(
         s.recall, inside(real, made), abs_tol=1e-6
     )
@@ -247,13 +262,50 @@ def test_pictures_take_axes_and_return_them():
     from matplotlib.figure import Figure
 
     y = np.array([0, 1, 2, 2])
+    rows = [{"method": m, "seed": s, "all": 0.5 + s / 10} for m in ("label shift", "a", "$b$") for s in range(2)]
     for draw in (
         lambda ax: plot_by_rank(
             {"a": [0.5, 0.2, np.nan], "b": [[0.5, 0.2, 0.1]] * 2}, np.array([200, 30, 4]), ("x", "$y$", "z"), ax=ax
         ),
         lambda ax: plot_flow(y, y, np.array([200, 30, 4]), ax=ax),
         lambda ax: plot_reliability(calibration(np.full((4, 3), 1 / 3), y), ax=ax),
+        lambda ax: plot_confusion(confusion(y, y, 3), ("x", "$y$", "z"), ax=ax),
+        lambda ax: plot_methods(rows, ax=ax, kinds={"a": "synthetic"}),
+        lambda ax: plot_distribution({"few": [1.0, 2.0, np.nan], "other": [0.5]}, "score", 1.5, ax=ax),
     ):
         ax = Figure().subplots()
-        assert draw(ax) is ax and (ax.lines or ax.patches)
+        assert draw(ax) is ax and (ax.lines or ax.patches or ax.collections)
         ax.figure.savefig("/dev/null", format="png")
+
+
+def test_bars_of_methods_say_what_the_rows_say():
+    "Their length is the mean, their whisker Student's interval, none for one seed; a colour for each kind"
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    rows = [{"method": "a", "seed": s, "all": v} for s, v in enumerate((0.5, 0.6, 0.7))]
+    rows += [{"method": "b", "seed": 0, "all": 0.4}, {"method": "c", "seed": 0, "all": None}]
+    ax = plot_methods(rows, ax=Figure().subplots(), kinds={"a": "synthetic", "b": "real"})
+    bars = {round(p.get_y() + p.get_height() / 2): p for p in ax.patches if p.get_width()}
+    assert bars[0].get_width() == pytest.approx(60) and bars[1].get_width() == pytest.approx(40) and 2 not in bars
+    assert [to_rgb(bars[i].get_facecolor()) for i in (0, 1)] == [
+        to_rgb(METHOD_COLORS[k]) for k in ("synthetic", "real")
+    ]
+    whiskers = [line.get_xdata() for line in ax.lines if np.isfinite(line.get_xdata()).all() and len(line.get_xdata())]
+    low, high = interval_over_seeds(np.array([50, 60, 70]))
+    assert len(whiskers) == 1 and np.allclose((min(whiskers[0]), max(whiskers[0])), (low, high))
+
+
+def test_confusion_picture_shows_shares_of_true_classes():
+    from matplotlib.figure import Figure
+
+    ax = plot_confusion(np.array([[3, 1], [0, 0]]), ("a", "b"), ax=Figure().subplots())
+    assert [t.get_text() for t in ax.texts] == ["75", "25"], "a class without images has no shares"
+
+
+def test_distribution_has_an_area_of_one_for_each_group():
+    from matplotlib.figure import Figure
+
+    ax = plot_distribution({"many": np.arange(1000.0), "few": [1.0, 2.0]}, "score", 5.0, ax=Figure().subplots())
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == ["many (1,000)", "few (2)", "threshold 5"]

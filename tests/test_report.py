@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from fastcore.xml import Li, P, Pre, Safe, Sub, Ul
 from ltnb.metrics import difference, percent, show_difference
-from ltnb.report import render, table, verdict, write_report
+from ltnb.report import html_figure, html_table, render, table, verdict, write_report
 
 BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
 
@@ -144,7 +145,41 @@ def test_numbers_as_printed():
         assert all(text.count(f"{line[1]}") for line in cells[1:])
 
 
+class Texts(HTMLParser):
+    "Collects what a page shows: texts, alternative texts, tags"
+
+    def __init__(self, text):
+        super().__init__()
+        self.texts, self.tags = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.texts += [v for k, v in attrs if k == "alt"]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
 def test_report_escapes(tmp_path):
-    write_report(tmp_path / "r.html", "<b>&", "<script>", [])
-    text = (tmp_path / "r.html").read_text()
-    assert "<script>" not in text and "&lt;b&gt;&amp;" in text
+    "A class may be called anything: its name is shown as it is and never read as markup, wherever it stands"
+    name = "<b>R&D</b> \"'&amp;<script>"
+    (tmp_path / "a.png").write_bytes(b"picture")
+    sections = [
+        (name, name),
+        ("table", html_table([["class", name], [name, name]])),
+        ("figure", html_figure(tmp_path / "a.png", name)),
+        ("several", [name, P(name), Pre(name), Ul(Li(name))]),
+    ]
+    write_report(tmp_path / "r.html", name, name, sections)
+    page = Texts((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert page.texts.count(name) == 3 + 2 + 3 + 1 + 4  # title twice and lead; heading and text; table; figure; several
+    assert not {"b", "script"} & set(page.tags) and page.tags.count("p") == 1 + 1 + 1 + 2
+
+
+def test_marked_markup_is_kept(tmp_path):
+    write_report(tmp_path / "r.html", "t", "l", [("a", Safe("<i>as it is</i>")), ("b", P("in ", Sub("0")))])
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<i>as it is</i>" in text and "<p>in <sub>0</sub></p>" in text and text.startswith("<!doctype html>")
+    with pytest.raises(TypeError):
+        "<p>text</p>" + html_table([["a"]])  # text and elements stand beside one another in a list
