@@ -1,4 +1,7 @@
-"Opens generated class folders of 10,000 and 100,000 images, each in a fresh process: seconds and peak memory. python benchmarks/open_folder.py [FOLDER]"
+"""Opens generated class folders of 10,000 and 100,000 images, each in a fresh process: seconds and peak memory.
+
+python benchmarks/open_folder.py [FOLDER]
+"""
 
 import json
 import subprocess
@@ -8,7 +11,7 @@ from pathlib import Path
 
 PROBE = """
 import json, resource, sys, time
-from ltnb.data import LongTail
+from ltnb.sources import LongTail
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 data = LongTail.folder(sys.argv[1])
@@ -18,7 +21,9 @@ facts = data.describe()
 card = time.perf_counter() - start - opened
 for i in range(0, len(data.train), max(1, len(data.train) // 5000)): data.train[i]
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"images": sum(facts["images"].values()), "open_s": round(opened, 2), "card_s": round(card, 2), "mb_before": before // 1024, "mb_open": (peak - before) // 1024, "mb_after_card_and_5000_decoded": (after - before) // 1024}))
+print(json.dumps({"images": sum(facts["images"].values()), "open_s": round(opened, 2), "card_s": round(card, 2),
+                  "mb_before": before // 1024, "mb_open": (peak - before) // 1024,
+                  "mb_after_card_and_5000_decoded": (after - before) // 1024}))
 """
 
 
@@ -40,14 +45,8 @@ if __name__ == "__main__":
         rows = []
         for n in (10_000, 100_000):
             root = generate(Path(folder) / str(n), n)
-            rows.append(
-                json.loads(
-                    subprocess.run(
-                        [sys.executable, "-c", PROBE, str(root)], check=True, capture_output=True, text=True
-                    ).stdout
-                )
-            )
+            probe = [sys.executable, "-c", PROBE, str(root)]
+            rows.append(json.loads(subprocess.run(probe, check=True, capture_output=True, text=True).stdout))
             print(rows[-1])
-        print(
-            f"ten times the images: {rows[1]['open_s'] / max(rows[0]['open_s'], 0.01):.1f} x the time to open, {rows[1]['mb_open'] - rows[0]['mb_open']} MB more"
-        )
+        slower, more = rows[1]["open_s"] / max(rows[0]["open_s"], 0.01), rows[1]["mb_open"] - rows[0]["mb_open"]
+        print(f"ten times the images: {slower:.1f} x the time to open, {more} MB more")

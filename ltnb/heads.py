@@ -19,7 +19,7 @@ from torch import nn
 from .core import DataError, atomic_write, generator
 from .labels import unique_names
 from .data import LongTail
-from .sources import archive_labels, read_npz
+from .archives import archive_labels, read_npz
 from .classifier import Classifier, encode as encode_images
 from .losses import log_prior
 

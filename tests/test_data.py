@@ -198,10 +198,14 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
 
     rng, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    write = lambda name, obj: (
-        (folder / name).write_bytes(pickle.dumps(obj)) and [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-    )
-    batch = lambda n: {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": list(np.arange(n) % 10)}
+
+    def write(name, obj):
+        (folder / name).write_bytes(pickle.dumps(obj))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(n):
+        return {"data": rng.integers(0, 256, (n, 3072), np.uint8), "labels": list(np.arange(n) % 10)}
+
     monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch(1000))])
     monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(50))])
     name, md5 = write("batches.meta", {"label_names": [f"c{i}" for i in range(10)]})
@@ -327,7 +331,7 @@ def test_real_photographs_as_class_folders(tmp_path):
     "Imagenette's tail: 2,105 JPEG files of 224 pixels, 850 down to 8 a class"
     for part, file in (("train", "imagenette_lt100_train.npz"), ("test", "imagenette_val1000.npz")):
         z = np.load(shared(file))
-        for i, (a, b) in enumerate(zip(z["offset"][:-1], z["offset"][1:])):
+        for i, (a, b) in enumerate(zip(z["offset"][:-1], z["offset"][1:], strict=True)):
             out = tmp_path / "photos" / part / str(z["classname"][z["label"][i]]) / f"{i}.jpg"
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_bytes(z["data"][a:b].tobytes())

@@ -11,7 +11,7 @@ import pytest
 from ltnb import data, files
 from ltnb.core import DataError, UsageError
 from ltnb.files import ImageFiles, decode_image, free_memory, read_image
-from ltnb.data import LongTail
+from ltnb.sources import LongTail
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 EIGHT = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
