@@ -6,6 +6,7 @@
 __all__ = ['read_npz', 'class_labels', 'numbered', 'names_of_classes', 'archive_labels', 'check_pixels']
 
 # %% ../nbs/09_archives.ipynb #a04a9515
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def _text_labels(raw, # part -> array of texts
 # %% ../nbs/09_archives.ipynb #9973e20f
 def archive_labels(z:dict, # arrays of `read_npz`
                    path:str|Path, # for the error
-                   parts=("train", "val", "test") # whose labels
+                   parts:Sequence=("train", "val", "test") # whose labels
                   )->tuple[dict, tuple]: # part -> (N,) int64, and K names
     "Labels and class names of an archive; labels that are texts are numbered"
     raw = {p: z[f"{p}_labels"] for p in parts if f"{p}_labels" in z}
@@ -145,9 +146,9 @@ def _repair(x # an array that should be images
 
 # %% ../nbs/09_archives.ipynb #80717759
 def check_pixels(z:dict, # arrays of `read_npz`
-                 names, # of its image arrays
+                 names:Iterable, # of its image arrays
                  path:str|Path # for the error
-                ):
+                )->None:
     "Refuse arrays that are no images, and say what makes images of them"
     for name in names:
         x, steps = z[name], _repair(z[name])

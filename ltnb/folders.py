@@ -10,6 +10,7 @@ __all__ = ['NO_PHOTOGRAPHS', 'CAMERA_SUFFIXES', 'HELPER_FOLDERS', 'HELPER_FILES'
 # %% ../nbs/07_folders.ipynb #a4133db0
 import json, math, os, re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -70,7 +71,7 @@ def _json_keys(path): # names in a JSON object; none where it is none
 
 
 def output_mark(folder:str|Path, # a folder
-                names # of what it holds
+                names:Iterable # of what it holds
                )->str: # "run", "notebook", "generation" or "card"; empty for any other folder
     "Which command of ltnb wrote here?"
     names = set(names)
@@ -131,7 +132,7 @@ class Photographs:
 
     def __init__(self,
                  root:str|Path, # the folder
-                 only=None # names of the folders in it that are searched; None searches all of it
+                 only:Iterable|None=None # names of the folders in it that are searched; None searches all of it
                 ):
         self.root, self._real = str(root), os.path.realpath(str(root))
         self.paths, self.folders, self.left = [], [], {} # photographs; all folders that were entered; reason -> paths

@@ -10,6 +10,7 @@ __all__ = ['UNUSED_CLASS', 'NAME_WORDS', 'KEY_WORDS', 'read_text', 'unique_names
 # %% ../nbs/05_labels.ipynb #ef4e7e19
 import csv, io, json, os, re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def read_text(path:str|Path # a text file
     except ValueError as e: raise DataError(f"{path} is not UTF-8 text ({e}): save it as UTF-8.") from e
 
 # %% ../nbs/05_labels.ipynb #fd306ed4
-def unique_names(names # K texts
+def unique_names(names:Iterable # K texts
                 )->tuple: # K texts, no two alike
     "Class names that can be told apart: those that occur more than once get their class number"
     names = tuple(map(str, names))
@@ -37,8 +38,8 @@ def unique_names(names # K texts
     return names
 
 # %% ../nbs/05_labels.ipynb #f1dab513
-def folders_of(paths, # N paths of the training images, below their root
-               labels # N class numbers
+def folders_of(paths:Iterable, # N paths of the training images, below their root
+               labels:Iterable # N class numbers
               )->dict[str, int]: # folder, or several joined by /, -> its class
     "The folders that belong to one class alone"
     at = {}
@@ -89,7 +90,7 @@ def _bare(text # without quotation marks around it
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 # %% ../nbs/05_labels.ipynb #7b960d7e
-def read_lines(lines # L texts
+def read_lines(lines:Sequence # L texts
               )->list[Reading]: # those that take every line apart; in front first
     "The ways in which all lines have a key in front, or behind"
     out = []
@@ -259,7 +260,7 @@ KEY_WORDS = ("y", "class_id", "label_id", "id", "idx", "index", "number", "targe
              "folder", "key")
 
 
-def word(text # a column's name
+def word(text:str # a column's name
         )->str: # in one spelling
     "Lower case, with underscores"
     return re.sub(r"[\s-]+", "_", str(text).strip().lower())
@@ -359,8 +360,8 @@ def _take_apart(path, # of a names file
 
 # %% ../nbs/05_labels.ipynb #60b83da3
 def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
-                     paths=(), # of the N training images
-                     labels=(), # their N class numbers
+                     paths:Sequence=(), # of the N training images
+                     labels:Sequence=(), # their N class numbers
                      folders:dict|None=None, # folder -> class, instead of those of the paths
                      n_classes:int|None=None # K, instead of the largest label + 1
                     )->tuple: # K names
@@ -376,7 +377,7 @@ def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
                     f"{f', for the classes 0 to {k - 1}' if k else ''}; or its folder, such as 'n01440764: tench'.")
 
 # %% ../nbs/05_labels.ipynb #5ec251b2
-def names_in_order(names # K texts, or K rows of texts
+def names_in_order(names:Iterable # K texts, or K rows of texts
                   )->tuple: # K names
     "Names whose order says their class; a complete numbering in them comes first"
     rows = [list(map(str, n)) if isinstance(n, (list, tuple, np.ndarray)) else str(n) for n in names]
@@ -388,7 +389,7 @@ def names_in_order(names # K texts, or K rows of texts
     return decide_names(readings, rows if isinstance(rows[0], str) else None) if other else tuple(rows)
 
 # %% ../nbs/05_labels.ipynb #63589354
-def quoted(names # texts
+def quoted(names:Iterable # texts
           )->str: # such as 'cat', 'dog'
     "Names in an error, each on one line and between quotation marks"
     return ", ".join(repr(one_line(n)) for n in names)
@@ -400,7 +401,7 @@ def _natural(name # c2 comes before c10
     return [(not w.isdecimal(), int(w) if w.isdecimal() else 0, w) for w in words], name
 
 # %% ../nbs/05_labels.ipynb #7cef20e3
-def ordered(names, # of class folders
+def ordered(names:Iterable, # of class folders
             order:str|None=None # "name" (the default), "natural", or a text file with a class a line
            )->list[str]: # the same names
     "Class names in the order of their numbers"

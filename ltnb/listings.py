@@ -9,6 +9,7 @@ __all__ = ['PATH_COLUMNS', 'LABEL_COLUMNS', 'SPLIT_COLUMNS', 'SPLIT_VALUES', 'Li
 
 # %% ../nbs/06_listings.ipynb #95fb7595
 import csv, io, math, os, re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Listing:
     groups: list|None = None # N groups, such as cameras or patients
 
     def take(self,
-             index # positions
+             index:Sequence # positions
             )->"Listing": # a part of it
         "Some of the images"
         columns = (self.paths, self.labels, self.splits, self.groups)
@@ -230,8 +231,8 @@ def random_split(labels:np.ndarray, # (N,) class numbers
     return test
 
 # %% ../nbs/06_listings.ipynb #fcf0f266
-def leak(train_groups, # of the training images
-         test_groups # of the test images
+def leak(train_groups:Sequence, # of the training images
+         test_groups:Sequence # of the test images
         )->tuple[int, list]: # test images whose group is in train too, and those groups
     "How much of a test set train has seen the group of"
     both = set(train_groups) & set(test_groups)
@@ -239,7 +240,7 @@ def leak(train_groups, # of the training images
 
 # %% ../nbs/06_listings.ipynb #87a18474
 def group_split(labels:np.ndarray, # (N,) class numbers
-                groups, # N groups
+                groups:Sequence, # N groups
                 fraction:float, # wanted share of each class for the test
                 seed:int=0 # of the order of groups of one size
                )->np.ndarray: # (N,) True for the test

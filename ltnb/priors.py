@@ -8,6 +8,7 @@ __all__ = ['COUNT_WORDS', 'prior_text', 'class_prior']
 # %% ../nbs/08_priors.ipynb #fa8235d3
 import csv, io, json, math, re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,8 @@ def _by_name(value, # class name or class number -> amount
 
 # %% ../nbs/08_priors.ipynb #ac128808
 def class_prior(given:str|None, # of `prior_text`
-                class_names, # K names
-                train_counts=None # (K,) training items, for "train"
+                class_names:Sequence, # K names
+                train_counts:Sequence|None=None # (K,) training items, for "train"
                )->np.ndarray|None: # (K,) probabilities, all above 0
     "The test prior of these classes"
     if given is None: return None

@@ -8,6 +8,7 @@ __all__ = ['BAD_IMAGES', 'IWILDCAM_SPLITS', 'DATASETS', 'BALANCED', 'Photos', 'C
 
 # %% ../nbs/12_sources.ipynb #2e2f258c
 import csv, io, os, re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -151,10 +152,10 @@ def _without_damaged(s, # an ImageSet of files
     return (s.take(np.setdiff1d(np.arange(len(s)), gone)) if gone else s), notes
 
 # %% ../nbs/12_sources.ipynb #bed0a792
-def from_paths(cls, # LongTail
+def from_paths(cls:type, # LongTail
                root:str|Path|None, # the folder of the paths; None reads no file
                parts:dict, # "train", "test" and perhaps "val" -> (paths, labels)
-               class_names, # K names
+               class_names:Sequence, # K names
                name:str, # of the set
                photos:Photos|None=None, # how they are read
                notes:tuple=() # what was done so far
@@ -423,7 +424,7 @@ def data_seed(self:DataConfig,
 
 # %% ../nbs/12_sources.ipynb #a7c56dd4
 def check_source(cfg:DataConfig # as given
-                ):
+                )->None:
     "Refuse settings that the source lacks, or does not have"
     if cfg.dataset is None: raise UsageError(f"no data: give --dataset. {nearest('', DATASETS)}")
     own = DATASETS[cfg.dataset]
