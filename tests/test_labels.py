@@ -251,6 +251,15 @@ def test_ids_without_a_suffix_are_found(tmp_path):
         LongTail.lists(root, file)
 
 
+def test_one_image_in_two_lists_is_found_without_its_suffix(tmp_path):
+    for i in range(4):
+        photo(tmp_path / "img" / f"{i}.png", i % 2, i)
+    train = table(tmp_path, ["0,a", "1,b", "2,a"], "train.csv", "id,label")
+    for same in ("1,b", "1.png,b"):
+        with pytest.raises(DataError, match="share 1 paths, such as '1.png'"):
+            LongTail.lists(tmp_path / "img", train, table(tmp_path, ["3,b", same], "test.csv", "id,label"))
+
+
 def test_one_table_with_a_split_column(tmp_path):
     file = table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     data = LongTail.lists(tmp_path / "img", file, columns=Columns(split="PART"))

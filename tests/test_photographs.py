@@ -15,7 +15,7 @@ from ltnb.progress import Progress
 from ltnb.core import valid_text
 from ltnb.folders import Photographs, find_split, image_suffixes, is_ltnb_output, split_role
 from ltnb.labels import ordered
-from ltnb.sources import LongTail
+from ltnb.sources import LongTail, Photos
 from ltnb.pictures import figure_names
 from PIL import Image
 
@@ -455,6 +455,24 @@ def test_messages_about_folders(tmp_path, main):
 
 
 # order of the classes
+
+
+def test_how_photographs_are_read_is_one_record(tmp_path):
+    root = photos(tmp_path / "p")
+    by_name = LongTail.folder(root, image_size=8, bad_images="skip", imb_ratio=2, val_per_class=1)
+    by_record = LongTail.folder(root, 2, photos=Photos(8, "skip"), val_per_class=1)
+    assert by_name.fingerprint() == by_record.fingerprint() and by_name.train.images.shape[1:] == (3, 8, 8)
+    assert LongTail.folder(root, photos=Photos(8), image_size=4).train.images.shape[1:] == (3, 4, 4)
+    for call in (LongTail.folder, lambda root, **given: LongTail.lists(None, photo_list(tmp_path, root), **given)):
+        with pytest.raises(UsageError, match="no setting 'image_sise'. Did you mean 'image_size'"):
+            call(root, image_sise=8)
+
+
+def photo_list(tmp_path, root):
+    "A list file of class folders"
+    lines = [f"{p.relative_to(root)} {k}" for k, c in enumerate(("cat", "dog")) for p in sorted((root / c).iterdir())]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    return tmp_path / "list.txt"
 
 
 def test_class_order(tmp_path, main):
