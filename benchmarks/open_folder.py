@@ -11,7 +11,7 @@ from pathlib import Path
 
 PROBE = """
 import json, resource, sys, time
-from ltnb.data import LongTail
+from ltnb.sources import LongTail
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 data = LongTail.folder(sys.argv[1])
@@ -45,15 +45,8 @@ if __name__ == "__main__":
         rows = []
         for n in (10_000, 100_000):
             root = generate(Path(folder) / str(n), n)
-            rows.append(
-                json.loads(
-                    subprocess.run(
-                        [sys.executable, "-c", PROBE, str(root)], check=True, capture_output=True, text=True
-                    ).stdout
-                )
-            )
+            probe = [sys.executable, "-c", PROBE, str(root)]
+            rows.append(json.loads(subprocess.run(probe, check=True, capture_output=True, text=True).stdout))
             print(rows[-1])
-        print(
-            f"ten times the images: {rows[1]['open_s'] / max(rows[0]['open_s'], 0.01):.1f} x the time to open, "
-            f"{rows[1]['mb_open'] - rows[0]['mb_open']} MB more"
-        )
+        slower, more = rows[1]["open_s"] / max(rows[0]["open_s"], 0.01), rows[1]["mb_open"] - rows[0]["mb_open"]
+        print(f"ten times the images: {slower:.1f} x the time to open, {more} MB more")

@@ -20,7 +20,8 @@ from . import __version__
 from .folders import Photographs
 from .files import ImageFiles
 from .data import LongTail
-from .sources import DataConfig, load_data, read_npz
+from .archives import read_npz
+from .sources import DataConfig, load_data
 from .classifier import Classifier, load_classifier, luma
 
 # %% ../nbs/97_export.ipynb #e3d6e4b9

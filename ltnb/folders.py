@@ -4,32 +4,30 @@
 
 # %% auto #0
 __all__ = ['NO_PHOTOGRAPHS', 'CAMERA_SUFFIXES', 'HELPER_FOLDERS', 'HELPER_FILES', 'THUMBNAIL_FOLDERS', 'image_suffixes',
-           'is_helper', 'output_mark', 'is_ltnb_output', 'Photographs', 'split_role', 'find_split', 'ordered',
-           'class_folders', 'what_is_there']
+           'is_helper', 'output_mark', 'scan', 'photographs_in', 'subfolders', 'is_ltnb_output', 'Photographs',
+           'split_role', 'find_split', 'what_is_there', 'class_folders', 'no_photographs', 'split_parts', 'drawn_parts']
 
 # %% ../nbs/07_folders.ipynb #a4133db0
-import json, os, re
+import json, math, os, re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
-from .labels import read_text
+from .labels import ordered, quoted
 
 # %% ../nbs/07_folders.ipynb #7815c513
 NO_PHOTOGRAPHS = ("BUFR", "CUR", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PDF",
                   "WMF") # formats of Pillow that are documents, films, measurements or icons
-
-# %% ../nbs/07_folders.ipynb #8c581f05
 CAMERA_SUFFIXES = (".3fr", ".arw", ".avif", ".bpg", ".cr2", ".cr3", ".crw", ".dcm", ".dcr", ".dng", ".erf", ".exr",
                    ".gpr", ".hdr", ".heic", ".heif", ".hif", ".iiq", ".jp2", ".jxl", ".jxr", ".kdc", ".mef", ".mos",
                    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
                    ".webp", ".x3f") # pictures that Pillow opens with a plugin, or not at all
-
-# %% ../nbs/07_folders.ipynb #588f6708
 _PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": None} # package -> what has to be called
 
 # %% ../nbs/07_folders.ipynb #887ab186
@@ -53,7 +51,6 @@ HELPER_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-
 HELPER_FILES = ("desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "picasa.ini", "thumbs.db")
 THUMBNAIL_FOLDERS = ("_thumbnails", "_thumbs", "thumb", "thumbnail", "thumbnails", "thumbs") # beside photographs
 _HELPER_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")
-_OWN_FOLDERS = ("checkpoints", "figures", "generator", "judge", "made", "model", "phi") # of a run, beside its files
 
 
 def is_helper(name:str, # of a file or folder, without its path
@@ -64,9 +61,8 @@ def is_helper(name:str, # of a file or folder, without its path
     if folder: return name.startswith(".") or low in HELPER_FOLDERS
     return name.startswith("._") or low in HELPER_FILES or low.endswith(_HELPER_ENDS)
 
-
-def _json_keys(path # names in a JSON object; none where it is none
-              ):
+# %% ../nbs/07_folders.ipynb #13fb6920
+def _json_keys(path): # names in a JSON object; none where it is none
     try: text = Path(path).read_text(encoding="utf-8") if os.path.getsize(path) < 10**7 else ""
     except (OSError, ValueError): return set()
     try: obj = json.loads(text)
@@ -75,11 +71,11 @@ def _json_keys(path # names in a JSON object; none where it is none
 
 
 def output_mark(folder:str|Path, # a folder
-                names # of what it holds
+                names:Iterable # of what it holds
                )->str: # "run", "notebook", "generation" or "card"; empty for any other folder
     "Which command of ltnb wrote here?"
     names = set(names)
-    has = lambda pattern: any(re.fullmatch(pattern, n) for n in names)
+    def has(pattern): return any(re.fullmatch(pattern, n) for n in names)
     if names & {"run.lock", "notebook.lock"}: return "run"
     if "config.json" in names and {"recipe", "given"} <= _json_keys(os.path.join(folder, "config.json")): return "run"
     if "shards.jsonl" in names or ("manifest.jsonl" in names and has(r"shard-.*\.safetensors")): return "generation"
@@ -87,9 +83,10 @@ def output_mark(folder:str|Path, # a folder
     return "notebook" if has(r"\d\d_run_\w+\.ipynb") else "" # of a run that has not begun
 
 # %% ../nbs/07_folders.ipynb #54b7f608
-def _scan(folder, # entries by name
-          entered=True # a folder that cannot be read is an error that names it
-         ):
+def scan(folder:str|Path, # a folder
+         entered:bool=True # it was found below another one; False for what a person gave
+        )->list: # of `os.DirEntry`, by name
+    "What a folder holds; one that cannot be read is an error that names it"
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
@@ -99,26 +96,35 @@ def _scan(folder, # entries by name
                         "change its permissions, or move it away.") from e
 
 
-def _is_folder(e # of os.scandir; links count as what they lead to
-              ):
+def _is_folder(e): # of os.scandir; links count as what they lead to
     try: return e.is_dir()
     except OSError: return False # a link to itself
 
 
-def _photographs_in(entries # names of the photographs directly in a folder
-                   ):
+def photographs_in(entries:list # of `scan`
+                  )->list[str]: # names
+    "The photographs directly in a folder"
     suffixes = image_suffixes()
     names = [e.name for e in entries if e.name.lower().endswith(suffixes) and not _is_folder(e)]
     return [n for n in names if not n.startswith(".")]
 
 
+def subfolders(folder:str|Path # a folder
+              )->list[str]: # names
+    "The folders in it that a person made"
+    return [e.name for e in scan(folder) if _is_folder(e) and not is_helper(e.name, True)]
+
+# %% ../nbs/07_folders.ipynb #326371d8
+_OWN_FOLDERS = ("checkpoints", "figures", "generator", "judge", "made", "model", "phi") # of a run, beside its files
+
+
 def is_ltnb_output(folder:str|Path # a folder
                   )->bool: # False for what has photographs of its own
     "Did ltnb write this folder, and is there nothing else in it?"
-    entries = _scan(folder)
-    if not output_mark(folder, [e.name for e in entries]) or _photographs_in(entries): return False
+    entries = scan(folder)
+    if not output_mark(folder, [e.name for e in entries]) or photographs_in(entries): return False
     inner = [e for e in entries if _is_folder(e) and not is_helper(e.name, True) and e.name not in _OWN_FOLDERS]
-    return not any(_photographs_in(_scan(e.path)) for e in inner)
+    return not any(photographs_in(scan(e.path)) for e in inner)
 
 # %% ../nbs/07_folders.ipynb #5709af19
 class Photographs:
@@ -126,79 +132,89 @@ class Photographs:
 
     def __init__(self,
                  root:str|Path, # the folder
-                 only=None # names of the folders in it that are searched; None searches all of it
+                 only:Iterable|None=None # names of the folders in it that are searched; None searches all of it
                 ):
-        self.root, self.paths, self.folders = str(root), [], [] # photographs; all folders that were entered
-        self.left, self._links, self._seen = {}, [], set() # reason -> paths; still to be followed; real paths
-        self._real = os.path.realpath(self.root)
+        self.root, self._real = str(root), os.path.realpath(str(root))
+        self.paths, self.folders, self.left = [], [], {} # photographs; all folders that were entered; reason -> paths
+        self._links, self._seen = [], set() # still to be followed; real paths
         if only is None: self._walk("", self._real, "")
         else:
             self._seen.add(self._real)
-            for e in _scan(self.root):
+            for e in scan(self.root):
                 if not _is_folder(e): self._file(e, e.name)
             for name in sorted(only, key=lambda n: os.path.islink(os.path.join(self.root, n))): self._enter(name)
         for path in self._links: self._follow(path) # which can find more of them
         self.paths.sort()
 
-    def _leave(self, reason, path): self.left.setdefault(reason, []).append(path)
+    def leave(self,
+              reason:str, # a key of `left`
+              path:str # below root
+             )->list: # of folders that are to be walked on to: none
+        "Count a file or folder as left out"
+        self.left.setdefault(reason, []).append(path)
+        return []
 
-    def _enter(self, # a part of a split
-               path # it can be a link to another part, and is then both
-              ):
-        real = os.path.realpath(os.path.join(self.root, path))
-        if real in self._seen: self._seen = {self._real}
-        self._walk(path, real, "")
+# %% ../nbs/07_folders.ipynb #d358826c
+@patch
+def _walk(self:Photographs, path, real, mark):
+    todo = [(path, real, mark)]
+    while todo: todo.extend(self._folder(*todo.pop()))
 
-    def _follow(self, path):
-        real = os.path.realpath(os.path.join(self.root, path))
-        around = (self._real + os.sep).startswith(real.rstrip(os.sep) + os.sep)
-        if real in self._seen or around: self._leave("again", path)
-        else: self._walk(path, real, "")
 
-    def _walk(self, path, real, mark):
-        todo = [(path, real, mark)]
-        while todo: todo.extend(self._folder(*todo.pop()))
+@patch
+def _enter(self:Photographs, path): # a part of a split: it can be a link to another part, and is then both
+    real = os.path.realpath(os.path.join(self.root, path))
+    if real in self._seen: self._seen = {self._real}
+    self._walk(path, real, "")
+
+
+@patch
+def _follow(self:Photographs, path): # a link
+    real = os.path.realpath(os.path.join(self.root, path))
+    around = (self._real + os.sep).startswith(real.rstrip(os.sep) + os.sep)
+    if real in self._seen or around: self.leave("again", path)
+    else: self._walk(path, real, "")
 
 # %% ../nbs/07_folders.ipynb #66c6a712
+def _of_run(name, above, own): # is a folder of this name, with these photographs, a part of what ltnb wrote above it?
+    if name == "figures": return above == "run" or (above == "card" and set(own) <= {"counts.png", "images.png"})
+    return above == "run" and name in _OWN_FOLDERS and not own
+
+
 @patch
-def _folder(self:Photographs, # one folder
-            path, # gives the folders in it as (path
-            real, # real path
-            above # its mark)
-           ):
-    if real in self._seen: self._leave("again", path); return []
+def _folder(self:Photographs,
+            path, # of the folder, below root
+            real, # its real path
+            above # what `output_mark` says of the folder above
+           ): # the folders in it, as such triples
+    if real in self._seen: return self.leave("again", path)
     self._seen.add(real)
-    at = os.path.join(self.root, path) if path else self.root
-    entries, name = _scan(at, entered=bool(path)), path.rpartition("/")[2]
-    own = _photographs_in(entries)
-    mark = output_mark(at, [e.name for e in entries])
-    if above == "generation" and name == "png": self._leave("output", path); return []
-    theirs = {"figures": above == "run" or (above == "card" and set(own) <= {"counts.png", "images.png"})}.get(
-        name, above == "run" and name in _OWN_FOLDERS and not own)
-    if path and (theirs or (mark and is_ltnb_output(at))): self._leave("output", path); return []
+    at, name = os.path.join(self.root, path) if path else self.root, path.rpartition("/")[2]
+    entries, inner = scan(at, entered=bool(path)), []
+    own, mark = photographs_in(entries), output_mark(at, [e.name for e in entries])
+    if above == "generation" and name == "png": return self.leave("output", path)
+    if path and (_of_run(name, above, own) or (mark and is_ltnb_output(at))): return self.leave("output", path)
     if path: self.folders.append(path)
-    inner = []
     for e in entries:
         below = f"{path}/{e.name}" if path else e.name
         if not _is_folder(e): self._file(e, below)
-        elif is_helper(e.name, True) or (own and e.name.lower() in THUMBNAIL_FOLDERS): self._leave("helper", below)
+        elif is_helper(e.name, True) or (own and e.name.lower() in THUMBNAIL_FOLDERS): self.leave("helper", below)
         elif e.is_symlink(): self._links.append(below)
         else: inner.append((below, os.path.join(real, e.name), mark))
     return inner
 
-
+# %% ../nbs/07_folders.ipynb #63a51db2
 @patch
 def _file(self:Photographs,
-          e,
-          path # one entry that is no folder
+          e, # of os.scandir, no folder
+          path # below root
          ):
     if is_helper(e.name, False): return
     suffix = os.path.splitext(e.name.lower())[1]
-    picture = suffix in image_suffixes()
-    if e.is_symlink() and not os.path.exists(e.path): self._leave("broken", path)
-    elif picture: self._leave("hidden", path) if e.name.startswith(".") else self.paths.append(path)
-    elif suffix in CAMERA_SUFFIXES: self._leave("closed", path)
-    elif not e.name.startswith("."): self._leave("other", path)
+    if e.is_symlink() and not os.path.exists(e.path): self.leave("broken", path)
+    elif suffix in image_suffixes(): self.leave("hidden", path) if e.name.startswith(".") else self.paths.append(path)
+    elif suffix in CAMERA_SUFFIXES: self.leave("closed", path)
+    elif not e.name.startswith("."): self.leave("other", path)
 
 # %% ../nbs/07_folders.ipynb #6b9d259a
 _REASONS = {"closed": "cannot be opened here, though they look like photographs",
@@ -210,19 +226,18 @@ _FOLDER_REASONS = {"helper": "hidden folders and those of helper programs", "out
 
 @patch
 def counted(self:Photographs,
-            reason, # of `left`
-            below="" # a folder; only what lies in it
+            reason:str, # of `left`
+            below:str="" # a folder; only what lies in it
            )->str: # such as "3 .heic files (b/h0.heic, b/h1.heic, …)"
     "What was left out for a reason, in numbers"
     paths = [p for p in self.left.get(reason, ()) if not below or p.startswith(below + "/")]
     kinds = Counter(one_line(os.path.splitext(p.lower())[1]) or "other" for p in paths)
-    folders = reason in _FOLDER_REASONS
-    what = f"{len(paths):,}"
+    folders, what = reason in _FOLDER_REASONS, f"{len(paths):,}"
     if not folders and len(kinds) < 4: what = " and ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
     unit = "" if folders else " file" if len(paths) == 1 else " files"
     return f"{what}{unit} ({some_of(paths)})" if paths else ""
 
-
+# %% ../nbs/07_folders.ipynb #caa92326
 @patch
 def notes(self:Photographs
          )->list[str]: # sentences
@@ -244,7 +259,6 @@ _WORDS = {"train": "train training trn", "test": "test testing tst",
           "val": "val valid validation vali dev development eval evaluation"}
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
 _FILLERS = tuple("set data dataset image images img imgs photo photos picture pictures split folder file files".split())
-_FOLDS = re.compile(r"(fold|split|part|partition|cv|subset)s?[ _.-]*\d+", re.IGNORECASE)
 
 
 def split_role(name:str # of a folder
@@ -257,138 +271,108 @@ def split_role(name:str # of a folder
     if len(roles) != 1: return None
     return _ROLES[roles[0]], tuple(w for w in words if w not in _ROLES and w not in _FILLERS)
 
-
-def _subfolders(folder # names of the folders in it that a person made
-               ):
-    return [e.name for e in _scan(folder) if _is_folder(e) and not is_helper(e.name, True)]
-
-
-def _kind(folder # "classes" where it holds folders, "photographs", or "nothing"
-         ):
-    return "classes" if _subfolders(folder) else "photographs" if _photographs_in(_scan(folder)) else "nothing"
+# %% ../nbs/07_folders.ipynb #edea1687
+def _kind(folder): # "classes" where it holds folders, "photographs", or "nothing"
+    return "classes" if subfolders(folder) else "photographs" if photographs_in(scan(folder)) else "nothing"
 
 
-def _parts_of(names # folder names -> {name: role} of those that can be parts of one split
-             ):
+def _parts_of(names): # folder names -> {name: role} of those that can be parts of one split
     roles = {n: r for n in names if (r := split_role(n))}
-    plain_ = {n: role for n, (role, rest) in roles.items() if not rest}
-    if "train" in plain_.values(): return plain_
+    plain = {n: role for n, (role, rest) in roles.items() if not rest}
+    if "train" in plain.values(): return plain
     for rest in {rest for _, rest in roles.values() if rest}: # such as seg_train and seg_test
         same = {n: role for n, (role, r) in roles.items() if r == rest}
         if "train" in same.values() and len(set(same.values())) > 1: return same
-    return plain_
+    return plain
 
 # %% ../nbs/07_folders.ipynb #3d8380df
-def _named(names): return ", ".join(repr(one_line(n)) for n in names)
-
-
-def _split(root,
-           kinds # {name: (role, kind)} of parts, with class folders for training -> {role: name}
-          ):
+def _split(root, # a folder
+           kinds # name -> (role, kind) of its parts, with class folders for training
+          ): # role -> name
     by, where = {}, one_line(root)
-    for name, (role, kind) in kinds.items(): by.setdefault(role, []).append(name)
+    for name, (role, _) in kinds.items(): by.setdefault(role, []).append(name)
     if double := next((names for names in by.values() if len(names) > 1), None):
-        raise UsageError(f"{where} holds {_named(double)}, and it cannot be told which of them is meant: rename or "
+        raise UsageError(f"{where} holds {quoted(double)}, and it cannot be told which of them is meant: rename or "
                          "move one away.")
     train = by["train"][0]
     for name in (n for n, (_, kind) in kinds.items() if kind == "photographs"):
-        some = ", ".join(f"{one_line(c)}/" for c in _subfolders(os.path.join(root, train))[:2])
+        some = ", ".join(f"{one_line(c)}/" for c in subfolders(os.path.join(root, train))[:2])
         raise DataError(f"{where}/{one_line(name)} holds photographs without class folders: put them into folders "
                         f"named as those of {one_line(train)} ({some}, …), or move it away; ltnb predict --images "
                         "classifies photographs whose class is not known.")
     return {role: names[0] for role, names in by.items()}
 
+# %% ../nbs/07_folders.ipynb #abc00db7
+_FOLDS = re.compile(r"(fold|split|part|partition|cv|subset)s?[ _.-]*\d+", re.IGNORECASE)
 
-def _wrong_split(root,
-                 names,
-                 kinds # what looks like a split and cannot be told is refused
-                ):
+
+def _wrong_split(root, # a folder without a split
+                 names, # of the folders in it
+                 kinds # name -> (role, kind) of those that are called like parts
+                ): # raises where it looks like one all the same
     nested, where = [n for n, (_, kind) in kinds.items() if kind == "classes"], one_line(root)
     looks = "look like parts of a split"
     if nested:
-        raise UsageError(f"{where} holds {_named(nested)}, which {looks}, but no folder for training that holds class "
+        raise UsageError(f"{where} holds {quoted(nested)}, which {looks}, but no folder for training that holds class "
                          "folders: name it 'train', or rename what is a class.")
     if len(kinds) > 1 or (kinds and len(names) == 1):
-        raise UsageError(f"{where} holds {_named(kinds)}, which {looks} but hold no class folders: put the photographs "
+        raise UsageError(f"{where} holds {quoted(kinds)}, which {looks} but hold no class folders: put the photographs "
                          "of each into class folders, or rename what is a class.")
     folds = [n for n in names if _FOLDS.fullmatch(n)]
     if len(folds) > 1 and all(_kind(os.path.join(root, n)) == "classes" for n in folds):
-        raise UsageError(f"{where} holds {_named(folds)}, which {looks}, not like classes: name one of them 'train' "
+        raise UsageError(f"{where} holds {quoted(folds)}, which {looks}, not like classes: name one of them 'train' "
                          "and one 'test', or put their class folders together.")
-    inner = _parts_of(_subfolders(os.path.join(root, names[0]))) if len(names) > 1 else {}
+    inner = _parts_of(subfolders(os.path.join(root, names[0]))) if len(names) > 1 else {}
     if "train" in inner.values() and len(set(inner.values())) > 1:
-        raise UsageError(f"{where}: {one_line(names[0])} holds {_named(inner)}, a split inside a class: put the split "
+        raise UsageError(f"{where}: {one_line(names[0])} holds {quoted(inner)}, a split inside a class: put the split "
                          f"first, as in {one_line(next(iter(inner)))}/{one_line(names[0])}.")
 
 # %% ../nbs/07_folders.ipynb #a04fadcb
-def _of_ltnb(folder # an output, or a folder such as runs that holds nothing else
-            ):
+def _of_ltnb(folder): # an output, or a folder such as runs that holds nothing else
     if is_ltnb_output(folder): return True
-    inner = _subfolders(folder)
-    if not inner or _photographs_in(_scan(folder)): return False
+    inner = subfolders(folder)
+    if not inner or photographs_in(scan(folder)): return False
     return all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
 
 
-def _look_alike(root, # notes
-                names # parts of a split under names that nobody can know, or classes by camera
-               ):
-    inner = [frozenset(_subfolders(os.path.join(root, n))) for n in names] if 1 < len(names) <= 10 else []
+def _look_alike(root, names): # the note on folders that hold the same folders
+    inner = [frozenset(subfolders(os.path.join(root, n))) for n in names] if 1 < len(names) <= 10 else []
     if not inner or len(set(inner)) > 1 or len(inner[0]) < 2: return []
-    if any(_photographs_in(_scan(os.path.join(root, n))) for n in names): return []
-    return [f"{_named(names)} hold the same folders ({_named(sorted(inner[0]))}) and are taken as the classes: if they are "
-            "parts of a split, name them 'train' and 'test'."]
+    if any(photographs_in(scan(os.path.join(root, n))) for n in names): return []
+    return [f"{quoted(names)} hold the same folders ({quoted(sorted(inner[0]))}) and are taken as the classes: if they "
+            "are parts of a split, name them 'train' and 'test'."]
 
-
+# %% ../nbs/07_folders.ipynb #657494f6
 def find_split(root:str|Path, # a folder
                deeper:bool=True # look into the only folder that it holds, too
               )->tuple[str, dict, list]: # the folder of the parts, {"train": name, …} or {} for no split, notes
     "Is this a split or a folder of class folders? What cannot be told is refused"
     root = str(root)
-    try: names = _subfolders(root)
+    try: names = subfolders(root)
     except DataError: names = [] # `Photographs` says it
     kinds = {n: (role, _kind(os.path.join(root, n))) for n, role in _parts_of(names).items()}
     if any(k == ("train", "classes") for k in kinds.values()):
         parts = _split(root, kinds)
         notes = [f"{one_line(n)!r} is the {role} set." for role, n in parts.items() if n != role]
         unused = [n for n in names if n not in kinds and not _of_ltnb(os.path.join(root, n))]
-        if unused: notes.append(f"not used, beside {_named(parts.values())}: {_named(unused)}.")
+        if unused: notes.append(f"not used, beside {quoted(parts.values())}: {quoted(unused)}.")
         return root, parts, notes
     only = [n for n in names if not _of_ltnb(os.path.join(root, n))] if deeper and len(names) < 10 else []
     if len(only) == 1 and not kinds:
         inner, parts, notes = find_split(os.path.join(root, only[0]), False)
-        if parts: return inner, parts, [f"the parts of the split lie in {_named(only)}.", *notes]
+        if parts: return inner, parts, [f"the parts of the split lie in {quoted(only)}.", *notes]
     _wrong_split(root, names, kinds)
-    if kinds: return root, {}, [f"{_named(kinds)} is taken as a class, for it holds photographs and no class folders."]
+    if kinds: return root, {}, [f"{quoted(kinds)} is taken as a class, for it holds photographs and no class folders."]
     return root, {}, _look_alike(root, names)
 
-# %% ../nbs/07_folders.ipynb #f24b084b
-def _natural(name # c2 before c10
-            ):
-    words = [w for w in re.split(r"([0-9]+)", name.casefold()) if w]
-    return [(not w.isdecimal(), int(w) if w.isdecimal() else 0, w) for w in words], name
-
-
-def ordered(names, # of class folders
-            order:str|None=None # "name" (the default), "natural", or a text file with a class a line
-           )->list[str]: # the same names
-    "Class names in the order of their numbers"
-    names = sorted(names)
-    if order in (None, "name"): return names
-    if order == "natural": return sorted(names, key=_natural)
-    if not os.path.isfile(order):
-        raise UsageError(f"class_order={order!r} is neither natural nor name nor a file with a class a line. "
-                         f"{nearest(order, ('natural', 'name'))}")
-    by = {valid_text(n): n for n in names}
-    lines = [line for line in (raw.rstrip("\r") for raw in read_text(order).split("\n")) if line]
-    lines = [line if line in by else line.strip() for line in lines]
-    if more := [line for line in lines if line not in by]:
-        raise UsageError(f"{order} names {_named(more[:3])}, but there is no such class folder. {nearest(more[0], by)}")
-    if lacks := [n for n in by if n not in set(lines)]:
-        raise UsageError(f"{order} does not name {_named(lacks[:3])} ({len(lacks):,} of {len(by):,} classes): it must "
-                         "name all, each in a line.")
-    if len(lines) > len(by):
-        raise UsageError(f"{order} names {_named([n for n, k in Counter(lines).items() if k > 1][:1])} more than once.")
-    return [by[line] for line in lines]
+# %% ../nbs/07_folders.ipynb #a8bfcb70
+def what_is_there(found:Photographs, # around it
+                  folder:str # below its root
+                 )->str: # words
+    "What a folder without photographs holds"
+    held = [f"{text} {'that cannot be opened here' if r == 'closed' else ''}".strip()
+            for r in ("closed", "broken", "hidden", "other", "helper", "again") if (text := found.counted(r, folder))]
+    return f"in it: {'; '.join(held)}" if held else "it is empty"
 
 # %% ../nbs/07_folders.ipynb #1aab7d8b
 def class_folders(found:Photographs, # of a folder of class folders
@@ -401,7 +385,7 @@ def class_folders(found:Photographs, # of a folder of class folders
     for path in (p for p in found.paths if p.startswith(start)):
         name, _, rest = path[len(start):].partition("/")
         if rest: out[name].append(path)
-        else: found._leave("loose", path)
+        else: found.leave("loose", path)
     made = [p for p in found.left.get("output", ()) if p.startswith(start)]
     for name in [n for n, paths in out.items() if not paths]: # runs, or a folder that holds such
         empty_runs = name == "runs" and what_is_there(found, start + name) == "it is empty"
@@ -411,20 +395,93 @@ def class_folders(found:Photographs, # of a folder of class folders
             found.left["output"] = [*kept, start + name]
     return out
 
-# %% ../nbs/07_folders.ipynb #a8bfcb70
-def what_is_there(found:Photographs,
-                  folder:str # below its root
-                 )->str: # words
-    "What a folder without photographs holds"
-    held = [f"{text} {'that cannot be opened here' if r == 'closed' else ''}".strip()
-            for r in ("closed", "broken", "hidden", "other", "helper", "again") if (text := found.counted(r, folder))]
-    return f"in it: {'; '.join(held)}" if held else "it is empty"
-
 # %% ../nbs/07_folders.ipynb #31d5d27d
-def _no_photographs(found,
-                    part,
-                    classes # sentences about class folders without a photograph
-                   ):
-    at = lambda c: f"{part}/{c}" if part else c
-    return [f"the class folder {one_line(at(c))!r} holds no photograph ({what_is_there(found, at(c))})"
-            for c, paths in classes.items() if not paths]
+def no_photographs(found:Photographs, # around them
+                   part:str, # of the split; empty where there is none
+                   classes:dict # class -> paths
+                  )->list[str]: # sentences without their point
+    "What to say of class folders without a photograph"
+    at = {c: f"{part}/{c}" if part else c for c, paths in classes.items() if not paths}
+    return [f"the class folder {one_line(path)!r} holds no photograph ({what_is_there(found, path)})"
+            for path in at.values()]
+
+# %% ../nbs/07_folders.ipynb #940e81c2
+def _labelled(classes, # class -> paths
+              index # class -> its number, in the order of the numbers
+             ): # N paths, (N,) int64
+    classes = {c: classes[c] for c in index if c in classes}
+    labels = [index[c] for c, paths in classes.items() for _ in paths]
+    return [p for paths in classes.values() for p in paths], np.array(labels, dtype=np.int64)
+
+
+def _fitting(found, # the photographs
+             split, # role -> folder
+             classes # role -> class -> paths
+            ): # raises where the parts do not fit together
+    root, train, own = one_line(found.root), one_line(split["train"]), classes["train"]
+    for part, there in classes.items():
+        at = f"{root}/{one_line(split[part])}"
+        if more := [c for c in there if c not in own and there[c]]:
+            close = nearest(valid_text(more[0]), map(valid_text, own))
+            hint = f" {close}" if close.startswith("Did") else ""
+            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{train} lacks ({len(more)} "
+                            f"such): every class needs training images.{hint}")
+        if not any(there.values()):
+            raise DataError(f"{at} holds no photograph: the {part} set is empty ({what_is_there(found, split[part])}).")
+    if empty := next((c for c, paths in own.items() if not paths), None):
+        n = len(classes["test"].get(empty, ()))
+        but = f" but {n} test images" if n else ""
+        raise DataError(f"{root}: class {valid_text(empty)!r} has no training image{but}: "
+                        f"{'; '.join(no_photographs(found, split['train'], own)[:3])}. Add photographs, or move these "
+                        "folders away.")
+
+# %% ../nbs/07_folders.ipynb #4d7d79bc
+def split_parts(found:Photographs, # of the folders of the split
+                split:dict, # role -> folder, of `find_split`
+                class_order:str|None=None # for `ordered`
+               )->tuple[list, dict, list]: # K names, part -> (N paths, (N,) int64), notes
+    "Train, test and perhaps val of a split"
+    classes, train, notes = {role: class_folders(found, name) for role, name in split.items()}, split["train"], []
+    if "test" not in split and "val" in split:
+        split, classes["test"] = {"train": train, "test": split["val"]}, classes.pop("val")
+        notes.append(f"there is no test folder: {one_line(split['test'])} is the test set, as in ImageNet.")
+    if "test" not in split:
+        at = one_line(os.path.join(found.root, train))
+        raise DataError(f"{one_line(found.root)} has {one_line(train)} but neither test nor val: add one, or give "
+                        f"--data-root {at} to split it.")
+    _fitting(found, split, classes)
+    for part in sorted(classes.keys() - {"train"}):
+        notes += [f"{text}." for text in no_photographs(found, split[part], classes[part])]
+    names = ordered(classes["train"], class_order)
+    index = {c: k for k, c in enumerate(names)}
+    return names, {part: _labelled(own, index) for part, own in classes.items()}, notes
+
+# %% ../nbs/07_folders.ipynb #346da885
+def drawn_parts(found:Photographs, # of a folder of class folders
+                test_fraction:float, # share of each class for the test
+                seed:int=0, # of the draw
+                class_order:str|None=None # for `ordered`
+               )->tuple[list, dict, list]: # K names, part -> (N paths, (N,) int64), notes
+    "Train and test of class folders without a split"
+    if not 0 < test_fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
+    classes, root = class_folders(found), one_line(found.root)
+    if len(classes) > 1 and (empty := no_photographs(found, "", classes)):
+        raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: "
+                        f"{'; '.join(empty[:3])}. Add photographs, or move these folders away.")
+    rng, train, test = np.random.RandomState(seed), {}, {}
+    for c, paths in classes.items():
+        order, n = rng.permutation(len(paths)), int(len(paths) * test_fraction)
+        train[c], test[c] = ([paths[i] for i in np.sort(index)] for index in (order[n:], order[:n]))
+    names = ordered(classes, class_order)
+    if len(names) > 1 and not any(test.values()): _too_few(root, classes, test_fraction)
+    index = {c: k for k, c in enumerate(names)}
+    note = f"there is no test folder: {test_fraction:.0%} of each class, rounded down, is the test set (seed {seed})."
+    return names, {"train": _labelled(train, index), "test": _labelled(test, index)}, [note]
+
+
+def _too_few(root, classes, test_fraction): # raises: no class is large enough for the share
+    most = max(map(len, classes.values()), default=0)
+    way = f"Give a larger --test-fraction, at least {math.ceil(100 / most) / 100:g}, or add" if most > 1 else "Add"
+    raise DataError(f"{root}: no class has {math.ceil(1 / test_fraction)} photographs, so the test set is empty: "
+                    f"{test_fraction:.0%} of each class, rounded down, is none (--test-fraction {test_fraction:g}). "
+                    f"{way} photographs, or a test folder.")

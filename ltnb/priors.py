@@ -8,21 +8,18 @@ __all__ = ['COUNT_WORDS', 'prior_text', 'class_prior']
 # %% ../nbs/08_priors.ipynb #fa8235d3
 import csv, io, json, math, re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .core import UsageError, nearest
-from .labels import _number, _once, read_text, word
+from .labels import read_text, unique_keys, whole_number, word
 
 # %% ../nbs/08_priors.ipynb #fa238622
-COUNT_WORDS = ("prior", "probability", "prob", "p", "share", "frequency", "freq", "weight", "count", "counts", "n",
-               "images", "value", "number")
-
-
-def _amount(x,
-            source # a count or probability
-           ):
+def _amount(x, # a number, or its text
+            source # for the error
+           ): # a float
     if isinstance(x, bool) or not isinstance(x, (int, float, str)):
         raise UsageError(f"{source}: {x!r} is no count or probability.")
     try: v = float(x)
@@ -32,15 +29,18 @@ def _amount(x,
         raise UsageError(f"{source}: {str(x)[:80]!r} is no count or probability, which must be finite and above 0.")
     return v
 
+# %% ../nbs/08_priors.ipynb #da61659c
+COUNT_WORDS = ("prior", "probability", "prob", "p", "share", "frequency", "freq", "weight", "count", "counts", "n",
+               "images", "value", "number")
 
-def _numeric(c # is a cell a number, good or bad?
-            ):
-    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf", c.strip(), re.IGNORECASE))
 
+def _numeric(cell): # is it a number, good or bad?
+    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf", cell.strip(), re.IGNORECASE))
 
-def _prior_table(path, # class -> amount
-                 text # or a list
-                ):
+# %% ../nbs/08_priors.ipynb #1936d2ee
+def _prior_table(path, # for the error
+                 text # of a csv file
+                ): # class -> amount, or a list of amounts, all as texts
     rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;", key=text.count))
             if any(c.strip() for c in r)]
     if not rows: raise UsageError(f"{path} is empty.")
@@ -57,34 +57,55 @@ def _prior_table(path, # class -> amount
     return {r[key].strip(): r[value].strip() for r in body}
 
 # %% ../nbs/08_priors.ipynb #a93d32a6
+def _prior_value(text, # numbers joined by commas, JSON, or the name of a file
+                 source # for the error
+                ): # a list, or class -> amount, or what JSON holds otherwise
+    parts, inline = text.split(","), text[0] in "[{"
+    if not inline and not Path(text).exists():
+        if len(parts) > 1: return [p.strip() for p in parts]
+        raise UsageError(f"{source} does not exist as a file: give a .csv or .json file, "
+                         "counts joined by commas, or train.")
+    content = text if inline else read_text(text)
+    as_json = inline or text.lower().endswith(".json")
+    try: return json.loads(content, object_pairs_hook=unique_keys) if as_json else _prior_table(text, content)
+    except (ValueError, RecursionError, csv.Error) as e:
+        if isinstance(e, UsageError): raise
+        raise UsageError(f"{source} cannot be read ({str(e)[:120]}): expected class and count, as csv with two "
+                         f"columns or as JSON.") from e
+
+# %% ../nbs/08_priors.ipynb #70d9bb2b
 def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .csv or .json file
               )->str|None: # the same without the file: "train" or JSON
     "Read a test prior, and refuse what cannot be one"
     if given is None or given.strip().lower() == "train": return given and "train"
     text, source = given.strip(), f"test_prior={given.strip()[:80]!r}"
     if not text: raise UsageError("test_prior is empty: give a .csv or .json file, numbers joined by commas, or train.")
-    parts, inline = text.split(","), text[0] in "[{"
-    if not inline and len(parts) > 1 and not Path(text).exists(): value = [p.strip() for p in parts]
-    else:
-        if not inline and not Path(text).exists():
-            raise UsageError(f"{source} does not exist as a file: give a .csv or .json file, "
-                             "counts joined by commas, or train.")
-        content = text if inline else read_text(text)
-        as_json = inline or text.lower().endswith(".json")
-        try: value = json.loads(content, object_pairs_hook=_once) if as_json else _prior_table(text, content)
-        except (ValueError, RecursionError, csv.Error) as e:
-            if isinstance(e, UsageError): raise
-            raise UsageError(f"{source} cannot be read ({str(e)[:120]}): expected class and count, as csv with two "
-                             f"columns or as JSON.") from e
+    value = _prior_value(text, source)
     if not isinstance(value, (list, dict)) or not value:
         raise UsageError(f"{source}: expected counts or probabilities of the classes.")
     return json.dumps({k: _amount(v, source) for k, v in value.items()} if isinstance(value, dict)
                       else [_amount(v, source) for v in value], ensure_ascii=False, sort_keys=True)
 
+# %% ../nbs/08_priors.ipynb #636e69c6
+def _by_name(value, # class name or class number -> amount
+             names # K names
+            ): # (K,) amounts
+    k = len(names)
+    by_name = set(value) & set(names) or not all(whole_number(x) is not None for x in value)
+    order = names if by_name else [str(i) for i in range(k)]
+    if not by_name: value = {str(int(x)): p for x, p in value.items()}
+    if more := [x for x in value if x not in set(order)]:
+        raise UsageError(f"test_prior names the class {more[0]!r}, which the data do not have. "
+                         f"{nearest(more[0], order) if k <= 1000 else ''}".strip())
+    if lacks := [n for n in order if n not in value]:
+        raise UsageError(f"test_prior lacks the class {lacks[0]!r} ({len(lacks)} of {k} classes): give every class "
+                         f"a count or probability.")
+    return np.array([value[n] for n in order])
+
 # %% ../nbs/08_priors.ipynb #ac128808
 def class_prior(given:str|None, # of `prior_text`
-                class_names, # K names
-                train_counts=None # (K,) training items, for "train"
+                class_names:Sequence, # K names
+                train_counts:Sequence|None=None # (K,) training items, for "train"
                )->np.ndarray|None: # (K,) probabilities, all above 0
     "The test prior of these classes"
     if given is None: return None
@@ -99,17 +120,7 @@ def class_prior(given:str|None, # of `prior_text`
             raise UsageError(f"test_prior has {len(value)} numbers for {k} classes: give one a class, in the order of "
                              f"the classes.")
         v = np.array(value)
-    else:
-        by_name = set(value) & set(names) or not all(_number(x) is not None for x in value)
-        order = names if by_name else [str(i) for i in range(k)]
-        value = value if order is names else {str(int(x)): p for x, p in value.items()}
-        if more := [x for x in value if x not in set(order)]:
-            raise UsageError(f"test_prior names the class {more[0]!r}, which the data do not have. "
-                             f"{nearest(more[0], order) if k <= 1000 else ''}".strip())
-        if lacks := [n for n in order if n not in value]:
-            raise UsageError(f"test_prior lacks the class {lacks[0]!r} ({len(lacks)} of {k} classes): give every class "
-                             f"a count or probability.")
-        v = np.array([value[n] for n in order])
+    else: v = _by_name(value, names)
     if (v <= 0).any():
         raise UsageError(f"test_prior gives the class {names[int(np.argmin(v))]!r} the probability 0, so no image "
                          f"could be answered with it: give it a small share, or take the class out of the data.")

@@ -197,7 +197,7 @@ def test_fuzzed_names(tmp_path_factory, kind, text):
 def test_unique_names(names_):
     out = unique_names(names_)
     assert len(set(out)) == len(out) == len(names_) and unique_names(out) == out
-    assert all(o.startswith(n) for o, n in zip(out, names_))
+    assert all(o.startswith(n) for o, n in zip(out, names_, strict=True))
 
 
 def photo(path, k=0, i=0):
@@ -215,7 +215,7 @@ def table(tmp_path, rows, name="all.csv", header="path,label"):
 
 def birds(tmp_path, n=(20, 12, 6), suffix=".png", cams=5):
     rows = []
-    for k, (c, m) in enumerate(zip(("owl", "jay", "kiwi"), n)):
+    for k, (c, m) in enumerate(zip(("owl", "jay", "kiwi"), n, strict=True)):
         for i in range(m):
             photo(tmp_path / "img" / f"{c}{i}.png", k, i)
             part = ("train", "Val", "TEST", "train", "train", "train")[i % 6]
@@ -249,6 +249,15 @@ def test_ids_without_a_suffix_are_found(tmp_path):
         DataError, match="1 of .* images of .*all.csv are not under .*'owl3', nor with a suffix.*--data-root"
     ):
         LongTail.lists(root, file)
+
+
+def test_one_image_in_two_lists_is_found_without_its_suffix(tmp_path):
+    for i in range(4):
+        photo(tmp_path / "img" / f"{i}.png", i % 2, i)
+    train = table(tmp_path, ["0,a", "1,b", "2,a"], "train.csv", "id,label")
+    for same in ("1,b", "1.png,b"):
+        with pytest.raises(DataError, match="share 1 paths, such as '1.png'"):
+            LongTail.lists(tmp_path / "img", train, table(tmp_path, ["3,b", same], "test.csv", "id,label"))
 
 
 def test_one_table_with_a_split_column(tmp_path):
@@ -516,9 +525,11 @@ def test_a_run_goes_on_after_its_data_moved(main, tmp_path):
     for k in range(2):
         for i in range(10):
             photo(tmp_path / "tree" / f"c{k}" / f"{i}.png", k, i)
-    run = lambda root: main(
-        "run", "baseline", *SMALL, "--dataset", "folder", "--data-root", root, "--out", tmp_path / "run"
-    )
+
+    def run(root):
+        at = ("--dataset", "folder", "--data-root", root, "--out", tmp_path / "run")
+        return main("run", "baseline", *SMALL, *at)
+
     assert run(tmp_path / "tree")[0] == 0
     scores = (tmp_path / "run" / "scores.json").read_bytes()
     shutil.move(tmp_path / "tree", tmp_path / "new")
@@ -530,11 +541,29 @@ def test_a_run_goes_on_after_its_data_moved(main, tmp_path):
     assert str(tmp_path / "tree") in (tmp_path / "run" / "config.json").read_text(), "where it began stays on record"
 
 
+def stages_of(cfg, name, done, folder, stop):
+    "How a run loads its data, and its stages: they note the folder, and stop before the end if told to"
+    from ltnb.ldmlr import read_data
+
+    def load(seed):
+        return read_data(cfg) if name == "features" else load_data(cfg, seed)
+
+    def one_seed(*a):
+        done.append(folder)
+        return []
+
+    def finish(*a):
+        if stop:
+            raise InterruptedError
+
+    return load, (lambda c, d: c, one_seed, finish)
+
+
 @pytest.mark.parametrize("name", ["npz", "lists", "features"])
 def test_every_source_may_move(tmp_path, name):
     from ltnb.baseline import BaselineConfig
     from ltnb.runs import Run
-    from ltnb.ldmlr import LDMLRConfig, read_data
+    from ltnb.ldmlr import LDMLRConfig
 
     table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     archive(tmp_path / "a.npz")
@@ -552,9 +581,7 @@ def test_every_source_may_move(tmp_path, name):
             for p in paths.values():
                 shutil.move(tmp_path / p, folder / p)
         cfg = kind(**more, **{k: str(folder / p) for k, p in paths.items()}, out=str(tmp_path / "run"))
-        load = (lambda seed: read_data(cfg)) if name == "features" else (lambda seed: load_data(cfg, seed))
-        finish = lambda *a: (_ for _ in ()).throw(InterruptedError) if folder == tmp_path else None
-        stages = (lambda c, d: c, lambda *a: done.append(folder) or [], finish)
+        load, stages = stages_of(cfg, name, done, folder, stop=folder == tmp_path)
         try:
             Run(cfg).carry_out(load, *stages)
         except InterruptedError:
@@ -567,9 +594,11 @@ def test_every_source_may_move(tmp_path, name):
 def test_other_data_under_another_path_is_refused(main, tmp_path):
     archive(tmp_path / "a.npz")
     archive(tmp_path / "b.npz", train_labels=np.repeat([1, 0], 4))
-    run = lambda name, *more: main(
-        "run", "baseline", *SMALL, "--dataset", "npz", "--data-root", tmp_path / name, "--out", tmp_path / "run", *more
-    )
+
+    def run(name, *more):
+        at = ("--dataset", "npz", "--data-root", tmp_path / name, "--out", tmp_path / "run")
+        return main("run", "baseline", *SMALL, *at, *more)
+
     assert run("a.npz")[0] == 0
     before = json.loads((tmp_path / "run" / "config.json").read_text())
     for finished in (True, False):

@@ -13,8 +13,9 @@ from ltnb import folders, pictures
 from ltnb.core import DataError, UsageError
 from ltnb.progress import Progress
 from ltnb.core import valid_text
-from ltnb.folders import Photographs, find_split, image_suffixes, is_ltnb_output, ordered, split_role
-from ltnb.data import LongTail
+from ltnb.folders import Photographs, find_split, image_suffixes, is_ltnb_output, split_role
+from ltnb.labels import ordered
+from ltnb.sources import LongTail, Photos
 from ltnb.pictures import figure_names
 from PIL import Image
 
@@ -343,7 +344,7 @@ def test_folders_of_thumbnails_are_not_read_beside_photographs(tmp_path):
 )
 @pytest.mark.parametrize("wrapper", ["", "dataset/"])
 def test_splits_under_other_names(tmp_path, names, wrapper):
-    for n, sizes in zip(names, ((("cat", 5), ("dog", 3)), (("cat", 2), ("dog", 2)))):
+    for n, sizes in zip(names, ((("cat", 5), ("dog", 3)), (("cat", 2), ("dog", 2))), strict=True):
         photos(tmp_path / "p" / wrapper / n, sizes)
     data = LongTail.folder(tmp_path / "p")
     assert (
@@ -456,6 +457,24 @@ def test_messages_about_folders(tmp_path, main):
 # order of the classes
 
 
+def test_how_photographs_are_read_is_one_record(tmp_path):
+    root = photos(tmp_path / "p")
+    by_name = LongTail.folder(root, image_size=8, bad_images="skip", imb_ratio=2, val_per_class=1)
+    by_record = LongTail.folder(root, 2, photos=Photos(8, "skip"), val_per_class=1)
+    assert by_name.fingerprint() == by_record.fingerprint() and by_name.train.images.shape[1:] == (3, 8, 8)
+    assert LongTail.folder(root, photos=Photos(8), image_size=4).train.images.shape[1:] == (3, 4, 4)
+    for call in (LongTail.folder, lambda root, **given: LongTail.lists(None, photo_list(tmp_path, root), **given)):
+        with pytest.raises(UsageError, match="no setting 'image_sise'. Did you mean 'image_size'"):
+            call(root, image_sise=8)
+
+
+def photo_list(tmp_path, root):
+    "A list file of class folders"
+    lines = [f"{p.relative_to(root)} {k}" for k, c in enumerate(("cat", "dog")) for p in sorted((root / c).iterdir())]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    return tmp_path / "list.txt"
+
+
 def test_class_order(tmp_path, main):
     root = photos(tmp_path / "p", (("c1", 6), ("c10", 6), ("c2", 6)))
     by_name, natural = LongTail.folder(root), LongTail.folder(root, class_order="natural")
@@ -467,7 +486,7 @@ def test_class_order(tmp_path, main):
     (tmp_path / "order.txt").write_text("c2\nc1\nc10\n")
     data = LongTail.folder(root, class_order=str(tmp_path / "order.txt"))
     assert data.class_names == ("c2", "c1", "c10") and all(
-        data.class_names[y] == i.split("/")[0] for i, y in zip(data.train.ids, data.train.labels)
+        data.class_names[y] == i.split("/")[0] for i, y in zip(data.train.ids, data.train.labels, strict=True)
     )
     for text, word in (
         ("c2\nc1\n", "does not name 'c10'"),
@@ -615,10 +634,13 @@ def test_predict_says_what_it_did_not_take(tmp_path, main, model):
 
 def test_predict_one_file_and_bad_ones(tmp_path, main, model):
     Image.fromarray(np.linspace(0, 255, 256 * 256).astype(np.uint8).reshape(256, 256)).save(tmp_path / "one.jpg")
-    ask = lambda images, *more: main(
-        "predict", "--model", model, "--images", images, "--out", tmp_path / "p.csv", *more
-    )
-    rows = lambda: list(csv.reader((tmp_path / "p.csv").open(newline="")))
+
+    def ask(images, *more):
+        return main("predict", "--model", model, "--images", images, "--out", tmp_path / "p.csv", *more)
+
+    def rows():
+        return list(csv.reader((tmp_path / "p.csv").open(newline="")))
+
     code, out, err = ask(tmp_path / "one.jpg")
     assert (
         code == 0
