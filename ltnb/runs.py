@@ -128,7 +128,7 @@ def _check_foreign(self:Run): # a folder without config.json
         raise UsageError(f"{self.path} has {', '.join(foreign)} but no config.json, so it is not a run of ltnb, and "
                          "they could be overwritten: choose an empty or new folder for --out.")
 
-# %% ../nbs/03_runs.ipynb #b70d3866
+# %% ../nbs/03_runs.ipynb #086905ee
 @patch
 def check_same(self:Run):
     "Refuse a directory that belongs to another config, or whose files are not a run's"
@@ -144,7 +144,7 @@ def check_same(self:Run):
                          "choose another --out.")
     self._compare(there)
 
-
+# %% ../nbs/03_runs.ipynb #a406b699
 @patch
 def _compare(self:Run, there): # what config.json holds with the settings now
     now, before = plain(self.config.identity()), dict(there["given"] or {})
@@ -182,7 +182,7 @@ def open(self:Run,
         for p in self.path.glob(pattern): p.unlink(missing_ok=True)
     return self
 
-
+# %% ../nbs/03_runs.ipynb #393ae064
 @patch
 def close(self:Run):
     "Give the lock back"
@@ -227,7 +227,7 @@ def start(self:Run,
     threads = {"threads": self.threads} if self.threads else {}
     write_json(self.path/"environment.json", environment(device, precision) | threads)
 
-
+# %% ../nbs/03_runs.ipynb #c6dfa334
 @patch
 def _hold_against(self:Run, config, resolved, seeds): # what is there; only the number of seeds may have grown
     self.check_data(**config["data"])
