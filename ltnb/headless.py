@@ -215,11 +215,12 @@ def run_notebook(notebook:Path, # the entry notebook
         except OSError as e: raise os_error(e, f"writing {target}") from e
         except RuntimeError as e: raise kernel_error(e, kernel.get("process"), Path(log.name)) from e
 
-# %% ../nbs/98_headless.ipynb #0f1fd667
+# %% ../nbs/98_headless.ipynb #3791d1bc
 def _execute(notebook, target, values, own, manager): # through papermill, with the kernel's sockets in the folder `own`
     from papermill.execute import execute_notebook
     from traitlets.config import Config as Traits
-    logging.getLogger("papermill").setLevel(logging.CRITICAL + 1)
+    for name in ("papermill", "asyncio"): # the second tells of a kernel that a signal has ended, in a traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     socket = os.path.join(own, "kernel")
     transport = {"transport": "ipc", "ip": socket} if len(os.fsencode(socket)) < 90 else {"transport": "tcp"}
     execute_notebook(notebook, target, values, kernel_name="python3", progress_bar=False, log_output=False, cwd=here(),
