@@ -103,7 +103,8 @@ def run_command(args:list[str] # after `ltnb run`
     if not args or args[0] in ("-h", "--help"):
         parser.add_argument("name", help="; ".join(f"{k}: {r.help}" for k, r in RECIPES.items()))
         if not args: raise UsageError(f"ltnb run needs a name. {nearest('', RECIPES)}")
-        return parser.print_help()
+        parser.print_help()
+        return
     if args[0].startswith("-"):
         raise UsageError(f"ltnb run takes the recipe's name first, got {args[0]!r}. {nearest('', RECIPES)}")
     recipe = find_recipe(args[0])
@@ -134,7 +135,7 @@ def has_card(folder:str # what --out names
     try: return {"name", "subset_hash", "bands", "notes"} <= set(read_json(Path(folder)/CARD[0]))
     except (DataError, TypeError): return False
 
-
+# %% ../nbs/99_cli.ipynb #d93b71bd
 def keep_card(out:Path, # a folder
               data:Any, # the LongTail
               facts:dict, # of `describe`
@@ -204,7 +205,7 @@ class PredictConfig(Config):
     threads: str = "auto" # how many threads compute: auto or a number
     paths: ClassVar[tuple] = ("model", "images")
 
-
+# %% ../nbs/99_cli.ipynb #a400557c
 @dataclass(frozen=True)
 class EncodeConfig(DataConfig):
     "Settings of `ltnb encode`"
@@ -237,7 +238,7 @@ def is_predictions(path:str # a file
         with open(path, "rb") as f: return f.readline(100).startswith(b"path,class,probability")
     except OSError: return False
 
-
+# %% ../nbs/99_cli.ipynb #6c9d2a08
 def is_features(path:str # a file
                )->bool: # did `ltnb encode` write it?
     "Its mark tells; an archive with the same arrays may be somebody's own"
@@ -245,7 +246,7 @@ def is_features(path:str # a file
         with zipfile.ZipFile(path) as z: return "ltnb.npy" in z.namelist()
     except (OSError, zipfile.BadZipFile): return False
 
-
+# %% ../nbs/99_cli.ipynb #8b33f5d1
 def is_job(folder:str # what --out names
           )->bool: # did `ltnb generate` begin there?
     "The header of its shards tells"

@@ -58,7 +58,7 @@ def hints(cls:Config
         out[f.name] = kind, choices, optional or "auto" in f.metadata
     return out
 
-
+# %% ../nbs/01_config.ipynb #9c20e253
 @patch(cls_method=True)
 def limits(cls:Config
           )->dict[str, tuple]: # name -> (lowest, highest), either None
@@ -150,7 +150,7 @@ def parse(cls:Config,
     except (ValueError, KeyError):
         raise UsageError(f"--{name.replace('_', '-')} takes {_KINDS[kind]}, got {text!r}.") from None
 
-
+# %% ../nbs/01_config.ipynb #55e5b7ac
 @patch(cls_method=True)
 def from_dict(cls:Config,
               values:dict # name -> value
@@ -186,14 +186,14 @@ def to_dict(self:Config
     "All settings"
     return {f.name: getattr(self, f.name) for f in fields(self)}
 
-
+# %% ../nbs/01_config.ipynb #66ff6a9d
 @patch
 def path_names(self:Config
               )->tuple: # names of settings
     "The settings that are paths"
     return *self.paths, *(n for n, known in self.words.items() if getattr(self, n) not in (None, *known))
 
-
+# %% ../nbs/01_config.ipynb #5e4d0d36
 @patch
 def inputs(self:Config
           )->list[tuple]: # (flag, path, are all files below it taken?), for `check_output`
@@ -220,7 +220,7 @@ def digest(self:Config,
     if hasattr(self, "seeds"): d["seeds"] = type(self).seeds if seeds is None else seeds
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:6]
 
-
+# %% ../nbs/01_config.ipynb #7abd8bf4
 @patch
 def unknown_to(self:Config,
                saved:dict # settings of an older version's run

@@ -23,12 +23,12 @@ class LtnbError(Exception):
     "A failure that one sentence explains; the command prints it and exits with `exit_code`"
     exit_code = 1
 
-
+# %% ../nbs/00_core.ipynb #b03c8e0b
 class UsageError(LtnbError, ValueError):
     "A wrong name, type or value, found before anything ran"
     exit_code = 2
 
-
+# %% ../nbs/00_core.ipynb #6791c4bf
 class DataError(LtnbError, ValueError):
     "Data that cannot be used: missing keys, labels outside the classes, not-a-number values"
 
@@ -88,7 +88,7 @@ def work_is_kept()->Iterator[None]:
     try: yield
     finally: _kept.pop()
 
-
+# %% ../nbs/00_core.ipynb #31d4ba61
 def os_error(e:OSError, # what the system said
              doing:str # what was being done, with the path
             )->LtnbError: # an error with a hint and a way on
@@ -156,7 +156,7 @@ def write_json(path:str|Path, # the file to write
     "Write `obj` as readable JSON, atomically"
     with atomic_write(path) as f: f.write(_json(obj, indent=1) + "\n")
 
-
+# %% ../nbs/00_core.ipynb #fba387c5
 def read_json(path:str|Path # the file to read
              )->Any: # what it holds
     "Read a JSON file; a damaged one is a `DataError` that names it"
@@ -171,7 +171,7 @@ def write_jsonl(path:str|Path, # the file to write
     "Write one JSON object a line, atomically"
     with atomic_write(path) as f: f.writelines(_json(r) + "\n" for r in rows)
 
-
+# %% ../nbs/00_core.ipynb #a7d2fb22
 def read_jsonl(path:str|Path # the file to read
               )->list[dict]: # its rows; a torn last line (a killed writer) is dropped
     "Read JSON Lines"
@@ -196,7 +196,7 @@ def save_tensors(path:str|Path, # a .safetensors file
     data = save(tensors, metadata={"ltnb": json.dumps(plain(meta or {}))})
     with atomic_write(path, "wb") as f: f.write(data)
 
-
+# %% ../nbs/00_core.ipynb #66bb3a01
 def load_tensors(path:str|Path # a file of `save_tensors`
                 )->tuple[dict, dict]: # the tensors, and their description
     "Load tensors; a torn or foreign file is a `DataError` that names it"
@@ -298,7 +298,7 @@ def stable_seed(*key:Any # what the randomness is for, as strings and numbers
     "A seed for one purpose"
     return int.from_bytes(hashlib.sha256("|".join(map(str, key)).encode()).digest()[:8], "big") >> 1
 
-
+# %% ../nbs/00_core.ipynb #e0f32a60
 def generator(*key:Any, # what the randomness is for
               device:str="cpu" # the device of the tensors to be drawn
              )->Any: # a torch.Generator
@@ -328,7 +328,7 @@ def device_type(device:Any # "cuda:1", torch.device("cpu"), …
     import torch
     return torch.device(device).type
 
-
+# %% ../nbs/00_core.ipynb #e6673f92
 def choose_device(device:Any="auto" # "auto", "cpu", "cuda", "cuda:1", or a torch.device
                  )->str: # "cpu", "cuda" or "cuda:1"
     "The device to use; asking for a GPU that is not there is an error"
@@ -381,7 +381,7 @@ def full_fp32():
     torch.set_float32_matmul_precision("highest")
     for part in (cudnn, *_roundings().values()): part.fp32_precision = "ieee"
 
-
+# %% ../nbs/00_core.ipynb #0d6f55e3
 def tf32_in_use(device:Any="cpu" # where something runs
                )->dict: # "conv", "rnn" and "matmul" -> bool
     "Which fp32 operations are rounded to TF32 there"

@@ -54,7 +54,7 @@ def onnx_packages()->tuple: # (onnx, onnxruntime)
     except ImportError as e: raise LtnbError(f'the export needs the package {e.name}: pip install "ltnb[onnx]".') from e
     return onnx, onnxruntime
 
-
+# %% ../nbs/97_export.ipynb #70894b27
 def to_onnx(clf:Classifier # trained; put into evaluation mode, on the CPU
            )->Any: # onnx.ModelProto
     "The graph of a classifier, with its classes, normalisation and prior"

@@ -9,13 +9,14 @@ __all__ = ['OPTIONS', 'help_of', 'Parser', 'add_settings', 'add_options', 'parse
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from .core import UsageError, nearest
 from .config import Config
 from .progress import Progress
 
 # %% ../nbs/09_flags.ipynb #c70f4237
-def help_of(config_class:type[Config]
+def help_of(config_class:type[Config] # whose fields
            )->dict[str, str]: # field -> its docment, and the words of a default that depends on the data
     "The comments behind the fields, base classes first"
     from fastcore.docments import docments
@@ -29,7 +30,11 @@ def help_of(config_class:type[Config]
 class Parser(argparse.ArgumentParser):
     "argparse, with a `UsageError` where it would exit"
 
-    def __init__(self, *args, **kwargs): super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self,
+                 prog:str|None=None, # how the command is called
+                 **about:Any # of argparse.ArgumentParser, such as its description
+                ):
+        super().__init__(prog, allow_abbrev=False, **about)
 
     def error(self,
               message:str # argparse's own
@@ -84,7 +89,7 @@ def parse(parser:argparse.ArgumentParser, # with all flags
     flags = [s for a in parser._actions for s in a.option_strings if s.startswith("--")]
     raise UsageError(f"{odd!r} is not an option of {parser.prog}. {nearest(odd, flags)}")
 
-
+# %% ../nbs/09_flags.ipynb #c1af8cee
 def settings(config_class:type[Config], # what is to be made
              given:dict # of `parse`
             )->Config: # checked

@@ -29,7 +29,7 @@ def entry_notebook(name:str # file name
         if (folder/name).exists(): return folder/name
     raise LtnbError(f"the entry notebook {name} is not beside the package {here}: install ltnb again.")
 
-
+# %% ../nbs/98_headless.ipynb #638e035d
 def check_notebook(run:Run, # not opened
                    notebook:str # file name
                   ):
@@ -49,7 +49,7 @@ def check_text(values:dict # settings of a recipe
             raise UsageError(f"{name}={valid_text(v)!r} is not UTF-8, and a notebook cannot hold it: add --plain, or "
                              "give the path another name.")
 
-
+# %% ../nbs/98_headless.ipynb #3c9fba8a
 def notebook_settings(config:Config, # checked settings
                       folder:Path # the run directory
                      )->dict: # name -> value
@@ -105,7 +105,7 @@ def here()->str: # the working folder
     try: return os.getcwd()
     except OSError: raise LtnbError("the working folder does not exist any more: change to another one.") from None
 
-
+# %% ../nbs/98_headless.ipynb #055ed3b9
 @contextmanager
 def variables(**values:str # of the environment
              )->Iterator[None]:
@@ -247,7 +247,7 @@ def notebook_finished(path:Path # an executed notebook
 class Stopped(SystemExit):
     "A signal asked this process to end"
 
-
+# %% ../nbs/98_headless.ipynb #ad476cb1
 @contextmanager
 def stopped_by_signals()->Iterator[None]:
     "SIGTERM and SIGHUP inside the block raise `Stopped`, so that everything is put away"

@@ -147,7 +147,7 @@ def step(self:Progress,
     if self.pipe: _send(self.pipe, id=self.id, done=self.done)
     else: self._show(f"{self.name}: {self.done}/{self.total}")
 
-
+# %% ../nbs/02_progress.ipynb #a0d11148
 @patch
 def _show(self:Progress, text): # one line per cell, which is replaced
     from IPython.display import display
@@ -176,7 +176,7 @@ def open_streams():
         elif hasattr(stream, "reconfigure") and (stream.errors == "strict" or stream.encoding.lower() != "utf-8"):
             stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
-
+# %% ../nbs/02_progress.ipynb #924543c1
 def flush_streams()->bool: # could everything be printed?
     "Print what is still held back; what cannot be printed is dropped"
     whole = True

@@ -51,7 +51,7 @@ def unlock_file(path:str|Path, # the lock
     Path(path).unlink(missing_ok=True)
     lock.release()
 
-
+# %% ../nbs/03_runs.ipynb #a96aab9e
 @contextmanager
 def locked(path:str|Path, # the lock
            wait:float=5. # seconds to wait for its holder
@@ -99,7 +99,7 @@ def rows_by_seed(self:Run
     for r in known: rows.setdefault(r.get("seed"), []).append(r)
     return rows
 
-
+# %% ../nbs/03_runs.ipynb #c4f8421f
 @patch(as_prop=True)
 def finished(self:Run
             )->bool: # scores.json is written last
@@ -135,7 +135,9 @@ def check_same(self:Run):
     path = self.path/"config.json"
     try:
         self.check_out()
-        if not path.exists(): return self._check_foreign()
+        if not path.exists():
+            self._check_foreign()
+            return
     except OSError as e: raise os_error(e, f"looking at the run directory {self.path}") from e
     there = read_json(path)
     check_format(there, path, ("recipe", "given", "data"), "choose another --out")
@@ -251,7 +253,7 @@ def moved(self:Run
     before, now = read_json(self.path/"config.json").get("given") or {}, plain(self.config.identity())
     return {k: (before.get(k), now[k]) for k in self.config.path_names() if before.get(k) != now.get(k)}
 
-
+# %% ../nbs/03_runs.ipynb #d5d49ba9
 @patch
 def check_data(self:Run,
                **data # what identifies the data, such as its fingerprint
@@ -274,7 +276,7 @@ def log(self:Run,
     "Append a row to `metrics.jsonl`"
     self._append("metrics.jsonl", row)
 
-
+# %% ../nbs/03_runs.ipynb #f7994bc2
 @patch
 def _append(self:Run, name, row):
     try:
@@ -348,7 +350,7 @@ def finish(self:Run,
     write_json(self.path/"scores.json", rows)
     self.sweep()
 
-
+# %% ../nbs/03_runs.ipynb #75dfd361
 @patch
 def scores(self:Run
           )->list[dict]: # one a method and seed
@@ -366,7 +368,7 @@ def left_over(self:Run
         return seed is None or int(seed[1]) in done
     return [p for p in (self.path/"checkpoints").glob("*") if over(p.name)]
 
-
+# %% ../nbs/03_runs.ipynb #1756429f
 @patch
 def sweep(self:Run):
     "Remove the checkpoints of seeds that are finished"

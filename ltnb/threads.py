@@ -107,7 +107,7 @@ def look_at_machine(seconds:float=0.2, # how long to look for other processes; 0
     cores = {"".join(_lines(known/f"cpu{n}/topology/thread_siblings_list")) or n for n in cpus}
     return Machine(tuple(cpus), len(cores), cpu_quota(root), busy_cores(cpus, seconds, root) if seconds else None)
 
-
+# %% ../nbs/04_threads.ipynb #7e11ea30
 def reading_threads(most:int=8 # so many at the most
                    )->int: # at least 1
     "How many files are read at a time: as many as there are processors for this process"
