@@ -8,6 +8,7 @@ __all__ = ['WORK_A_THREAD', 'SPIN', 'control_groups', 'cpu_quota', 'busy_cores',
 
 # %% ../nbs/04_threads.ipynb #a7faf496
 import json, math, os, re, sys, time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +17,31 @@ from .config import valid_threads
 from .progress import tell
 
 # %% ../nbs/04_threads.ipynb #8973ac01
-def _lines(path # of a file; none where it cannot be read
-          ):
+def _lines(path): # of a file; none where it cannot be read
     try: return path.read_text().split("\n")
     except (OSError, ValueError): return []
 
 
-def control_groups(root:str|Path, # where proc and sys lie
-                   name:str # what is limited: "memory" or "cpu"
-                  ): # yields (folder, is it of version 1?)
-    "The control groups of this process and those around them, in which containers and job schedulers set limits"
-    root = Path(root)
+def _mounts(root, name): # (kind, top, folder): where groups that limit this are mounted
     mounts = [("cgroup", "/", f"/sys/fs/cgroup/{name}"), ("cgroup2", "/", "/sys/fs/cgroup"),
               ("cgroup2", "/", "/sys/fs/cgroup/unified")]
     for left, _, right in (line.partition(" - ") for line in _lines(root/"proc/self/mountinfo")):
         kind, _, options = [*right.split(), "", "", ""][:3]
         if kind == "cgroup2" or (kind == "cgroup" and name in options.split(",")):
             mounts.append((kind, *left.split()[3:5]))
+    return list(dict.fromkeys(mounts))
+
+# %% ../nbs/04_threads.ipynb #50c9a554
+def control_groups(root:str|Path, # where proc and sys lie
+                   name:str # what is limited: "memory" or "cpu"
+                  )->Iterator[tuple]: # (folder, is it of version 1?)
+    "The control groups of this process and those around them, in which containers and job schedulers set limits"
+    root = Path(root)
+    mounts = _mounts(root, name)
     known = (line.split(":", 2) for line in _lines(root/"proc/self/cgroup") if line.count(":") >= 2)
     for number, names, own in known:
         kind = "cgroup" if name in names.split(",") else "cgroup2" if number == "0" else None
-        for _, top, at in (m for m in dict.fromkeys(mounts) if m[0] == kind):
+        for _, top, at in (m for m in mounts if m[0] == kind):
             inner = own[len(top):] if top != "/" and (own + "/").startswith(top + "/") else own
             parts = [p for p in inner.split("/") if p not in ("", ".", "..")]
             for n in range(len(parts), -1, -1): yield root.joinpath(at.lstrip("/"), *parts[:n]), kind == "cgroup"
@@ -54,8 +59,8 @@ def cpu_quota(root:str|Path="/" # where proc and sys lie
         except (OSError, ValueError): pass # no such file, or "max"
     return min(known, default=None)
 
-
-def busy_cores(cpus, # numbers of logical processors
+# %% ../nbs/04_threads.ipynb #61f02a13
+def busy_cores(cpus:Iterable[int], # numbers of logical processors
                seconds:float=0.2, # how long to look
                root:str|Path="/" # where proc lies
               )->float|None: # cores, None where the system does not say
@@ -91,7 +96,7 @@ class Machine:
         "What it may use without waiting for others"
         return min(self.allowed, self.cores - (self.busy or 0.))
 
-
+# %% ../nbs/04_threads.ipynb #8edfe868
 def look_at_machine(seconds:float=0.2, # how long to look for other processes; 0 does not
                     root:str|Path="/" # where proc and sys lie
                    )->Machine:
@@ -102,7 +107,7 @@ def look_at_machine(seconds:float=0.2, # how long to look for other processes; 0
     cores = {"".join(_lines(known/f"cpu{n}/topology/thread_siblings_list")) or n for n in cpus}
     return Machine(tuple(cpus), len(cores), cpu_quota(root), busy_cores(cpus, seconds, root) if seconds else None)
 
-
+# %% ../nbs/04_threads.ipynb #7e11ea30
 def reading_threads(most:int=8 # so many at the most
                    )->int: # at least 1
     "How many files are read at a time: as many as there are processors for this process"
@@ -113,8 +118,7 @@ def reading_threads(most:int=8 # so many at the most
 WORK_A_THREAD = 2**17 # numbers in the widest layer of a step, below which another thread does not pay
 
 
-def _asked_for(variables # the first number of OMP_NUM_THREADS, None where it says none
-              ):
+def _asked_for(variables): # the first number of OMP_NUM_THREADS, None where it says none
     first = str(variables.get("OMP_NUM_THREADS", "")).split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else None
 
@@ -148,12 +152,17 @@ def _handed(): # what `thread_variables` set for this process or the one that st
     except ValueError: return {}
 
 
+def _processes(): # of this job on this machine, as torchrun and accelerate say
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(said), 1) if said.isdecimal() else 1
+
+
 def users_variables()->dict: # name -> value
     "What the user's environment says of threads, without what `thread_variables` added"
     own = _handed().get("own", {})
     return {k: os.environ[k] for k in _SAID if k in os.environ and os.environ[k] != own.get(k)}
 
-
+# %% ../nbs/04_threads.ipynb #36ef2d2a
 def thread_variables(asked:str="auto" # or a number
                     )->dict: # name -> value
     "Environment variables that a process needs before it imports torch, and its children with it"
@@ -166,10 +175,10 @@ def thread_variables(asked:str="auto" # or a number
     facts = {"own": own, "machine": vars(machine), "at": time.time(), "late": late}
     return {**own, "LTNB_THREADS": json.dumps(facts)}
 
-
-def _processes(): # of this job on this machine, as torchrun and accelerate say
-    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(int(said), 1) if said.isdecimal() else 1
+# %% ../nbs/04_threads.ipynb #b537aac9
+def _waiting(handed): # the variables that torch's runtime has read
+    late = handed.get("own", {}) if handed.get("late") == os.getpid() else {}
+    return {k: os.environ.get(k) for k in _SAID[1:]} | {k: None for k in late if k in SPIN}
 
 
 def start_threads(asked:str|int="auto" # or a number
@@ -183,7 +192,7 @@ def start_threads(asked:str|int="auto" # or a number
 def computing_threads(asked:str="auto", # or a number
                       work:int|None=None, # numbers in the widest layer of a step
                       begun:int|None=None # threads that the run began with
-                     ): # yields what `environment.json` keeps
+                     )->Iterator[dict]: # what `environment.json` keeps
     "Inside the block, torch and the libraries beside it compute with the number of threads that is chosen"
     import torch
     from threadpoolctl import threadpool_limits
@@ -200,9 +209,3 @@ def computing_threads(asked:str="auto", # or a number
         said = {"number": number, "asked": asked, "why": why, "waiting": _waiting(handed), "user": user}
         try: yield said | vars(machine)
         finally: torch.set_num_threads(before)
-
-
-def _waiting(handed # the variables that torch's runtime has read
-            ):
-    late = handed.get("own", {}) if handed.get("late") == os.getpid() else {}
-    return {k: os.environ.get(k) for k in _SAID[1:]} | {k: None for k in late if k in SPIN}

@@ -68,18 +68,15 @@ def everywhere(patch, name, value):
 
 def once(tmp_path_factory, name, make):
     "Make a folder once for all workers; the others wait for it"
-    from ltnb.runs import lock_file, unlock_file
+    from ltnb.runs import locked
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    lock = lock_file(folder.with_suffix(".lock"), wait=1200)
-    try:
+    with locked(folder.with_suffix(".lock"), wait=1200):
         if not (folder / "made").exists():
             folder.mkdir(exist_ok=True)
             make(folder)
             (folder / "made").touch()
-    finally:
-        unlock_file(folder.with_suffix(".lock"), lock)
     return folder
 
 
@@ -132,7 +129,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def through_papermill(wheel, tmp_path_factory):
-    "A finished `ltnb run ldmlr`, from the installed wheel and outside the repository: (run directory, stdout, stderr, environment)"
+    "A finished `ltnb run ldmlr`, from the installed wheel, elsewhere: (run, stdout, stderr, environment)"
 
     def make(folder):
         subprocess.run(

@@ -1,4 +1,4 @@
-"README.md is nbs/index.ipynb as markdown: `python tests/readme.py` writes it (and its picture), a test holds the two together."
+"README.md is nbs/index.ipynb as markdown: `python tests/readme.py` writes it and its picture, a test compares the two."
 
 import json
 import re
@@ -29,8 +29,7 @@ def readme(nb):
 def picture(path):
     "The README's figure, from the recorded demo"
     from ltnb.data import longtail_counts
-    from ltnb.pictures import plot_counts
-    from ltnb.pictures import new_figure, plot_per_class, plot_starts, save_figure
+    from ltnb.pictures import new_figure, plot_counts, plot_per_class, plot_starts, save_figure
 
     rows = json.loads((RESULTS / "scores.json").read_text())
     counts = longtail_counts(114, 10, 100)
@@ -38,9 +37,8 @@ def picture(path):
     plot_counts(counts, None, "Digits-LT", ax=axes[0])
     plot_per_class(rows, None, counts, shown=("cross-entropy", "label shift"), ax=axes[1])
     plot_starts(rows, ax=axes[2])
-    for ax, title in zip(
-        axes, ("1. a long tail", "2. its last classes suffer", "3. extra features, judged from two starts")
-    ):
+    titles = "1. a long tail", "2. its last classes suffer", "3. extra features, judged from two starts"
+    for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, fontsize=10, pad=22 if title[0] == "3" else None)
     save_figure(fig, path)
 

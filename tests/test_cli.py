@@ -11,7 +11,10 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ltnb
-from ltnb.cli import RECIPES, Parser, add_settings, entry_notebook, help_of
+from ltnb.cli import RECIPES
+from ltnb.core import UsageError
+from ltnb.flags import Parser, add_settings, help_of
+from ltnb.headless import entry_notebook
 from ltnb.ldmlr import METHODS
 
 
@@ -178,7 +181,10 @@ def test_demo(demo):
         "report.html",
         "synthetic",
     } == {p.name for p in out.iterdir()}
-    mean = lambda m, k: np.mean([r[k] for r in rows if r["method"] == m])
+
+    def mean(m, k):
+        return np.mean([r[k] for r in rows if r["method"] == m])
+
     assert mean("label shift", "all") > mean("cross-entropy", "all") + 0.02
     assert mean("ldmlr + label shift", "scratch_all") - mean("garbage", "scratch_all") > 0.1, (
         "from scratch, garbage shows"
@@ -224,7 +230,10 @@ def test_run_keeps_the_executed_notebook(through_papermill):
 def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, main):
     out = through_papermill[0]
     assert main("run", "ldmlr", "--plain", "--quiet", *TINY, "--out", tmp_path / "plain")[0] == 0
-    files = lambda p: {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
+
+    def files(p):
+        return {str(f.relative_to(p)) for f in p.rglob("*") if f.is_file()}
+
     assert files(out) - files(tmp_path / "plain") == {"92_run_ldmlr.ipynb"} and not files(tmp_path / "plain") - files(
         out
     )
@@ -328,3 +337,118 @@ def test_list_and_help(main):
         assert code == 0 and out and not err
     code, out, _ = main("run", "ldmlr", "--help")
     assert "accuracy" not in out and "largest / smallest class" in out and "--plain" in out
+
+
+TOY = """
+from dataclasses import dataclass
+from typing import ClassVar
+from ltnb.sources import DataConfig
+from ltnb.config import auto
+
+@dataclass(frozen=True)
+class ToyConfig(DataConfig):
+    recipe: ClassVar[str] = "toy"
+    n_epochs: int = auto(digits=80, other=200, low=1) # passes over the training set
+    warmup: int = auto(lambda cfg, data: cfg.n_epochs // len(data), "n_epochs by images", low=0) # growing learning rate
+    heads: bool = auto(digits=True, other=False) # also fit heads
+"""
+
+
+def test_a_default_that_depends_on_the_data_is_one_line(tmp_path, monkeypatch, capsys):
+    "Its words in the help and in `ltnb list`, its value in `filled`, its limits: all from the field"
+    from ltnb import cli
+
+    (tmp_path / "toy_recipe.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    from toy_recipe import ToyConfig
+
+    says = "passes over the training set (default: 80 for digits, else 200)"
+    helps = help_of(ToyConfig)
+    assert helps["n_epochs"] == says and helps["warmup"] == "growing learning rate (default: n_epochs by images)"
+    assert helps["heads"].endswith("(default: true for digits, else false)")
+    add_settings(parser := Parser("ltnb run toy"), ToyConfig)
+    assert says in " ".join(parser.format_help().split())
+    entry = cli.Entry("toy", "toy", "ToyConfig", 99, "a toy")
+    monkeypatch.setattr(cli.Entry, "load", lambda self: (None, ToyConfig))
+    monkeypatch.setattr(cli, "RECIPES", {"toy": entry})
+    cli.list_command([])
+    assert says in capsys.readouterr().out
+    digits, cifar = (ToyConfig(dataset=d).filled(range(20)) for d in ("digits", "cifar10"))
+    assert (digits.n_epochs, digits.warmup, digits.heads) == (80, 4, True)
+    assert (cifar.n_epochs, cifar.warmup, cifar.heads) == (200, 10, False)
+    assert ToyConfig(n_epochs=7, warmup=0).filled(range(20)).n_epochs == 7
+    with pytest.raises(UsageError, match="n_epochs must be at least 1"):
+        ToyConfig(n_epochs=0)
+
+
+def test_the_package_gives_what_is_used_most_and_imports_it_late():
+    code = (
+        "import sys, ltnb\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "assert {'LongTail', 'Classifier', 'Synthetic', 'fit', 'load', 'run'} <= set(dir(ltnb))\n"
+        "assert not hasattr(ltnb, 'Longtail') and not {'torch', 'numpy'} & set(sys.modules)\n"
+        "try: ltnb.Longtail\n"
+        "except AttributeError as e: assert str(e) == \"module 'ltnb' has no attribute 'Longtail'\"\n"
+        "from ltnb import LongTail, Classifier, Synthetic, fit, load, run\n"
+        "assert LongTail.__module__ == 'ltnb.data' and ltnb.fit is fit and callable(Synthetic.open)\n"
+        "from ltnb.classifier import Classifier as same\n"
+        "assert Classifier is same"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_by_its_name(tmp_path, monkeypatch):
+    "ltnb.run: the command's settings as keywords, the same refusals, the finished run"
+    import ltnb
+    from ltnb.progress import Progress
+
+    for name, settings, word in (
+        ("basline", {}, "Did you mean 'baseline'"),
+        ("baseline", {"n_epoch": 3}, "Did you mean 'n_epochs'"),
+        ("baseline", {"n_epochs": "3"}, "whole number"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            ltnb.run(name, **settings)
+    monkeypatch.setattr(Progress, "quiet", True)
+    small = dict(n_epochs=1, heads=False, device="cpu", precision="fp32", out=str(tmp_path / "run"))
+    run = ltnb.run("baseline", **small)
+    assert run.finished and {r["method"] for r in run.scores()} >= {"cross-entropy"}
+    assert ltnb.load(run.path).class_names == ltnb.load(tmp_path / "run" / "model").class_names
+    before = tree(tmp_path / "run")
+    assert ltnb.run("baseline", **small).finished and tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"format": 0, "ltnb": "0.0.0"}, "was written by ltnb 0.0.0 in format 0"),
+        ({"format": 2, "ltnb": "0.7.0"}, "was written by ltnb 0.7.0 in format 2"),
+        ({"format": "one", "ltnb": "0.7.0"}, "was written by ltnb 0.7.0 in format 'one'"),
+        ({"ltnb": "0.0.0", "recipe": "baseline", "n_epochs": 3}, "ltnb 0.0.0 in an older layout, without given"),
+        (
+            {"format": 1, "recipe": "baseline", "given": {}},
+            "an ltnb of unknown version in an older layout, without data",
+        ),
+        ({"model_type": "vit"}, "was not written by ltnb"),
+        ([1, 2], "was not written by ltnb"),
+    ],
+)
+def test_a_run_of_another_layout_is_refused_by_its_version(main, tmp_path, config, says):
+    "Begun or finished, with a notebook or without, from Python too: one sentence, exit code 1, nothing touched"
+    import ltnb
+    from ltnb.core import LtnbError, write_json
+
+    write_json(tmp_path / "config.json", config)
+    (tmp_path / "checkpoints").mkdir()
+    for finished in (False, True):
+        if finished:
+            write_json(tmp_path / "scores.json", [{"method": "cross-entropy", "seed": 0, "all": 0.5}])
+        before = tree(tmp_path)
+        for more in ([], ["--plain"]):
+            code, out, err = main("run", "baseline", "--out", tmp_path, *more)
+            assert code == 1 and says in err and not out and err.count("\n") == 1, err
+            assert "choose another --out" in err and ("upgrade ltnb" in err) == says.endswith("format 2")
+        with pytest.raises(LtnbError, match="was(?: not)? written by"):
+            ltnb.run("baseline", out=str(tmp_path))
+        assert tree(tmp_path) == before

@@ -122,7 +122,10 @@ def test_other_data_is_not_continued(tmp_path):
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = f"import time; from ltnb.runs import lock_file; lock_file({str(tmp_path / 'run.lock')!r}); print('held', flush=True); time.sleep(60)"
+    code = (
+        "import time; from ltnb.runs import lock_file\n"
+        f"held = lock_file({str(tmp_path / 'run.lock')!r}); print('held', flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(LtnbError, match=f"pid {holder.pid}"):
@@ -152,7 +155,11 @@ def test_torn_checkpoint_is_skipped_by_name(tmp_path, capsys):
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
-    code = f"import os; from ltnb.core import atomic_write\nwith atomic_write({str(tmp_path / 'a.json')!r}) as f:\n f.write('half'); f.flush(); os.kill(os.getpid(), 9)"
+    code = (
+        "import os; from ltnb.core import atomic_write\n"
+        f"with atomic_write({str(tmp_path / 'a.json')!r}) as f:\n"
+        " f.write('half'); f.flush(); os.kill(os.getpid(), 9)"
+    )
     subprocess.run([sys.executable, "-c", code])
     assert core.read_json(tmp_path / "a.json") == {"old": 1}
     Run(Toy(out=str(tmp_path))).open().close()

@@ -8,7 +8,7 @@ import pytest
 from ltnb import export as room
 from ltnb.core import LtnbError, UsageError, write_json
 from ltnb.data import LongTail
-from ltnb.export import check_inputs, export, largest_differences, photographs, to_onnx
+from ltnb.export import check_export, export, largest_differences, photographs, to_onnx
 from ltnb.losses import log_prior
 from ltnb.models import LinearNet, build_model
 from ltnb.classifier import Classifier, pixel_stats
@@ -112,7 +112,7 @@ def test_frozen_features_and_no_prior(tmp_path):
     z = np.random.default_rng(0).standard_normal((50, 6), np.float32)
     np.savez(tmp_path / "some.npz", test_features=z)
     Classifier(LinearNet(3, 6), "abc", (6,)).save(tmp_path / "model")
-    assert "noise alone" in check_inputs(tmp_path, Classifier.load(tmp_path / "model"))[1]
+    assert "noise alone" in check_export(tmp_path, Classifier.load(tmp_path / "model"))[1]
     write_json(tmp_path / "config.json", {"features": str(tmp_path / "some.npz"), "dataset": None, "seed": 0})
     said = export(tmp_path, tmp_path / "m.onnx")
     assert "without a correction" in said and "32 test features of some" in said
@@ -129,16 +129,16 @@ def test_what_it_is_checked_on(run, tmp_path):
         Image.fromarray(np.full((20, 30, 3), 80 * i, np.uint8)).save(tmp_path / "b" / f"{i}.png")
     (tmp_path / "a.jpg").write_bytes(b"no image")
     grey, colour = classifier(), classifier((3, 16, 16))
-    x, what = check_inputs(run, grey, tmp_path)
+    x, what = check_export(run, grey, tmp_path)
     assert x.shape == (3, 1, 8, 8) and x.dtype == np.uint8 and "3 photographs" in what
     assert sorted(x[:, 0, 0, 0]) == [0, 80, 160]
     assert photographs(tmp_path, colour, 2).shape == (2, 3, 16, 16)
-    x, what = check_inputs(run, grey)
+    x, what = check_export(run, grey)
     assert np.array_equal(x[0], DATA.test.images[0]) and "test images of digits" in what
-    assert "bundled digits and 32 images of noise" in check_inputs(tmp_path, grey)[1]
-    x, what = check_inputs(run, colour)  # not the set of this run
+    assert "bundled digits and 32 images of noise" in check_export(tmp_path, grey)[1]
+    x, what = check_export(run, colour)  # not the set of this run
     assert x.shape == (32, 3, 16, 16) and "noise alone" in what and "--images" in what
     write_json(tmp_path / "config.json", {"dataset": "folder", "data_root": str(tmp_path / "gone"), "seed": 0})
-    assert "noise alone" in check_inputs(tmp_path, colour)[1]
+    assert "noise alone" in check_export(tmp_path, colour)[1]
     with pytest.raises(UsageError, match="takes 6"):
         photographs(tmp_path, Classifier(LinearNet(3, 6), "abc", (6,)), 2)

@@ -229,7 +229,10 @@ def test_a_signal_puts_everything_away(tmp_path, number):
 def test_bars_fit_a_terminal_that_changes(tmp_path):
     "Through papermill: 60 columns, then 20"
     ours, theirs = pty.openpty()
-    size = lambda n: fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, n, 0, 0))
+
+    def size(n):
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, n, 0, 0))
+
     size(60)
     process = start(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
