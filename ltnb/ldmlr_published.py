@@ -26,7 +26,7 @@ from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .checkpoint import Clock, keep, restore
-from .training import least_batch, split_order
+from .team import least_batch, split_order
 from .heads import Features, Head
 from .jobs import item_noise, make_plan
 from .synthetic import Synthetic, make_synthetic
