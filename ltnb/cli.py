@@ -32,8 +32,8 @@ from .headless import (Stopped, check_notebook, check_text, entry_notebook, here
 class Entry:
     "What `ltnb run NAME` needs to know"
     name: str # of the recipe
-    room: str # the module where run, summary and the config live
-    config: str # the config's class
+    room: str # the module where it lives
+    recipe: str # its class
     number: int # of the entry notebook
     help: str # one line
 
@@ -44,10 +44,9 @@ class Entry:
         return f"{self.number}_run_{self.name}.ipynb"
 
     def load(self
-            )->tuple[ModuleType, type[Config]]: # the module, the config class
+            )->object: # a recipe, such as LDMLR()
         "Import the recipe (this imports torch)"
-        m = importlib.import_module(f"ltnb.{self.room}")
-        return m, getattr(m, self.config)
+        return getattr(importlib.import_module(f"ltnb.{self.room}"), self.recipe)()
 
 # %% ../nbs/99_cli.ipynb #06bd573a
 RECIPES = {e.name: e for e in (
@@ -72,26 +71,26 @@ def _rank(module, config, plain): # of this process among those of torchrun or a
     return rank
 
 # %% ../nbs/99_cli.ipynb #33628c0c
-def execute(module:ModuleType, # a recipe's
+def execute(recipe, # an instance, such as LDMLR()
             config:Config, # its settings
             notebook:str|None=None, # its entry notebook; None calls the recipe without one
             plain:bool=False, # the option: without papermill
             quiet:bool=False # the option: without progress
            )->Run: # finished
     "Run, unless it is finished, and print the table"
-    rank = _rank(module, config, plain)
+    rank = _rank(recipe, config, plain)
     Progress.quiet = quiet or rank > 0
-    run = module.run_directory(config)
+    run = recipe.directory(config)
     if not plain and notebook: check_notebook(run, notebook)
-    if plain or notebook is None or (run.finished and run.moved): run = module.run(config)
+    if plain or notebook is None or (run.finished and run.moved): run = recipe.run(config)
     elif not run.finished or ((run.path/notebook).exists() and not notebook_finished(run.path/notebook)):
         check_text(config.to_dict())
-        module.check_inputs(config)
+        recipe.check_inputs(config)
         with run: pass # another writer? then say so now
         with locked(run.path/"notebook.lock", wait=1), work_is_kept():
             run_notebook(entry_notebook(notebook), config, run.path, quiet)
     else: run.tell_seeds()
-    if rank == 0: print(module.summary(run, terminal_width(sys.stdout, 160)))
+    if rank == 0: print(recipe.summary(run, terminal_width(sys.stdout, 160)))
     return run
 
 # %% ../nbs/99_cli.ipynb #e49d38e7
@@ -107,22 +106,21 @@ def run_command(args:list[str] # after `ltnb run`
         return
     if args[0].startswith("-"):
         raise UsageError(f"ltnb run takes the recipe's name first, got {args[0]!r}. {nearest('', RECIPES)}")
-    recipe = find_recipe(args[0])
-    module, config_class = recipe.load()
-    about = f"{recipe.name}: {recipe.help}."
-    config, given = begin(f"run {recipe.name}", about, config_class, args[1:], ("plain", "quiet", "debug"))
-    execute(module, config, recipe.notebook, given["plain"], given["quiet"])
+    entry = find_recipe(args[0])
+    recipe, about = entry.load(), f"{entry.name}: {entry.help}."
+    config, given = begin(f"run {entry.name}", about, recipe.config, args[1:], ("plain", "quiet", "debug"))
+    execute(recipe, config, entry.notebook, given["plain"], given["quiet"])
 
 # %% ../nbs/99_cli.ipynb #25662c66
 def demo_command(args:list[str] # after `ltnb demo`
                 ):
     "ltnb demo: LDMLR and its controls on the bundled Digits-LT, five seeds, in about a minute"
-    from ltnb import ldmlr
+    from ltnb.ldmlr import LDMLR, DemoConfig
     about = ("LDMLR and its controls on Digits-LT (bundled real images), five seeds. "
              "Writes runs/demo-…/report.html.")
     shown = "imb_ratio", "seed", "seeds", "device", "precision", "threads", "out"
-    config, given = begin("demo", about, ldmlr.DemoConfig, args, only=shown)
-    run = execute(ldmlr, config, quiet=given["quiet"])
+    config, given = begin("demo", about, DemoConfig, args, only=shown)
+    run = execute(LDMLR(), config, quiet=given["quiet"])
     print(f"report: {run.path/'report.html'}")
 
 # %% ../nbs/99_cli.ipynb #982600f3

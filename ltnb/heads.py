@@ -21,7 +21,7 @@ from .config import spread
 from .core import DataError, atomic_write, generator
 from .labels import unique_names
 from .data import LongTail
-from .sources import archive_labels, read_npz
+from .archives import archive_labels, read_npz
 from .classifier import Classifier, encode as encode_images
 from .losses import log_prior
 

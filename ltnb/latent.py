@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PULLS', 'standardisation', 'class_means', 'alpha_sigma', 'Block', 'Denoiser', 'denoising_loss', 'LatentModel',
-           'latent_rate', 'latent_step', 'FeatureTraining', 'LatentTraining', 'train_steps', 'train_latent', 'ddim',
+           'latent_rate', 'FeatureTraining', 'LatentTraining', 'train_steps', 'train_latent', 'ddim',
            'neighbour_classes', 'shrink_strength', 'memorised', 'Neighbourhood', 'draw_pull', 'draw_neighbours',
-           'FeatureSampling', 'pulled_code', 'sample_features', 'garbage_features', 'pooled_covariance',
-           'gaussian_features', 'mixed_features', 'planned_counts', 'plan_of', 'sources']
+           'FeatureSampling', 'sample_features', 'garbage_features', 'pooled_covariance', 'gaussian_features',
+           'mixed_features', 'planned_counts', 'sources']
 
 # %% ../nbs/40_latent.ipynb #bd5dd452
 import copy, hashlib, math
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import LtnbError, UsageError, autocast, generator, nearest, seeded
@@ -59,8 +60,7 @@ class Block(nn.Module):
                  width:int # of the residual stream
                 ):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulate = nn.Linear(width, 3 * width)
+        self.norm, self.modulate = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 3 * width)
         self.grow, self.shrink = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
@@ -88,8 +88,7 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.leave = nn.Linear(width, n_features)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(n_classes + 1, width)
-        self.mean = nn.Linear(n_features, width)
+        self.label, self.mean = nn.Embedding(n_classes + 1, width), nn.Linear(n_features, width)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(1000), 32)))
@@ -101,16 +100,19 @@ class Denoiser(nn.Module):
         "What the network is told about a class"
         return self.label(y) + self.mean(self.class_means[y])
 
-    def forward(self,
-                x:torch.Tensor, # (B, d) noisy, standardised
-                t:torch.Tensor, # (B,) times
-                code:torch.Tensor # (B, width) of `code`, or between two of them
-               )->torch.Tensor: # (B, d) velocity
-        angle = t[:, None] * self.frequencies
-        condition = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + code)
-        h = self.enter(x)
-        for block in self.blocks: h = block(h, condition)
-        return self.leave(h)
+# %% ../nbs/40_latent.ipynb #5a1d0030
+@patch
+def forward(self:Denoiser,
+            x:torch.Tensor, # (B, d) noisy, standardised
+            t:torch.Tensor, # (B,) times
+            code:torch.Tensor # (B, width) of `code`, or between two of them
+           )->torch.Tensor: # (B, d) velocity
+    "Time and code modulate every block"
+    angle = t[:, None] * self.frequencies
+    condition = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + code)
+    h = self.enter(x)
+    for block in self.blocks: h = block(h, condition)
+    return self.leave(h)
 
 # %% ../nbs/40_latent.ipynb #ef2a3020
 def denoising_loss(net:Denoiser, # the model
@@ -141,8 +143,7 @@ class LatentModel:
     counts: np.ndarray # (K,) training items
 
     @property
-    def fingerprint(self
-                   )->str: # 16 hexadecimal digits
+    def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of the weights"
         h = hashlib.blake2b(digest_size=8)
         values = (*self.net.state_dict().values(), self.mean, self.sd, torch.tensor(self.floor))
@@ -154,8 +155,7 @@ class LatentModel:
           )->"LatentModel": # itself where it is there already, else a copy
         "The model on another device"
         if self.mean.device == torch.empty(0, device=device).device: return self
-        net = copy.deepcopy(self.net).to(device)
-        return replace(self, net=net, mean=self.mean.to(device), sd=self.sd.to(device))
+        return replace(self, net=copy.deepcopy(self.net).to(device), mean=self.mean.to(device), sd=self.sd.to(device))
 
 # %% ../nbs/40_latent.ipynb #66f26a93
 def latent_rate(step:int, # from 0
@@ -164,24 +164,6 @@ def latent_rate(step:int, # from 0
                )->float: # of this step
     "Warm-up over 100 steps, and cosine decay to 0"
     return diff_lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / n_steps)) / 2
-
-
-def latent_step(net:Denoiser, # the model
-                averages:Averages, # its EMA
-                optimizer:torch.optim.Optimizer, # AdamW
-                x0:torch.Tensor, # (B, d) standardised features
-                y:torch.Tensor, # (B,) their classes
-                step:int, # from 0
-                g:torch.Generator, # of this step
-                precision:str="fp32" # of the forward pass
-               )->torch.Tensor: # scalar loss
-    "One step of the optimiser, and of the ramped EMA"
-    loss = denoising_loss(net, x0, y, g, precision=precision)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    averages.update(ramped(.999, step))
-    return loss.detach()
 
 # %% ../nbs/40_latent.ipynb #5a1d0007
 @dataclass(frozen=True)
@@ -200,33 +182,42 @@ class LatentTraining(FeatureTraining):
     width: int = 128 # of its residual stream
     n_blocks: int = 3 # its residual blocks
 
+# %% ../nbs/40_latent.ipynb #5a1d0040
+def _mean(losses, step, diff_lr): # of the last steps
+    value = torch.stack(losses).mean().item()
+    if math.isfinite(value): return value
+    raise LtnbError(f"the diffusion loss is {value} at step {step + 1}: lower --diff-lr (now {diff_lr}) or use "
+                    "--precision fp32, with another --out.")
+
 # %% ../nbs/40_latent.ipynb #5a1d0008
-def train_steps(take_step:Callable[[int], torch.Tensor], # number of a step -> its loss, a scalar
-                net:nn.Module, # what is trained
-                optimizer:torch.optim.Optimizer, # of its weights
+def train_steps(loss_of:Callable[[int], torch.Tensor], # number of a step -> its loss, a scalar
+                rate_of:Callable[[int], float], # number of a step -> its learning rate
+                optimizer:torch.optim.Optimizer, # of the network's weights
+                averages:Averages, # of the network, which is trained in place
                 how:FeatureTraining, # its n_steps are known
-                where:Where, # its name is that of the stage
-                averages:Averages|None=None # kept beside the network
+                where:Where # its name is that of the stage
                )->None:
     "All steps of a training; one that was killed goes on where it stopped"
-    run, n_steps, more = where.run, how.n_steps, {}
+    run, net, n_steps, more = where.run, averages.net, how.n_steps, {}
     stage, key = f"{where.name}-seed-{how.seed}", dict(stage=where.name, seed=how.seed)
     first = restore(run, stage, net, optimizer, more) if run else 0
-    if averages: averages.take(more)
+    averages.take(more)
     if run and first < n_steps: run.cut_back(first, **key)
     bar, saved, losses = Progress(f"seed {how.seed}: {where.name}", n_steps, first), Clock(), []
     for step in range(first, n_steps):
-        losses.append(take_step(step))
+        optimizer.param_groups[0]["lr"] = rate_of(step)
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        averages.update(ramped(.999, step))
+        losses.append(loss.detach())
         bar.step()
         if (step + 1) % 50 and step + 1 < n_steps: continue
-        value, losses = torch.stack(losses).mean().item(), []
-        if not math.isfinite(value):
-            raise LtnbError(f"the diffusion loss is {value} at step {step + 1}: lower --diff-lr (now {how.diff_lr}) "
-                            "or use --precision fp32, with another --out.")
-        if not run: continue
-        run.log(**key, step=step + 1, loss=value)
-        if step + 1 == n_steps or saved.older_than(how.save_every):
-            keep(run, stage, step + 1, net, optimizer, **(averages.tensors() if averages else {}))
+        value, losses = _mean(losses, step, how.diff_lr), []
+        if run: run.log(**key, step=step + 1, loss=value)
+        if run and (step + 1 == n_steps or saved.older_than(how.save_every)):
+            keep(run, stage, step + 1, net, optimizer, **averages.tensors())
     bar.close()
 
 # %% ../nbs/40_latent.ipynb #5a5b720d
@@ -249,12 +240,11 @@ def train_latent(z:torch.Tensor, # (N, d) features
     m, s = mean.to(device), sd.to(device) # a batch is standardised when it is drawn: no second copy of the features
     optimizer = torch.optim.AdamW(net.parameters(), lr=how.diff_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     averages = Averages(net)
-    def take_step(step):
+    def loss_of(step):
         g = generator(how.seed, where.name, step, device=device)
         i = torch.randint(len(z), (how.diff_bs,), generator=g, device=device)
-        optimizer.param_groups[0]["lr"] = latent_rate(step, how.n_steps, how.diff_lr)
-        return latent_step(net, averages, optimizer, (z[i] - m) / s, y[i], step, g, where.precision)
-    train_steps(take_step, net, optimizer, how, where, averages)
+        return denoising_loss(net, (z[i] - m) / s, y[i], g, precision=where.precision)
+    train_steps(loss_of, lambda step: latent_rate(step, how.n_steps, how.diff_lr), optimizer, averages, how, where)
     averages.load()
     return LatentModel(net.cpu().eval(), mean, sd, floor, np.bincount(y.cpu().numpy(), minlength=n_classes))
 
@@ -336,8 +326,7 @@ class Neighbourhood:
         return cls(neighbour_classes(head, class_means(z, y, n_classes), temperature), a)
 
     @property
-    def fingerprint(self
-                   )->str: # 16 hexadecimal digits
+    def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of both"
         h = hashlib.blake2b(self.toward.contiguous().numpy(), digest_size=8)
         h.update(self.strength.tobytes())
@@ -382,17 +371,6 @@ class FeatureSampling:
     def __post_init__(self):
         if self.pull not in PULLS: raise UsageError(f"pull={self.pull!r} is not a choice. {nearest(self.pull, PULLS)}")
 
-# %% ../nbs/40_latent.ipynb #5a1d0009
-def pulled_code(model:LatentModel, # trained
-                classes:np.ndarray, # (N,) of the items
-                u:np.ndarray, # (N,) their pull
-                other:np.ndarray # (N,) the class that each is pulled toward
-               )->torch.Tensor: # (N, width), on the model's device
-    "(1 - u) e_c + u e_j: what the network is told"
-    device = model.mean.device
-    own, there = (model.net.code(torch.from_numpy(v).to(device)).detach() for v in (classes, other))
-    return torch.lerp(own, there, torch.from_numpy(u).float()[:, None].to(device))
-
 # %% ../nbs/40_latent.ipynb #5a1d000a
 def sample_features(model:LatentModel, # trained, on the device that is to compute
                     plan:np.ndarray, # (N, 2) rows (class, k)
@@ -409,11 +387,12 @@ def sample_features(model:LatentModel, # trained, on the device that is to compu
     u = draw_pull(key, plan, around.strength, how.kappa) if how.pull != "none" else np.zeros(len(plan))
     g, rows = torch.full((len(plan),), how.guidance_scale), [{"pull": round(float(v), 6)} for v in u]
     if how.pull == "any class": g = g * (1 - torch.from_numpy(u).float())
+    def code_of(classes): return model.net.code(torch.from_numpy(classes).to(device)).detach()
+    code = code_of(plan[:, 0])
     if how.pull == "neighbours":
         other = draw_neighbours(key, plan, around.toward)
-        code = pulled_code(model, plan[:, 0], u, other)
+        code = torch.lerp(code, code_of(other), torch.from_numpy(u).float()[:, None].to(device))
         rows = [{**r, "toward": int(j)} for r, j in zip(rows, other, strict=True)]
-    else: code = model.net.code(torch.from_numpy(plan[:, 0]).to(device)).detach()
     x = ddim(model.net, noise.to(device), code, None if (g == 1).all() else g.to(device), how.sample_steps)
     return (x * model.sd + model.mean).clamp_min(model.floor).cpu(), rows
 
@@ -445,8 +424,7 @@ def gaussian_features(z:torch.Tensor, # (N, d) training features
                       seed:int=0 # of the draws
                      )->torch.Tensor: # (M, d)
     "Class means with a pooled covariance: the simplest generator with knowledge"
-    n_classes, floor = int(max(y.max().item(), plan[:, 0].max())) + 1, standardisation(z)[2]
-    means = class_means(z, y, n_classes)
+    means, floor = class_means(z, y, int(max(y.max().item(), plan[:, 0].max())) + 1), standardisation(z)[2]
     root = torch.linalg.cholesky(pooled_covariance(z, y, means)).float()
     out = item_noise(("gaussian", seed), plan, (z.shape[1],)) @ root.T
     return out.add_(means[torch.from_numpy(plan[:, 0])]).clamp_min_(floor)
@@ -481,15 +459,7 @@ def planned_counts(counts:np.ndarray, # (K,) training items
     else: made = np.array([max(round(int(c) * ratio), 5) for c in n])
     if which == "all": return made
     asked = np.concatenate([bands(n)[b] for b in which.split("+")])
-    made[~np.isin(np.arange(len(n)), asked)] = 0
-    return made
-
-# %% ../nbs/40_latent.ipynb #5cca41bb
-def plan_of(made:Synthetic # whose manifest is in memory or on disk
-           )->np.ndarray: # (N, 2) rows (class, k)
-    "The plan that made items fulfil"
-    if isinstance(made.manifest, ManifestRows): return made.manifest.plan
-    return np.array([(r["class"], r["k"]) for r in made.manifest]).reshape(-1, 2)
+    return np.where(np.isin(np.arange(len(n)), asked), made, 0)
 
 # %% ../nbs/40_latent.ipynb #614db3b7
 def sources(f:Features, # real features
@@ -500,7 +470,9 @@ def sources(f:Features, # real features
             temperature:float=0.5 # T_Q of `Neighbourhood.find`
            )->dict[str, Callable]: # name -> function that gives items; with the labels of `made`, none for the first
     "Every kind of extra features; a control is made when it is asked for"
-    z, y, plan = f.train, f.train_labels, plan_of(made)
+    z, y, rows = f.train, f.train_labels, made.manifest # rows in memory or on disk
+    own = rows.plan if isinstance(rows, ManifestRows) else [(r["class"], r["k"]) for r in rows]
+    plan = np.asarray(own).reshape(-1, 2)
     def mixed():
         around = Neighbourhood.find(base, z, y, f.n_classes, shrink_n0, temperature)
         return mixed_features(z, y, plan, around, seed=seed)

@@ -29,6 +29,7 @@ from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .team import Where
+from .checkpoint import Averages
 from .training import least_batch, split_order
 from .heads import Features, Head
 from .jobs import item_noise, make_plan
@@ -280,8 +281,7 @@ class PublishedModel:
     n_features: int # d
 
     @property
-    def fingerprint(self
-                   )->str: # 16 hexadecimal digits
+    def fingerprint(self)->str: # 16 hexadecimal digits
         "A hash of the weights"
         h = hashlib.blake2b(digest_size=8)
         for v in self.net.state_dict().values(): h.update(v.detach().cpu().contiguous().numpy().tobytes())
@@ -316,14 +316,10 @@ def train_published(z:torch.Tensor, # (N, d) features
     with seeded(how.seed, "init", name): net = PublishedUNet(z.shape[1], n_classes, how.dim, how.mults).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=how.diff_lr)
     alpha_bar = cosine_alpha_bar().to(device, torch.float32)
-    def take_step(step):
+    def loss_of(step):
         g, k = generator(how.seed, name, step, device=device), step % n_batches
-        loss = published_loss(net, x0[k], classes[k], alpha_bar, g, where.precision)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-    train_steps(take_step, net, optimizer, how, replace(where, name=name))
+        return published_loss(net, x0[k], classes[k], alpha_bar, g, where.precision)
+    train_steps(loss_of, lambda step: how.diff_lr, optimizer, Averages(net, 0.), how, replace(where, name=name))
     return PublishedModel(net.cpu().eval(), np.bincount(y.cpu().numpy(), minlength=n_classes), z.shape[1])
 
 # %% ../nbs/41_ldmlr_published.ipynb #263e7648
@@ -336,7 +332,7 @@ def ancestral_times(sample_steps:int=N_TIMES, # from 1 to T
     t = torch.linspace(n_times - 1, 0, sample_steps, dtype=torch.float64).round().long().tolist()
     return list(zip(t, [*t[1:], -1], strict=True))
 
-
+# %% ../nbs/41_ldmlr_published.ipynb #5b1d0030
 @torch.no_grad()
 def sample_published(model:PublishedModel, # trained
                      plan:np.ndarray, # (N, 2) rows (class, k)

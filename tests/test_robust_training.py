@@ -27,7 +27,8 @@ from ltnb.ldmlr_published import encode_as_coded
 from ltnb.models import build_model
 from ltnb.classifier import Classifier, pixel_stats
 from ltnb.batches import Batches
-from ltnb.training import fit, least_batch, smallest_map, split_order
+from ltnb.team import least_batch, smallest_map, split_order
+from ltnb.training import fit
 from ltnb.together import fit_seeds
 from torch import nn
 
