@@ -28,5 +28,5 @@ def run(name:str, # of the recipe: "baseline", "ldmlr", "diffusion" or "diffult"
        ): # the finished Run
     "Run a recipe, as `ltnb run NAME --plain` does: the same call finds its run again, and goes on where it stopped"
     from ltnb.cli import find_recipe
-    module, config_class = find_recipe(name).load()
-    return module.run(config_class.from_dict(settings))
+    recipe = find_recipe(name).load()
+    return recipe.run(recipe.config.from_dict(settings))

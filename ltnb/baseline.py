@@ -354,10 +354,10 @@ def sections(self:Baseline,
     def classes(ax): plot_per_class(f.rows, f.class_names, f.data.counts, shown, ax=ax)
     def training(ax): plot_training(read_jsonl(f.run.path/"metrics.jsonl"), ax=ax)
     alt = "Training loss of each epoch, and accuracy on held-out images where there are any"
-    about = f"<p>{PAIRED} A dash is a band without classes, or a comparison that was not made.{note}</p>"
+    about = f"{PAIRED} A dash is a band without classes, or a comparison that was not made.{note}"
     return [("The table", about, table(f.rows)),
             ("The long tail", TAIL),
-            ("Accuracy per class", f"<p>{drawn_and_not(f.rows, shown)}</p>",
+            ("Accuracy per class", drawn_and_not(f.rows, shown),
              Figure("per_class", "Test accuracy of each class for the first methods of the table", classes)),
             ("Training", Figure("training", alt, training))]
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 from fastcore.basics import patch
+from fastcore.xml import Li, P, Sub, Ul
 
 from .core import UsageError, choose_device, choose_precision, read_json, read_jsonl, write_json
 from .priors import class_prior
@@ -301,9 +302,9 @@ def lead(self:DiffuLT,
     return f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class"
 
 
-_GENERATORS = ("<p>Zones: in, approximately in and out of distribution, by distance in &phi;<sub>0</sub>. Drawn until "
-               "the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
-               "Fréchet, in the features of &phi;<sub>0</sub>.</p>")
+_GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn until "
+                "the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
+                "Fréchet, in the features of φ", Sub("0"), ".")
 _SHOWN = ("cross-entropy", "label shift", "generation", "diffult")
 
 
@@ -319,12 +320,12 @@ def sections(self:DiffuLT,
     def loss(axes):
         for ax, stage, title in zip(axes, ("cbdm", "aid"), ("CBDM", "CBDM + AID loss"), strict=True):
             plot_loss(metrics, ax, stage).set_title(title, fontsize=9)
-    said = "<ul>" + "".join(f"<li>{t}</li>" for t in self.verdict(f.rows)) + "</ul>"
-    notes = [f"<p>{DIFFERENCES}</p>"] if published(f.cfg) else []
+    said = Ul(*map(Li, self.verdict(f.rows)))
+    notes = [DIFFERENCES] if published(f.cfg) else []
     wide = dict(size=(6.4, 2.6))
-    return [("What it says", said), ("The table", f"<p>{PAIRED} The last epoch is read.</p>", main, *notes),
+    return [("What it says", said), ("The table", f"{PAIRED} The last epoch is read.", main, *notes),
             ("The generators", _GENERATORS, made), *(("What was swept", t) for t in swept),
-            ("Class by class", f"<p>Seed {f.cfg.seed}; the generator with the AID loss.</p>",
+            ("Class by class", f"Seed {f.cfg.seed}; the generator with the AID loss.",
              Figure("classes", "Zone shares and accuracy of each class, from head to tail", classes, 2, **wide),
              classes_table(by_class)),
             ("Samples", Figure("samples", "Generated images, a row a class")),

@@ -381,10 +381,10 @@ def heading(self:Diffusion,
     return f"A diffusion model of {f.cfg.source_name}"
 
 
-_JUDGED = ("<p>Recognised: per cent of the images in which a classifier trained on all real images sees the class that "
+_JUDGED = ("Recognised: per cent of the images in which a classifier trained on all real images sees the class that "
            "was asked for. Copies: per cent that lie nearer to a training image than 95 % of the test images do. "
            "Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside this "
-           "table.</p>")
+           "table.")
 
 
 @patch
@@ -396,7 +396,7 @@ def sections(self:Diffusion,
     alt = "Recognised and copied images of each class, from head to tail"
     def judged(axes): plot_judged(f.rows, f.data.counts, axes)
     def loss(ax): plot_loss(read_jsonl(f.run.path/"metrics.jsonl"), ax)
-    return [("Samples", f"<p>From the first seed, head to tail; training images in brackets. {how}.</p>",
+    return [("Samples", f"From the first seed, head to tail; training images in brackets. {how}.",
              Figure("samples", "Generated images, a row a class")),
             ("What the judge says", _JUDGED, judged_table(f.rows)),
             ("Class by class", Figure("judged", alt, judged, 2, (6.4, 2.6))),

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
+from fastcore.xml import I, Li, P, Ul
 
 from .core import UsageError, nearest
 from .config import auto, limited
@@ -331,7 +332,8 @@ def sampled(s:Stage, # its settings
     there, bar = model.to(device), Progress(f"seed {s.seed}: sample", len(plan))
     def make(rows): return sample_features(there, rows, around, how)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps, around.fingerprint)
-    made = make_synthetic(folder, plan, make, model.fingerprint, s.seed, settings, progress=bar.step, keep=False)
+    made = make_synthetic(folder, plan, make, model.fingerprint, seed=s.seed, settings=settings, progress=bar.step,
+                          keep=False)
     bar.close()
     items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
     return Synthetic(items, made.manifest) # the rows stay on disk
@@ -388,8 +390,8 @@ def keep(self:LDMLR,
         clf.net.fc.bias.copy_(head.bias)
     keep_classifier(s, clf, "ldmlr + label shift", head.counts)
     fig, axes = new_figure(9, 3, 3)
-    names, labels = f.class_names, (f.train_labels, made.labels, f.test_labels)
-    plot_feature_map(f.train, labels[0], made.items, labels[1], f.test, labels[2], names, axes=axes)
+    three = (f.train, f.train_labels), (made.items, made.labels), (f.test, f.test_labels)
+    plot_feature_map(*three, f.class_names, axes=axes)
     save_figure(fig, s.run.path/"figures"/"features.png")
 
 
@@ -419,16 +421,16 @@ def lead(self:LDMLR,
     return f"{seeds}{one}; {len(f.data.counts)} classes, {int(np.sum(f.data.counts))} training items"
 
 # %% ../nbs/44_ldmlr.ipynb #3b1a06a8
-_ABOUT = (f"<p>{PAIRED} A dash is a band without classes, or a method that fits no head. The column <i>all, argmax</i> "
-          "reads the same heads without removing the prior.</p>")
-_STARTS = ("<p>Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few "
-           "steps, it can stay near label shift whatever it is fed.</p>")
+_ABOUT = P(f"{PAIRED} A dash is a band without classes, or a method that fits no head. The column ", I("all, argmax"),
+           " reads the same heads without removing the prior.")
+_STARTS = ("Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few "
+           "steps, it can stay near label shift whatever it is fed.")
 
 
 def _ablated(rows): # the section on ablations, where there are some
     if not rows: return []
     note = BANDS_DIFFER * any(r["method"].startswith("bands") for r in rows)
-    about = f"<p>One setting changed at a time; each row is read with the effective prior removed.{note}</p>"
+    about = f"One setting changed at a time; each row is read with the effective prior removed.{note}"
     return [("What each setting is worth", about, table(rows))]
 
 
@@ -446,13 +448,13 @@ def sections(self:LDMLR,
     "Verdict, tables, two starts, classes and features"
     rows, ablated = self.split(f.rows)
     def classes(ax): plot_per_class(rows, f.class_names, f.data.counts, ax=ax)
-    said = "<ul>" + "".join(f"<li>{s}</li>" for s in self.verdict(rows)) + "</ul>"
+    said = Ul(*map(Li, self.verdict(rows)))
     maps = Figure("features", "Three maps: real training features, generated features, unseen real features")
-    pca = f"<p>First two principal components of the real training features, seed {f.cfg.seed}.</p>"
+    pca = f"First two principal components of the real training features, seed {f.cfg.seed}."
     alt = "Test accuracy of each class for cross-entropy, label shift and LDMLR"
     return [("What it says", said), ("The table", _ABOUT, table(rows)), *_ablated(ablated),
-            ("The long tail", f"<p>Training items per class, seed {f.cfg.seed}.</p>", TAIL), *_two_starts(rows),
-            ("Accuracy per class, before and after", f"<p>{drawn_and_not(rows, SHOWN)}</p>",
+            ("The long tail", f"Training items per class, seed {f.cfg.seed}.", TAIL), *_two_starts(rows),
+            ("Accuracy per class, before and after", drawn_and_not(rows, SHOWN),
              Figure("per_class", alt, classes)),
             ("Real and generated features", pca, maps)]
 

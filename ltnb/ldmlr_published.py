@@ -28,8 +28,8 @@ from .batches import Batches
 from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
-from .team import Where
-from .checkpoint import Averages
+from .team import Where, least_batch, split_order
+from .checkpoint import Averages, Clock, keep, restore
 from .training import least_batch, split_order
 from .heads import Features, Head
 from .jobs import item_noise, make_plan

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORK_A_THREAD', 'SPIN', 'control_groups', 'cpu_quota', 'busy_cores', 'Machine', 'look_at_machine', 'reading_threads',
-           'choose_threads', 'users_variables', 'thread_variables', 'start_threads', 'computing_threads']
+           'choose_threads', 'users_variables', 'thread_variables', 'start_threads', 'computing_threads', 'step_work']
 
 # %% ../nbs/04_threads.ipynb #a7faf496
 import json, math, os, re, sys, time
@@ -12,9 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .config import valid_threads
-from .progress import tell
+from fastcore.basics import patch
+
+from .core import DataError, read_json
+from .config import Config, valid_threads
+from .progress import Progress, tell
+from .runs import Run
 
 # %% ../nbs/04_threads.ipynb #8973ac01
 def _lines(path): # of a file; none where it cannot be read
@@ -209,3 +214,43 @@ def computing_threads(asked:str="auto", # or a number
         said = {"number": number, "asked": asked, "why": why, "waiting": _waiting(handed), "user": user}
         try: yield said | vars(machine)
         finally: torch.set_num_threads(before)
+
+# %% ../nbs/04_threads.ipynb #f74c29e5
+def step_work(config:Config, # the settings
+              data:Any # a LongTail or Features
+             )->int|None: # numbers in the widest layer of a step, roughly
+    "How much there is for several threads to share"
+    shape = tuple(getattr(data.train, "images", data.train).shape[1:]) if hasattr(data, "train") else ()
+    def items(name, usual): return getattr(config, name, None) or usual
+    if len(shape) == 1: return items("diff_bs", 512) * max(shape[0], 128)
+    if len(shape) != 3: return None
+    batch, channels = (items("diff_bs", 64), 64) if hasattr(config, "unet") else (items("bs", 32), 16)
+    return batch * channels * shape[1] * shape[2]
+
+
+@patch
+def begun_threads(self:Run
+                 )->int|None: # of the last process that worked on this run; None where there was none
+    "With how many threads the run was computed so far"
+    try: there = read_json(self.path/"environment.json")
+    except DataError: return None
+    there = there if isinstance(there, dict) else {}
+    known = (there.get("threads") or {}).get("number") or there.get("torch_threads")
+    return known if type(known) is int and known > 0 else None
+
+
+@patch
+@contextmanager
+def computing(self:Run,
+              data:Any # a LongTail or Features
+             ): # a block
+    "Choose the threads of this run; another number than it began with is said"
+    begun = self.begun_threads()
+    with computing_threads(getattr(self.config, "threads", "auto"), step_work(self.config, data), begun) as threads:
+        self.threads = threads
+        if begun and begun != threads["number"]:
+            self.threads = threads | {"begun_with": begun}
+            was = f"{begun} thread{'' if begun == 1 else 's'}"
+            if not Progress.quiet: tell(f"note: {self.path} was begun with {was} and goes on with {threads['number']} "
+                                        f"({threads['why']}): results may differ in rounding.")
+        yield

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TINY, ltnb
 from ltnb.cli import RECIPES
 from ltnb.core import UsageError
-from ltnb.flags import Parser, add_settings, help_of
+from ltnb.config import Parser, add_settings, help_of
 from ltnb.headless import entry_notebook
 from ltnb.ldmlr import METHODS
 
