@@ -24,7 +24,7 @@ from .priors import class_prior
 from .data import LongTail
 from .metrics import methods
 from .pictures import drawn_and_not, new_figure, plot_flow, plot_per_class, save_figure
-from .report import table
+from .report import Figure, table
 from .models import build_model
 from .classifier import Classifier, encode
 from .losses import Loss, build_loss, label_shift
@@ -32,7 +32,7 @@ from .augment import Augment
 from .together import fit_seeds
 from .heads import Features
 from .decoupled import MAX_DRAWS, batch_norms, choose_tau, crt, lws, nearest_mean, shifted_heads, tau_norm
-from .recipe import PAIRED, TAIL, Answer, Answers, Figure, Finished, Recipe, Stage
+from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
 from .classify import LOSS_HEADS, ClassifierConfig, check_classifier, keep_classifier, new_classifier, train
 
 # %% ../nbs/36_baseline.ipynb #8f04b4d5

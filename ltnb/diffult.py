@@ -19,11 +19,11 @@ from .runs import Run
 from .data import LongTail
 from .metrics import difference, methods, show_difference, values
 from .pictures import plot_per_class
-from .report import table
+from .report import Figure, table
 from .losses import effective_counts
 from .augment import Augment
 from .team import Team, Where
-from .recipe import PAIRED, TAIL, Answers, Figure, Finished, Recipe, Stage
+from .recipe import PAIRED, TAIL, Answers, Finished, Recipe, Stage
 from .classify import keep_classifier, new_classifier
 from .controls import controls
 from .generator import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
@@ -302,8 +302,8 @@ def lead(self:DiffuLT,
     return f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class"
 
 
-_GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn until "
-                "the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
+_GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn "
+                "until the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
                 "Fréchet, in the features of φ", Sub("0"), ".")
 _SHOWN = ("cross-entropy", "label shift", "generation", "diffult")
 

@@ -25,10 +25,11 @@ from .data import ImageSet, LongTail
 from .classifier import Classifier
 from .sources import DataConfig, load_data
 from .pictures import figure_names, new_figure, save_figure, show_images
+from .report import Figure
 from .team import Team, Where, in_memory_together
 from .jobs import Job, make_plan
 from .synthetic import Synthetic, make_synthetic
-from .recipe import TAIL, Figure, Finished, Recipe, Stage
+from .recipe import TAIL, Finished, Recipe, Stage
 from .noise import OBJECTIVES, build_objective
 from .diffusion import Denoising, DiffusionModel, build_unet, check_diffusion, on_device, train_diffusion
 from .samplers import Sampling, sample_images, sampler_spacing

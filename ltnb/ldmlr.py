@@ -25,7 +25,7 @@ from .priors import class_prior
 from .data import BANDS, LongTail, bands
 from .sources import DataConfig, load_data
 from .pictures import SHOWN, drawn_and_not, new_figure, plot_feature_map, plot_per_class, plot_starts, save_figure
-from .report import table, verdict as verdict_of
+from .report import Figure, table, verdict as verdict_of
 from .models import LinearNet
 from .classifier import Classifier
 from .augment import Augment
@@ -33,7 +33,7 @@ from .training import fit
 from .heads import Features, Head
 from .jobs import make_plan
 from .synthetic import ShardItems, Synthetic, make_synthetic
-from .recipe import PAIRED, TAIL, Figure, Finished, Recipe, Stage
+from .recipe import PAIRED, TAIL, Finished, Recipe, Stage
 from .classify import check_classifier, keep_classifier, new_classifier
 from .latent import FeatureSampling, Neighbourhood, planned_counts, sample_features, sources, train_latent
 from .ldmlr_published import encode_as_coded, released_heads, released_items, train_published

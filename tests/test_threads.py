@@ -11,11 +11,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+
 from ltnb import progress, threads
 from ltnb.baseline import BaselineConfig
-from ltnb.cli import COMPUTING, main as command, threads_for
-from ltnb.core import UsageError
+from ltnb.cli import COMPUTING, threads_for
+from ltnb.cli import main as command
 from ltnb.config import Config, limited, valid_threads
+from ltnb.core import UsageError
+from ltnb.data import LongTail
+from ltnb.generator import DiffusionConfig
+from ltnb.ldmlr import LDMLRConfig
 from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.threads import (
@@ -26,13 +31,10 @@ from ltnb.threads import (
     computing_threads,
     cpu_quota,
     look_at_machine,
+    step_work,
     thread_variables,
     users_variables,
 )
-from ltnb.recipe import step_work
-from ltnb.data import LongTail
-from ltnb.generator import DiffusionConfig
-from ltnb.ldmlr import LDMLRConfig
 
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LTNB_THREADS", "LOCAL_WORLD_SIZE")
 TWO, MANY = Machine((0, 1), 2, busy=0.0), Machine(tuple(range(32)), 16, busy=0.1)  # the second with hyper-threads
