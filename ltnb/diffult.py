@@ -28,8 +28,8 @@ from .classify import keep_classifier, new_classifier
 from .controls import controls
 from .generator import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
 from .aid import ZONES
-from .diffult_steps import (DiffuLTConfig, Eye, Made, aid_loss, describe_real, extractor, image_generator, images_wanted,
-                                tail_classes, usual_scale, with_images)
+from .diffult_steps import (DiffuLTConfig, Eye, Made, aid_loss, describe_real, extractor, image_generator,
+                                images_wanted, tail_classes, usual_scale, with_images)
 from .diffult_ablations import asked_for, fit_budget, sweeps
 
 # %% ../nbs/64_diffult.ipynb #633e798f
@@ -302,8 +302,8 @@ def lead(self:DiffuLT,
     return f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class"
 
 
-_GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn "
-                "until the filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
+_GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn until the "
+                "filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
                 "Fréchet, in the features of φ", Sub("0"), ".")
 _SHOWN = ("cross-entropy", "label shift", "generation", "diffult")
 

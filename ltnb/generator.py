@@ -384,8 +384,8 @@ def heading(self:Diffusion,
 
 _JUDGED = ("Recognised: per cent of the images in which a classifier trained on all real images sees the class that "
            "was asked for. Copies: per cent that lie nearer to a training image than 95 % of the test images do. "
-           "Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside this "
-           "table.")
+           "Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside "
+           "this table.")
 
 
 @patch
