@@ -43,7 +43,8 @@ def _one_column(a, # labels of any shape
                             "save labels.argmax(1) where the largest value is the class; images of several classes "
                             "cannot be used.")
         a = a.argmax(1)
-    if a.ndim != 1 or not len(a): raise DataError(f"{name} must have shape (N,) or (N, 1) with N > 0, got {a.shape}.")
+    if a.ndim != 1 or not len(a):
+        raise DataError(f"{name} must have shape (N,) or (N, 1) with N > 0, got {a.shape}.")
     return a
 
 # %% ../nbs/09_archives.ipynb #79abbe7c
@@ -94,7 +95,8 @@ def _text_labels(raw, # part -> array of texts
                  path # for the error
                 ): # part -> (N,) int64, and the sorted names
     said = {p: (f"{path}: {p}_labels", _texts(a.reshape(-1), f"{path}: {p}_labels")) for p, a in raw.items()}
-    if empty := [p for p, (_, v) in said.items() if not v]: raise DataError(f"{path}: {empty[0]}_labels is empty.")
+    if empty := [p for p, (_, v) in said.items() if not v]:
+        raise DataError(f"{path}: {empty[0]}_labels is empty.")
     return number_labels(said)
 
 # %% ../nbs/09_archives.ipynb #9973e20f
@@ -127,7 +129,8 @@ def _to_uint8(x # an array of numbers
     if not np.isfinite(x).all(): return None
     low, high = (x.min(), x.max()) if x.size else (0, 0)
     if x.dtype.kind == "f" and 0 <= low and high <= 1: return "(255 * x).round().astype('uint8')"
-    if x.dtype.kind == "f" and -1 <= low and high <= 1: return "(127.5 * (x + 1)).round().astype('uint8')"
+    if x.dtype.kind == "f" and -1 <= low and high <= 1:
+        return "(127.5 * (x + 1)).round().astype('uint8')"
     if 0 <= low and high <= 255: return "x.round().astype('uint8')"
     if x.dtype == np.uint16: return "(x / 257).round().astype('uint8')"
     return "(255 * (x - x.min()) / (x.max() - x.min())).round().astype('uint8')"
@@ -155,8 +158,10 @@ def check_pixels(z:dict, # arrays of `read_npz`
         if steps == "": continue
         plain = not x.size or x.dtype.kind not in "iuf" or x.dtype == np.uint8
         span = "" if plain else f" with values from {x.min():g} to {x.max():g}"
-        if "nan" in span or "inf" in span: span = " with NaN or infinite values, which must be replaced first"
-        if x.ndim == 2: span += ", which looks like rows of pixels: reshape them, such as x.reshape(-1, 28, 28)"
+        if "nan" in span or "inf" in span:
+            span = " with NaN or infinite values, which must be replaced first"
+        if x.ndim == 2:
+            span += ", which looks like rows of pixels: reshape them, such as x.reshape(-1, 28, 28)"
         raise DataError(f"{path}: {name} must be uint8 of shape (N, H, W) or (N, H, W, 1 or 3), "
                         f"got {x.dtype} of shape {x.shape}{span}"
                         + (f": save {steps} for x = {name}, and likewise the other images." if steps else "."))

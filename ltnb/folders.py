@@ -76,10 +76,12 @@ def output_mark(folder:str|Path, # a folder
     "Which command of ltnb wrote here?"
     names = set(names)
     def has(pattern): return any(re.fullmatch(pattern, n) for n in names)
+    def holds(name, keys): return name in names and keys <= _json_keys(os.path.join(folder, name))
     if names & {"run.lock", "notebook.lock"}: return "run"
-    if "config.json" in names and {"recipe", "given"} <= _json_keys(os.path.join(folder, "config.json")): return "run"
-    if "shards.jsonl" in names or ("manifest.jsonl" in names and has(r"shard-.*\.safetensors")): return "generation"
-    if "card.json" in names and {"bands", "imb_ratio"} <= _json_keys(os.path.join(folder, "card.json")): return "card"
+    if holds("config.json", {"recipe", "given"}): return "run"
+    made = "manifest.jsonl" in names and has(r"shard-.*\.safetensors")
+    if made or "shards.jsonl" in names: return "generation"
+    if holds("card.json", {"bands", "imb_ratio"}): return "card"
     return "notebook" if has(r"\d\d_run_\w+\.ipynb") else "" # of a run that has not begun
 
 # %% ../nbs/07_folders.ipynb #54b7f608
@@ -90,8 +92,9 @@ def scan(folder:str|Path, # a folder
     try:
         with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
     except OSError as e:
-        if not entered: raise UsageError(f"{one_line(folder)} is no folder that can be read ({e.strerror}): give "
-                                         "--data-root a folder of class folders.") from e
+        if not entered:
+            raise UsageError(f"{one_line(folder)} is no folder that can be read ({e.strerror}): give "
+                             "--data-root a folder of class folders.") from e
         raise DataError(f"{one_line(folder)} cannot be read ({e.strerror}), so its photographs would be missing: "
                         "change its permissions, or move it away.") from e
 
@@ -135,14 +138,16 @@ class Photographs:
                  only:Iterable|None=None # names of the folders in it that are searched; None searches all of it
                 ):
         self.root, self._real = str(root), os.path.realpath(str(root))
-        self.paths, self.folders, self.left = [], [], {} # photographs; all folders that were entered; reason -> paths
+        self.paths, self.folders = [], [] # photographs; all folders that were entered
+        self.left = {} # reason -> paths
         self._links, self._seen = [], set() # still to be followed; real paths
         if only is None: self._walk("", self._real, "")
         else:
             self._seen.add(self._real)
             for e in scan(self.root):
                 if not _is_folder(e): self._file(e, e.name)
-            for name in sorted(only, key=lambda n: os.path.islink(os.path.join(self.root, n))): self._enter(name)
+            for name in sorted(only, key=lambda n: os.path.islink(os.path.join(self.root, n))):
+                self._enter(name)
         for path in self._links: self._follow(path) # which can find more of them
         self.paths.sort()
 
@@ -177,7 +182,9 @@ def _follow(self:Photographs, path): # a link
 
 # %% ../nbs/07_folders.ipynb #66c6a712
 def _of_run(name, above, own): # is a folder of this name, with these photographs, a part of what ltnb wrote above it?
-    if name == "figures": return above == "run" or (above == "card" and set(own) <= {"counts.png", "images.png"})
+    if above == "generation": return name == "png"
+    if name == "figures":
+        return above == "run" or (above == "card" and set(own) <= {"counts.png", "images.png"})
     return above == "run" and name in _OWN_FOLDERS and not own
 
 
@@ -192,13 +199,14 @@ def _folder(self:Photographs,
     at, name = os.path.join(self.root, path) if path else self.root, path.rpartition("/")[2]
     entries, inner = scan(at, entered=bool(path)), []
     own, mark = photographs_in(entries), output_mark(at, [e.name for e in entries])
-    if above == "generation" and name == "png": return self.leave("output", path)
-    if path and (_of_run(name, above, own) or (mark and is_ltnb_output(at))): return self.leave("output", path)
+    if path and (_of_run(name, above, own) or (mark and is_ltnb_output(at))):
+        return self.leave("output", path)
     if path: self.folders.append(path)
     for e in entries:
         below = f"{path}/{e.name}" if path else e.name
         if not _is_folder(e): self._file(e, below)
-        elif is_helper(e.name, True) or (own and e.name.lower() in THUMBNAIL_FOLDERS): self.leave("helper", below)
+        elif is_helper(e.name, True) or (own and e.name.lower() in THUMBNAIL_FOLDERS):
+            self.leave("helper", below)
         elif e.is_symlink(): self._links.append(below)
         else: inner.append((below, os.path.join(real, e.name), mark))
     return inner
@@ -210,11 +218,12 @@ def _file(self:Photographs,
           path # below root
          ):
     if is_helper(e.name, False): return
-    suffix = os.path.splitext(e.name.lower())[1]
+    suffix, hidden = os.path.splitext(e.name.lower())[1], e.name.startswith(".")
     if e.is_symlink() and not os.path.exists(e.path): self.leave("broken", path)
-    elif suffix in image_suffixes(): self.leave("hidden", path) if e.name.startswith(".") else self.paths.append(path)
+    elif suffix in image_suffixes() and not hidden: self.paths.append(path)
+    elif suffix in image_suffixes(): self.leave("hidden", path)
     elif suffix in CAMERA_SUFFIXES: self.leave("closed", path)
-    elif not e.name.startswith("."): self.leave("other", path)
+    elif not hidden: self.leave("other", path)
 
 # %% ../nbs/07_folders.ipynb #6b9d259a
 _REASONS = {"closed": "cannot be opened here, though they look like photographs",
@@ -232,8 +241,8 @@ def counted(self:Photographs,
     "What was left out for a reason, in numbers"
     paths = [p for p in self.left.get(reason, ()) if not below or p.startswith(below + "/")]
     kinds = Counter(one_line(os.path.splitext(p.lower())[1]) or "other" for p in paths)
-    folders, what = reason in _FOLDER_REASONS, f"{len(paths):,}"
-    if not folders and len(kinds) < 4: what = " and ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+    folders, what = reason in _FOLDER_REASONS, [f"{n:,} {kind}" for kind, n in kinds.most_common()]
+    what = f"{len(paths):,}" if folders or len(kinds) > 3 else " and ".join(what)
     unit = "" if folders else " file" if len(paths) == 1 else " files"
     return f"{what}{unit} ({some_of(paths)})" if paths else ""
 
@@ -362,8 +371,8 @@ def find_split(root:str|Path, # a folder
         inner, parts, notes = find_split(os.path.join(root, only[0]), False)
         if parts: return inner, parts, [f"the parts of the split lie in {quoted(only)}.", *notes]
     _wrong_split(root, names, kinds)
-    if kinds: return root, {}, [f"{quoted(kinds)} is taken as a class, for it holds photographs and no class folders."]
-    return root, {}, _look_alike(root, names)
+    alone = [f"{quoted(kinds)} is taken as a class, for it holds photographs and no class folders."]
+    return root, {}, alone if kinds else _look_alike(root, names)
 
 # %% ../nbs/07_folders.ipynb #a8bfcb70
 def what_is_there(found:Photographs, # around it
@@ -409,28 +418,26 @@ def no_photographs(found:Photographs, # around them
 def _labelled(classes, # class -> paths
               index # class -> its number, in the order of the numbers
              ): # N paths, (N,) int64
-    classes = {c: classes[c] for c in index if c in classes}
-    labels = [index[c] for c, paths in classes.items() for _ in paths]
-    return [p for paths in classes.values() for p in paths], np.array(labels, dtype=np.int64)
+    pairs = [(path, k) for c, k in index.items() for path in classes.get(c, ())]
+    return [path for path, _ in pairs], np.array([k for _, k in pairs], dtype=np.int64)
 
 
 def _fitting(found, # the photographs
              split, # role -> folder
              classes # role -> class -> paths
             ): # raises where the parts do not fit together
-    root, train, own = one_line(found.root), one_line(split["train"]), classes["train"]
+    root, own = one_line(found.root), classes["train"]
     for part, there in classes.items():
         at = f"{root}/{one_line(split[part])}"
         if more := [c for c in there if c not in own and there[c]]:
             close = nearest(valid_text(more[0]), map(valid_text, own))
             hint = f" {close}" if close.startswith("Did") else ""
-            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{train} lacks ({len(more)} "
-                            f"such): every class needs training images.{hint}")
+            raise DataError(f"{at} has the class {valid_text(more[0])!r}, which {root}/{one_line(split['train'])} "
+                            f"lacks ({len(more)} such): every class needs training images.{hint}")
         if not any(there.values()):
             raise DataError(f"{at} holds no photograph: the {part} set is empty ({what_is_there(found, split[part])}).")
     if empty := next((c for c, paths in own.items() if not paths), None):
-        n = len(classes["test"].get(empty, ()))
-        but = f" but {n} test images" if n else ""
+        but = f" but {n} test images" if (n := len(classes["test"].get(empty, ()))) else ""
         raise DataError(f"{root}: class {valid_text(empty)!r} has no training image{but}: "
                         f"{'; '.join(no_photographs(found, split['train'], own)[:3])}. Add photographs, or move these "
                         "folders away.")
@@ -441,13 +448,13 @@ def split_parts(found:Photographs, # of the folders of the split
                 class_order:str|None=None # for `ordered`
                )->tuple[list, dict, list]: # K names, part -> (N paths, (N,) int64), notes
     "Train, test and perhaps val of a split"
-    classes, train, notes = {role: class_folders(found, name) for role, name in split.items()}, split["train"], []
+    classes, notes = {role: class_folders(found, name) for role, name in split.items()}, []
     if "test" not in split and "val" in split:
-        split, classes["test"] = {"train": train, "test": split["val"]}, classes.pop("val")
+        split, classes["test"] = {"train": split["train"], "test": split["val"]}, classes.pop("val")
         notes.append(f"there is no test folder: {one_line(split['test'])} is the test set, as in ImageNet.")
     if "test" not in split:
-        at = one_line(os.path.join(found.root, train))
-        raise DataError(f"{one_line(found.root)} has {one_line(train)} but neither test nor val: add one, or give "
+        train, at = one_line(split["train"]), one_line(os.path.join(found.root, split["train"]))
+        raise DataError(f"{one_line(found.root)} has {train} but neither test nor val: add one, or give "
                         f"--data-root {at} to split it.")
     _fitting(found, split, classes)
     for part in sorted(classes.keys() - {"train"}):
@@ -463,12 +470,14 @@ def drawn_parts(found:Photographs, # of a folder of class folders
                 class_order:str|None=None # for `ordered`
                )->tuple[list, dict, list]: # K names, part -> (N paths, (N,) int64), notes
     "Train and test of class folders without a split"
-    if not 0 < test_fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
+    if not 0 < test_fraction < 1:
+        raise UsageError(f"test_fraction must be between 0 and 1, got {test_fraction:g}.")
     classes, root = class_folders(found), one_line(found.root)
     if len(classes) > 1 and (empty := no_photographs(found, "", classes)):
         raise DataError(f"{root}: {len(empty)} of {len(classes)} classes have no training image: "
                         f"{'; '.join(empty[:3])}. Add photographs, or move these folders away.")
-    rng, train, test = np.random.RandomState(seed), {}, {}
+    rng = np.random.RandomState(seed)
+    train, test = {}, {}
     for c, paths in classes.items():
         order, n = rng.permutation(len(paths)), int(len(paths) * test_fraction)
         train[c], test[c] = ([paths[i] for i in np.sort(index)] for index in (order[n:], order[:n]))

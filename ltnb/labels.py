@@ -151,8 +151,8 @@ def _by_folder(readings, # ways to take the file apart
             if named.setdefault(k, name) != name:
                 raise Unclear(f"the folders of class {k} have two names, {named[k]!r} and {name!r}")
         if not named or len(named) != n_classes: continue
-        if r.keys != r.names and all(map(str.isdecimal, named.values())): continue # folders and numbers, but no names
-        return r, named
+        codes = r.keys != r.names and all(map(str.isdecimal, named.values())) # folders and numbers, but no names
+        if not codes: return r, named
     return None
 
 # %% ../nbs/05_labels.ipynb #1eaf386d
@@ -221,7 +221,8 @@ def _by_order(lines, # L texts
               n_classes # K, or None
              ): # class -> name
     _no_numbering(lines, readings, n_classes)
-    if n_classes and len(lines) != n_classes: raise Unclear(f"it has {len(lines)} names for {n_classes} classes")
+    if n_classes and len(lines) != n_classes:
+        raise Unclear(f"it has {len(lines)} names for {n_classes} classes")
     _no_stray_number(lines)
     _no_folder(lines, folders)
     return dict(enumerate(lines))
@@ -234,7 +235,8 @@ def decide_names(readings:list, # of `read_lines`, or of a table's columns
                 )->tuple: # K names
     "The names of the classes by the rule above"
     folders, columns = folders or {}, [r for r in readings if r.where != "as a whole"]
-    if lines: readings = [*readings, Reading("as a whole", tuple(x.strip("/") for x in lines), tuple(lines), False)]
+    if lines:
+        readings = [*readings, Reading("as a whole", tuple(x.strip("/") for x in lines), tuple(lines), False)]
     numbered, by_folder = _by_number(columns), _by_folder(readings, folders, n_classes or len(set(folders.values())))
     if numbered and by_folder: _agree(by_folder[0].keys, numbered[0].numbers, folders)
     if numbered:
@@ -249,7 +251,8 @@ def decide_names(readings:list, # of `read_lines`, or of a table's columns
         raise Unclear(next((_why_not(r.numbers, r.where, n_classes) for r in readings if r.numbers),
                            "no column of it numbers the classes or names their folders"))
     _agree(named.values(), named, folders)
-    if not all(named.values()): raise Unclear(f"class {next(k for k, v in named.items() if not v)} has no text")
+    if not all(named.values()):
+        raise Unclear(f"class {next(k for k, v in named.items() if not v)} has no text")
     return tuple(named[k] for k in range(len(named)))
 
 # %% ../nbs/05_labels.ipynb #8afc91a8
@@ -298,7 +301,8 @@ def unique_keys(pairs:list # (key, value) of a JSON object
 def _cells(value # of JSON
           ): # its texts, in order
     if isinstance(value, (list, tuple)): return [t for v in value for t in _cells(v)]
-    if isinstance(value, bool) or not isinstance(value, (str, int)): raise ValueError(f"{value!r} is no name or number")
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{value!r} is no name or number")
     return [str(value)]
 
 # %% ../nbs/05_labels.ipynb #fbcacbc2
@@ -333,7 +337,8 @@ def csv_rows(text:str, # of a csv or tsv file
     if width > 1:
         last = [(sign + " ").join(c.strip() for c in r[width - 1:]) for r in rows] # commas in a name
         rows = [[*r[:width - 1], name] for r, name in zip(rows, last, strict=True)]
-    if any(len(r) != width for r in rows): raise ValueError("a line has fewer columns than the header")
+    if any(len(r) != width for r in rows):
+        raise ValueError("a line has fewer columns than the header")
     return header, [r for r in rows if str(UNUSED_CLASS) not in r]
 
 # %% ../nbs/05_labels.ipynb #135df7e7
@@ -368,7 +373,9 @@ def read_class_names(path:str|Path, # .txt, .json, .csv or .tsv
     "Read class names: by number, by folder, or by order where nothing else can be meant"
     text = read_text(path)
     k = n_classes or (int(np.max(labels)) + 1 if len(labels) else None)
-    try: return decide_names(*_take_apart(path, text), folders_of(paths, labels) if folders is None else folders, k)
+    try:
+        readings, lines = _take_apart(path, text)
+        return decide_names(readings, lines, folders_of(paths, labels) if folders is None else folders, k)
     except Unclear as e: why = str(e)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, csv.Error) as e:
         why = f"{type(e).__name__}: {str(e)[:200]}"
@@ -381,12 +388,13 @@ def names_in_order(names:Iterable # K texts, or K rows of texts
                   )->tuple: # K names
     "Names whose order says their class; a complete numbering in them comes first"
     rows = [list(map(str, n)) if isinstance(n, (list, tuple, np.ndarray)) else str(n) for n in names]
-    try: readings = read_rows(None, rows) if rows and isinstance(rows[0], list) else read_lines(rows)
+    table = bool(rows) and isinstance(rows[0], list)
+    try: readings = read_rows(None, rows) if table else read_lines(rows)
     except Unclear as e: raise DataError(f"class_names: {e}.") from e
-    other = [r for r in readings if r.covers and (isinstance(rows[0], list) or r.numbers != sorted(r.numbers))]
-    if not other and rows and isinstance(rows[0], list):
+    other = [r for r in readings if r.covers and (table or r.numbers != sorted(r.numbers))]
+    if not other and table:
         raise DataError("class_names has several texts a class, and none of them numbers the classes.")
-    return decide_names(readings, rows if isinstance(rows[0], str) else None) if other else tuple(rows)
+    return decide_names(readings, None if table else rows) if other else tuple(rows)
 
 # %% ../nbs/05_labels.ipynb #63589354
 def quoted(names:Iterable # texts

@@ -39,7 +39,8 @@ class Listing:
 def read_list(path:str|Path # a text file, one 'path label' a line
              )->tuple[list[str], np.ndarray]: # N paths, (N,) int64 labels
     "Read a list file in OLTR's format"
-    paths, labels, seen = [], [], {}
+    paths, labels = [], []
+    seen = {} # path -> its line
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not (line := line.strip()): continue
         parts = line.rsplit(None, 1)
@@ -142,7 +143,8 @@ def _add_row(found, # column -> its texts so far
         raise DataError(f"{source}: {len(row)} cells where the header has {width}: put a text with a comma into "
                         f"quotation marks.")
     for k, i in at.items():
-        if not (cell := row[i].strip()) or "\0" in cell: raise DataError(f"{source}: the {k} is missing.")
+        if not (cell := row[i].strip()) or "\0" in cell:
+            raise DataError(f"{source}: the {k} is missing.")
         found.setdefault(k, []).append(cell)
 
 # %% ../nbs/06_listings.ipynb #c58a4cd2
@@ -153,7 +155,8 @@ def read_table(path:str|Path, # a csv or tsv file with a header
     text = read_text(path)
     head = text.lstrip().split("\n")[0]
     reader = csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;|", key=head.count))
-    found, seen, at = {}, {}, None
+    found, seen = {}, {} # column -> its texts; path -> its line
+    at = None # column -> its position
     try:
         for row in reader:
             if not any(c.strip() for c in row): continue
@@ -255,7 +258,9 @@ def group_split(labels:np.ndarray, # (N,) class numbers
         k, n = np.unique(labels[members[g]], return_counts=True)
         after = gap[k] - n / counts[k]
         if not (left[k] > n).all(): continue
-        if (after**2).sum() < (gap[k]**2).sum(): test[g], left[k], gap[k] = True, left[k] - n, after
+        if (after**2).sum() < (gap[k]**2).sum():
+            test[g], left[k] = True, left[k] - n
+            gap[k] = after
         else: spare = g
     if not test.any() and spare is not None: test[spare] = True
     return test[at]
@@ -267,13 +272,15 @@ def split_listing(listing:Listing, # all images
                   seed:int=0 # of the split
                  )->tuple[Listing, Listing, list]: # train, test, and what is to be said
     "Split one list into train and test"
-    if not 0 < fraction < 1: raise UsageError(f"test_fraction must be between 0 and 1, got {fraction:g}.")
+    if not 0 < fraction < 1:
+        raise UsageError(f"test_fraction must be between 0 and 1, got {fraction:g}.")
     test = random_split(labels, fraction, seed)
     notes = [f"there is no test list: {fraction:.0%} of each class, rounded down, is the test set (seed {seed})."]
     if not test.any():
         raise DataError(f"{listing.source}: no class has the {math.ceil(1 / fraction)} images that a test share of "
                         f"{fraction:g} needs: give a larger --test-fraction, or a --test-list.")
-    if listing.groups is not None: test, notes = _grouped_test(listing, labels, test, fraction, seed)
+    if listing.groups is not None:
+        test, notes = _grouped_test(listing, labels, test, fraction, seed)
     return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test)), notes
 
 # %% ../nbs/06_listings.ipynb #4af907e7
@@ -322,7 +329,8 @@ def _by_split(train, # Listing of the train file
                          f"--{sorted(others)[0]}-list.")
     parts = {p: train.take([i for i, s in enumerate(train.splits) if s == p]) for p in SPLIT_VALUES
              if p in train.splits}
-    if "train" not in parts: raise DataError(f"{train.source}: its split column has no row of train.")
+    if "train" not in parts:
+        raise DataError(f"{train.source}: its split column has no row of train.")
     said = [f"{', '.join(parts)} are those of the split column of {Path(train.source).name}."]
     return parts, [] if columns.split else said
 
@@ -358,7 +366,8 @@ def with_suffix(root:str|Path, # the folder of the images
                 strict:bool=True # refuse a list with lost files; False leaves their paths as they are
                )->list[str]: # paths of files
     "Find the files of ids without a suffix, as Kaggle's tables have them"
-    at, out, lost = {}, [], []
+    at = {} # folder -> names without suffix -> names of files
+    out, lost = [], []
     for p in paths:
         if p.lower().endswith(suffixes) or os.path.exists(os.path.join(root, p)):
             out.append(p)

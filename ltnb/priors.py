@@ -67,7 +67,9 @@ def _prior_value(text, # numbers joined by commas, JSON, or the name of a file
                          "counts joined by commas, or train.")
     content = text if inline else read_text(text)
     as_json = inline or text.lower().endswith(".json")
-    try: return json.loads(content, object_pairs_hook=unique_keys) if as_json else _prior_table(text, content)
+    try:
+        if as_json: return json.loads(content, object_pairs_hook=unique_keys)
+        return _prior_table(text, content)
     except (ValueError, RecursionError, csv.Error) as e:
         if isinstance(e, UsageError): raise
         raise UsageError(f"{source} cannot be read ({str(e)[:120]}): expected class and count, as csv with two "
@@ -79,7 +81,8 @@ def prior_text(given:str|None # "train", numbers joined by commas, JSON, or a .c
     "Read a test prior, and refuse what cannot be one"
     if given is None or given.strip().lower() == "train": return given and "train"
     text, source = given.strip(), f"test_prior={given.strip()[:80]!r}"
-    if not text: raise UsageError("test_prior is empty: give a .csv or .json file, numbers joined by commas, or train.")
+    if not text:
+        raise UsageError("test_prior is empty: give a .csv or .json file, numbers joined by commas, or train.")
     value = _prior_value(text, source)
     if not isinstance(value, (list, dict)) or not value:
         raise UsageError(f"{source}: expected counts or probabilities of the classes.")

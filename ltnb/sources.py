@@ -39,7 +39,8 @@ def npz(cls:LongTail,
     z = read_npz(path, ("train_images", "train_labels", "test_images", "test_labels"))
     parts, names = archive_labels(z, path)
     for part in parts:
-        if f"{part}_images" not in z: raise DataError(f"{path} has {part}_labels but no {part}_images.")
+        if f"{part}_images" not in z:
+            raise DataError(f"{path} has {part}_labels but no {part}_images.")
     check_pixels(z, [f"{part}_images" for part in parts], path)
     sets = {}
     for part, labels in parts.items():
@@ -164,10 +165,11 @@ def from_paths(cls:type, # LongTail
     photos, sets = photos or Photos(), {}
     how = {"grey_bits": photos.grey_bits} if photos.grey_bits else {}
     if photos.bad_images == "tolerate": how["tolerate"] = True
+    check_all = photos.bad_images != "stop" and root is not None
     for part, (paths, labels) in parts.items():
         if not len(paths): raise DataError(f"{name}: the {part} set is empty.")
         s = ImageSet(ImageFiles(root, paths, photos.image_size or 224, how=how), labels, class_names)
-        if photos.bad_images != "stop" and root is not None: s, notes = _without_damaged(s, part, notes)
+        if check_all: s, notes = _without_damaged(s, part, notes)
         sets[part] = s
     data = cls(**sets, name=name, notes=tuple(notes)) # checks the classes before it opens an image
     if photos.image_size is None and root is not None:
@@ -206,7 +208,8 @@ def folder(cls:LongTail,
     if split: names, parts, more = split_parts(found, split, class_order)
     else: names, parts, more = drawn_parts(found, test_fraction, seed, class_order)
     for path in [p for p in found.paths if "/" not in p and split]: found.leave("loose", path)
-    if root != given and (top := photographs_in(scan(given))): found.left["loose"] = top + found.left.get("loose", [])
+    top = photographs_in(scan(given)) if root != given else []
+    if top: found.left["loose"] = top + found.left.get("loose", [])
     if len(names) < 2: _one_class(found, given, split, names)
     notes = (*notes, *more, *found.notes())
     data = from_paths(cls, root, parts, tuple(map(valid_text, names)), name, photos, notes)
@@ -249,8 +252,8 @@ def _listed_names(train, # Listing
                   file # of class names, or None
                  ): # K names
     if file is None: return names or numbered(labels, train.source)
-    if names: return read_class_names(file, folders={n: k for k, n in enumerate(names)}, n_classes=len(names))
-    return read_class_names(file, train.paths, labels["train"])
+    if not names: return read_class_names(file, train.paths, labels["train"])
+    return read_class_names(file, folders={n: k for k, n in enumerate(names)}, n_classes=len(names))
 
 # %% ../nbs/12_sources.ipynb #e338c35a
 @patch(cls_method=True)
