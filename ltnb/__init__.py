@@ -1,7 +1,7 @@
 "Long-tailed image classification with diffusion models; what is named here is imported when it is first asked for"
 __version__ = "0.0.1"
 
-_ROOMS = {"LongTail": "data", "Classifier": "classifier", "Synthetic": "synthetic", "fit": "training"}
+_ROOMS = {"LongTail": "sources", "Classifier": "classifier", "Synthetic": "synthetic", "fit": "training"}
 
 
 def __getattr__(name): # PEP 562: `import ltnb` stays free of torch and numpy

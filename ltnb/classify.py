@@ -74,7 +74,7 @@ def new_classifier(cfg:ClassifierConfig, # resolved
     "The network that a loss needs, with the normalisation of its training images"
     shape, head = data.train.images.shape[1:], LOSS_HEADS[loss]
     net = build_model(cfg.arch, data.n_classes, shape[0], seed, head=head, norm=norm)
-    return Classifier(net, data.class_names, shape, *set_stats(data.train.images), cfg.arch, head=head, norm=norm)
+    return Classifier(net, data.class_names, shape, *set_stats(data.train.images), cfg.arch, head=head)
 
 
 def train(s:Stage, # its settings and data

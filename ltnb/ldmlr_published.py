@@ -29,7 +29,6 @@ from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .team import Where, least_batch, split_order
-from .checkpoint import Averages, Clock, keep, restore
 from .training import least_batch, split_order
 from .heads import Features, Head
 from .jobs import item_noise, make_plan
