@@ -256,7 +256,7 @@ def resolve(self:LDMLR,
     if cfg.bands != "all" and not planned_counts(data.counts, 1, None, cfg.bands).any():
         there = ", ".join(b for b in BANDS if len(bands(data.counts)[b]))
         raise UsageError(f"bands={cfg.bands!r} names no class of this set: its bands are {there}.")
-    return replace(cfg.filled(data), dataset=None) if cfg.features else cfg.filled(data)
+    return replace(cfg.filled(data), dataset=None, imb_ratio=None) if cfg.features else cfg.filled(data)
 
 # %% ../nbs/44_ldmlr.ipynb #32f2b82e
 def encoded(s:Stage # its settings and data
