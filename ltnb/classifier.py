@@ -34,12 +34,12 @@ class Classifier(nn.Module):
 
     def __init__(self,
                  net:nn.Module, # with `features` and `fc`
-                 class_names, # K names
-                 input_size, # (C, H, W), or (d,) for features
-                 mean=(0.,), # per channel, of pixels in 0 to 1
-                 std=(1.,), # per channel
+                 class_names:list|tuple, # K names
+                 input_size:tuple|list, # (C, H, W), or (d,) for features
+                 mean:tuple|list=(0.,), # per channel, of pixels in 0 to 1
+                 std:tuple|list=(1.,), # per channel
                  arch:str="linear", # name of the network
-                 log_prior=None, # (K,) what is subtracted from the logits, or None for plain argmax
+                 log_prior:list|np.ndarray|None=None, # (K,) to subtract from the logits; None for plain argmax
                  head:str|None=None # a name of `HEADS`; None asks the network
                 ):
         super().__init__()
@@ -75,7 +75,7 @@ def pixel_stats(images:np.ndarray # (N, C, H, W) uint8
     return [float(c.mean() / 255) for c in flat], [max(float(c.std() / 255), 1e-3) for c in flat]
 
 
-def set_stats(images, # (N, C, H, W) uint8, or `ImageFiles`
+def set_stats(images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or `ImageFiles`
               n:int=2000 # how many files are decoded for it, drawn from all
              )->tuple[list, list]: # as `pixel_stats`
     "Normalisation constants of a whole set: of all images in memory, of a random sample of files"
@@ -91,7 +91,7 @@ def luma(images:np.ndarray # (N, 3, H, W) uint8
 
 
 def check_images(clf:Classifier, # what they are for
-                 images # array or ImageFiles
+                 images:np.ndarray|ImageFiles # what is to be classified
                 ):
     "Refuse images that the classifier was not made for; nothing is decoded"
     want, got = clf.input_size, tuple(images.shape[1:])
@@ -331,9 +331,9 @@ def _decoded(root, found, bs, how, bad_images): # -> {path: (image or None, note
 
 # %% ../nbs/21_classifier.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
-                      names, # K class names
+                      names:list|tuple, # K class names
                       probs:np.ndarray, # (N, K) probabilities
-                      paths, # N paths
+                      paths:list, # N paths
                       marks:dict|None=None # path -> what was tolerated; gives a column `note`
                      ):
     "One row an image: path, class, its probability, a note where there are any, and the probability of each class"
