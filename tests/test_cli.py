@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, ltnb
 from ltnb.cli import RECIPES, Parser, add_settings, entry_notebook, help_of
-from ltnb.ldmlr import METHODS
+from ltnb.refit import METHODS
 
 
 def tree(path):

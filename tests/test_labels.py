@@ -534,7 +534,7 @@ def test_a_run_goes_on_after_its_data_moved(main, tmp_path):
 def test_every_source_may_move(tmp_path, name):
     from ltnb.baseline import BaselineConfig
     from ltnb.runs import Run
-    from ltnb.ldmlr import LDMLRConfig, read_data
+    from ltnb.ldmlr import LDMLR, LDMLRConfig
 
     table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     archive(tmp_path / "a.npz")
@@ -552,7 +552,7 @@ def test_every_source_may_move(tmp_path, name):
             for p in paths.values():
                 shutil.move(tmp_path / p, folder / p)
         cfg = kind(**more, **{k: str(folder / p) for k, p in paths.items()}, out=str(tmp_path / "run"))
-        load = (lambda seed: read_data(cfg)) if name == "features" else (lambda seed: load_data(cfg, seed))
+        load = (lambda seed: LDMLR().load(cfg, seed)) if name == "features" else (lambda seed: load_data(cfg, seed))
         finish = lambda *a: (_ for _ in ()).throw(InterruptedError) if folder == tmp_path else None
         stages = (lambda c, d: c, lambda *a: done.append(folder) or [], finish)
         try:
