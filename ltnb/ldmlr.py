@@ -30,7 +30,7 @@ from .classifier import Classifier
 from .augment import Augment
 from .training import fit
 from .heads import Features, Head
-from .jobs import make_plan
+from .jobs import Job, make_plan
 from .synthetic import ShardItems, Synthetic, make_synthetic
 from .recipe import PAIRED, TAIL, Figure, Finished, Recipe, Stage
 from .classify import check_classifier, keep_classifier, new_classifier
@@ -331,7 +331,8 @@ def sampled(s:Stage, # its settings
     there, bar = model.to(device), Progress(f"seed {s.seed}: sample", len(plan))
     def make(rows): return sample_features(there, rows, around, how)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps, around.fingerprint)
-    made = make_synthetic(folder, plan, make, model.fingerprint, s.seed, settings, progress=bar.step, keep=False)
+    job = Job(seed=s.seed, settings=settings, progress=bar.step, keep=False)
+    made = make_synthetic(folder, plan, make, model.fingerprint, job)
     bar.close()
     items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
     return Synthetic(items, made.manifest) # the rows stay on disk

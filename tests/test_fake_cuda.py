@@ -349,7 +349,7 @@ def test_sampling_features(pull, monkeypatch):
     model = train_latent(FEATURES, torch.from_numpy(LABELS), K, n_steps=2, diff_bs=8, width=16, n_blocks=1)
     base = a_head()
     around, plan = Neighbourhood.find(base, FEATURES, torch.from_numpy(LABELS), K, 4.0), make_plan([2, 1, 0, 3])
-    a, b = both(monkeypatch, lambda device: sample_features(model.to(device), plan, around, pull)[0])
+    a, b = both(monkeypatch, lambda device: sample_features(model.to(device), plan, around, pull=pull)[0])
     assert a.device.type == "cpu" and torch.equal(a, b), "the noise of an item is the same on every device"
 
 
