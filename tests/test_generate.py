@@ -17,8 +17,8 @@ from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
 from ltnb.judge import Judge, references, train_judge
-from ltnb.generator import DiffusionConfig, make_images, resolve, run, train_model
-from ltnb.generate import GenerateConfig, describe, find_model, generate, planned
+from ltnb.generator import Diffusion, DiffusionConfig, make_images, run, train_model
+from ltnb.generate import GenerateConfig, describe, find_model, generate, plan_images
 from ltnb.jobs import make_plan
 from ltnb.synthetic import Synthetic
 
@@ -139,7 +139,7 @@ def test_photographs_with_a_class_of_one(folder_run):
 def test_without_a_judge(tmp_path):
     r = run(DiffusionConfig(**{**QUICK, "judge_epochs": 0}, out=str(tmp_path / "run")))
     assert r.scores()[0]["all"] is None and r.scores()[0]["copies"] is not None and not (r.path / "judge").exists()
-    assert "–" in generator.summary(r) and "report.html" in files(r.path)
+    assert "–" in Diffusion().summary(r) and "report.html" in files(r.path)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_two_processes_train_one_model(tmp_path, trained):
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
     data = LongTail.digits()
     one, two = (
-        train_model(resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),
+        train_model(Diffusion().resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),
         DiffusionModel.load(tmp_path / "run" / "model").unet.state_dict(),
     )
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 2e-3, (
@@ -359,7 +359,8 @@ def test_another_model_is_refused(tmp_path, trained, main):
         main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g")[0]
         == 0
     )
-    other = train_model(resolve(DiffusionConfig(**QUICK), data := LongTail.digits()), data, 5)
+    data = LongTail.digits()
+    other = train_model(Diffusion().resolve(DiffusionConfig(**QUICK), data), data, 5)
     other.save(tmp_path / "other")
     code, _, err = main(
         "generate", "--model", tmp_path / "other", "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g"
@@ -507,7 +508,7 @@ def test_the_judge_is_fair():
 
 def test_target_fills_up(trained):
     model, _ = find_model(trained.path)
-    plan, empty = planned(GenerateConfig(target_per_class=50), model)
+    plan, empty = plan_images(GenerateConfig(target_per_class=50), model)
     assert (np.bincount(plan[:, 0], minlength=10) + np.minimum(model.counts, 50) >= 50).all() and not empty
 
 

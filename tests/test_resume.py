@@ -204,7 +204,7 @@ def test_a_lost_stage_is_made_again(whole, tmp_path, monkeypatch, capsys):
         precision="fp32",
         out=str(tmp_path / "run"),
     )
-    monkeypatch.setattr("ltnb.ldmlr.stage_classify", lambda *a: (_ for _ in ()).throw(Stop()))
+    monkeypatch.setattr("ltnb.ldmlr.fitted", lambda *a: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop):
         run(cfg)
     monkeypatch.undo()
