@@ -29,7 +29,7 @@ from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .team import Where, least_batch, split_order
-from .training import least_batch, split_order
+from .checkpoint import Averages
 from .heads import Features, Head
 from .jobs import item_noise
 from .synthetic import Synthetic, make_synthetic

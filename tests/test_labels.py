@@ -563,7 +563,7 @@ def stages_of(cfg, name, done, folder, stop):
 def test_every_source_may_move(tmp_path, name):
     from ltnb.baseline import BaselineConfig
     from ltnb.runs import Run
-    from ltnb.ldmlr import LDMLR, LDMLRConfig
+    from ltnb.ldmlr import LDMLRConfig
 
     table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     archive(tmp_path / "a.npz")
