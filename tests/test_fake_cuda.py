@@ -294,7 +294,9 @@ def test_fit(how, monkeypatch):
     def train(device):
         loss = build_loss(how["loss"], COUNTS.astype(float) ** how.get("power", 1.0))
         more = {k: v for k, v in how.items() if k not in ("loss", "head")}
-        clf = fit(classifier(head=how["head"]), IMAGES, LABELS, n_epochs=2, bs=8, lr=0.01, loss=loss, device=device, **more)
+        clf = fit(
+            classifier(head=how["head"]), IMAGES, LABELS, n_epochs=2, bs=8, lr=0.01, loss=loss, device=device, **more
+        )
         return weights(clf.net), clf.logits(IMAGES, device=device), encode(clf, IMAGES, device=device)
 
     for a, b in zip(*both(monkeypatch, train)):
