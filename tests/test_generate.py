@@ -65,10 +65,15 @@ def folder_run(tmp_path_factory):
     )
 
 
-files = lambda path: {
-    str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock"
-}
-same_for_all_time = lambda path: {k: v for k, v in files(path).items() if k not in ("environment.json", "timing.jsonl")}
+def files(path):
+    "Bytes of all files of a folder"
+    there = (p for p in path.rglob("*") if p.is_file() and p.suffix != ".lock")
+    return {str(p.relative_to(path)): p.read_bytes() for p in there}
+
+
+def same_for_all_time(path):
+    "The files of a run that hold no time, host or path"
+    return {k: v for k, v in files(path).items() if k not in ("environment.json", "timing.jsonl")}
 
 
 # the run
@@ -113,7 +118,10 @@ class Stop(Exception):
 @pytest.mark.parametrize("stage", ["train", "save", "sample", "judge"])
 def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
     "Cut in each of its stages, it ends with the same bytes"
-    stop = lambda *a, **k: (_ for _ in ()).throw(Stop())
+
+    def stop(*a, **k):
+        raise Stop
+
     with monkeypatch.context() as m:
         if stage == "train":
             m.setattr(generator, "sample_grid", stop)
@@ -194,7 +202,7 @@ def ltnb(*args, **env):
 
 
 def test_killed_twice_and_resumed(tmp_path, trained):
-    "The issue's own scene: kill the command at random moments; the manifest has the same bytes as that of an undisturbed one"
+    "The command is killed at random moments; the manifest has the same bytes as that of an undisturbed one"
     args = [
         "generate",
         "--model",

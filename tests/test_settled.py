@@ -74,7 +74,10 @@ def test_count_is_that_of_a_real_step():
 def test_memory_grows_with_pixels_batch_and_second_pass():
     each = {side: activation_bytes("cifar", side, 3, 10)[0] for side in (32, 64)}
     assert 3 < each[64] / each[32] < 4.2 and each[32] > 10**7
-    need = lambda **more: training_bytes(DiffusionConfig(**{"unet": "cifar", "diff_bs": 64, **more}), (3, 32, 32), 10)
+
+    def need(**more):
+        return training_bytes(DiffusionConfig(**{"unet": "cifar", "diff_bs": 64, **more}), (3, 32, 32), 10)
+
     assert need(diff_bs=128) > 1.6 * need() and need(cb_tau=1.0) > 1.6 * need() > need(cb_tau=1.0, cb_share=0.25)
     assert training_bytes(DiffusionConfig(unet="cifar", diff_bs=512), (3, 224, 224), 10) > 300 * GB
 
@@ -130,7 +133,9 @@ def test_free_memory_of_the_device_is_asked(monkeypatch):
 
 
 def test_bf16_and_processes_on_gpus_keep_less(monkeypatch):
-    share = lambda precision, device: memory.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
+    def share(precision, device):
+        return memory.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
+
     assert (
         share("fp32", "cpu") == share("fp32", "cuda") == 1
         and share("bf16", "cpu") == 0.5
@@ -159,9 +164,9 @@ def test_photographs_are_refused_before_one_is_decoded(name, more, tmp_path, mai
 
 def test_lists_and_archives_are_refused_too(tmp_path, main):
     root = album(tmp_path / "photos", 80)
-    lines = lambda part: "".join(f"{part}/c{k}/{i}.png {k}\n" for k in range(2) for i in range(3))
     for part in ("train", "test"):
-        (tmp_path / f"{part}.txt").write_text(lines(part))
+        lines = (f"{part}/c{k}/{i}.png {k}\n" for k in range(2) for i in range(3))
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
     lists = ["--data-root", root, "--train-list", tmp_path / "train.txt", "--test-list", tmp_path / "test.txt"]
     code, _, err = main("run", "diffult", "--plain", "--dataset", "lists", *lists)
     assert code == 2 and "these images have 80 pixels a side" in err and "--image-size 64" in err
@@ -227,7 +232,7 @@ def test_defaults_are_those_of_the_run(tmp_path, known, want, kind):
     assert same_precision(GenerateConfig(), run, "cpu") == "bf16"
     assert same_precision(GenerateConfig(precision="fp32"), run, "cpu") == "fp32"
     assert same_precision(GenerateConfig(), None, "cpu") in ("fp32", "bf16")
-    said = dict(zip(("sampler", "sample_steps", "guidance_scale"), want))
+    said = dict(zip(("sampler", "sample_steps", "guidance_scale"), want, strict=True))
     named = [images_folder(GenerateConfig(model=str(run), per_class=1, **m)) for m in ({}, said)]
     assert named[0] == named[1], "the directory is named by what the images are made with"
 
