@@ -64,7 +64,8 @@ def encode_as_coded(clf:Classifier, # stays as it is
                    )->torch.Tensor: # (N, d) float32 on the CPU, in the order of the images
     "Training features as the released code makes them"
     how, where = spread(changes, how or AsCoded(), where or Where())
-    images, n, device = data.train.images, len(data.train), where.device
+    images, device = data.train.images, where.device
+    n = len(images)
     check_images(clf, images)
     net = copy.deepcopy(clf.net).to(device).train(how.batch_stats)
     features = features_as_coded if how.drop_relu else lambda net, x: net.features(x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import everywhere
-from ltnb import baseline, core, diffult, diffusion
+from ltnb import baseline, core, diffult_ablations, diffusion
 from ltnb import generate as generate_room
 from ltnb import generator as generator_room
 from ltnb.baseline import BaselineConfig, side_by_side
@@ -29,6 +29,7 @@ from ltnb.data import LongTail
 from ltnb.noise import build_objective
 from ltnb.diffusion import DiffusionModel, build_unet, on_device
 from ltnb.samplers import sample_images
+from ltnb.diffult import DiffuLT, DiffuLTConfig
 from ltnb.generator import make_images
 from ltnb.generate import GenerateConfig
 from ltnb.latent import sample_features, train_latent
@@ -297,12 +298,12 @@ def test_a_budget_does_not_multiply_what_happens_once(monkeypatch):
             after_epoch(epoch)
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(diffult, "fit", fit)
-    monkeypatch.setattr(diffult, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(diffult_ablations, "fit", fit)
+    monkeypatch.setattr(diffult_ablations, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     data = LongTail.digits()
     few = dict(n_steps=1000, n_epochs=2, diff_bs=4, sample_steps=1, pipelines=False, cb_tau=0.0, bs=500, compiled=True)
-    cfg = diffult.resolve(diffult.DiffuLTConfig(**few), data)
-    _, training = diffult.seconds_a_run(cfg, data, "cpu", "fp32")
+    cfg = DiffuLT().resolve(DiffuLTConfig(**few), data)
+    _, training = diffult_ablations.seconds_a_run(cfg, data, Where())
     wanted = int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
     n = len(data.train)  # fewer than 4 batches, so that an epoch of the measurement has all of them
     epochs = 2 * (n + 10 * (n + wanted)) / n
@@ -311,7 +312,7 @@ def test_a_budget_does_not_multiply_what_happens_once(monkeypatch):
 
 
 def test_ticks_leave_out_the_first_units():
-    ticks = diffult.Ticks("cpu", 2)
+    ticks = diffult_ablations.Ticks("cpu", 2)
     ticks.at = [0.0, 10.0, 11.0, 12.5, 13.5]
     assert ticks.seconds == 1.0
 
