@@ -668,7 +668,7 @@ def test_bad_folders(tmp_path, model):
     path.write_bytes(whole)
     assert same(model, DiffusionModel.load(tmp_path / "m"))
     (tmp_path / "m" / "ltnb.json").write_text('{"format": 2}')
-    with pytest.raises(DataError, match="newer"):
+    with pytest.raises(DataError, match="an ltnb of unknown version in format 2, .*upgrade ltnb"):
         DiffusionModel.load(tmp_path / "m")
 
 
