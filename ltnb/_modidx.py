@@ -746,6 +746,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ltnb.jobs.item_id': ('jobs.html#item_id', 'ltnb/jobs.py'),
                            'ltnb.jobs.item_noise': ('jobs.html#item_noise', 'ltnb/jobs.py'),
                            'ltnb.jobs.job_header': ('jobs.html#job_header', 'ltnb/jobs.py'),
+                           'ltnb.jobs.job_list': ('jobs.html#job_list', 'ltnb/jobs.py'),
                            'ltnb.jobs.job_worker': ('jobs.html#job_worker', 'ltnb/jobs.py'),
                            'ltnb.jobs.make_plan': ('jobs.html#make_plan', 'ltnb/jobs.py'),
                            'ltnb.jobs.open_job': ('jobs.html#open_job', 'ltnb/jobs.py'),

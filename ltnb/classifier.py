@@ -18,8 +18,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import (DataError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors,
-                       nearest, one_line, read_json, save_tensors, valid_text, write_json)
+from . import __version__
+from .core import (FORMAT, DataError, UsageError, atomic_write, autocast, check_format, choose_device,
+                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text, write_json)
 from .threads import reading_threads
 from .labels import unique_names
 from .folders import Photographs, image_suffixes
@@ -180,8 +181,9 @@ def save(self:Classifier,
         ):
     "Save the classifier"
     save_tensors(Path(folder)/"model.safetensors", self.net.state_dict())
-    known = {"format": 1, "arch": self.arch, "head": self.head, "norm": self.norm, "classes": self.class_names,
-             "input_size": self.input_size, "normalisation": {"mean": self.mean, "std": self.std},
+    known = {"format": FORMAT, "ltnb": __version__, "arch": self.arch, "head": self.head, "norm": self.norm,
+             "classes": self.class_names, "input_size": self.input_size,
+             "normalisation": {"mean": self.mean, "std": self.std},
              "prior_correction": {"log_prior": self.log_prior} if self.log_prior else None}
     write_json(Path(folder)/"model.json", {**known, **more})
 
@@ -202,8 +204,8 @@ def load(cls:Classifier,
         )->Classifier: # in evaluation mode
     "Load a classifier"
     d = read_json(Path(folder)/"model.json")
+    check_format(d, f"{folder}/model.json", ("arch", "classes", "input_size", "normalisation", "prior_correction"))
     try:
-        if d.get("format", 1) > 1: raise DataError(f"{folder} was written by a newer ltnb: upgrade ltnb to read it.")
         arch, head, norm, size = d["arch"], d.get("head", "linear"), d.get("norm", "batch"), d["input_size"]
         k, scale, prior = len(d["classes"]), d["normalisation"], d["prior_correction"]
         if arch == "linear": net = with_head(LinearNet(k, size[0]), arch, 0, head, norm)
