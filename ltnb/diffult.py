@@ -19,12 +19,14 @@ from .data import LongTail
 from .metrics import difference, methods, show_difference
 from .pictures import plot_per_class
 from .report import Figure
+from .classifier import Classifier
 from .losses import effective_counts
 from .team import Team, Where
 from .recipe import PAIRED, TAIL, Answers, Finished, Recipe, Stage
 from .classify import check_classifier, keep_classifier, new_classifier
 from .controls import controls
 from .generator import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
+from .aid_loss import AIDScale
 from .diffult_steps import (DiffuLTConfig, Eye, Made, aid_loss, describe_real, extractor, image_generator,
                                 images_wanted, tail_classes, usual_scale, with_images)
 from .diffult_ablations import (DIFFERENCES, asked_for, class_table, classes_table, fit_budget, generator_table,
@@ -61,7 +63,7 @@ class DiffuLT(SmallImages):
 # %% ../nbs/64_diffult.ipynb #711dcce1
 def baselines(s:Stage, # its settings and data
               eye:Eye, # of step 1
-              judge # who has seen everything, or None
+              judge:Classifier|None # who has seen everything
              )->Answers: # method -> Answer
     "Every row that needs no generator; the first one says what is said of a perfect generator"
     where, test = dict(device=s.where.device, precision=s.where.precision), s.data.test.images
@@ -71,11 +73,58 @@ def baselines(s:Stage, # its settings and data
     said["cross-entropy"] = replace(said["cross-entropy"], facts=facts) # of this row alone
     return said
 
-
+# %% ../nbs/64_diffult.ipynb #1f8bcd0d
 def aim_of(s:Stage # its settings and data
           )->np.ndarray|None: # (K,) probabilities
     "The class prior that answers are also corrected to, if there is one"
     return class_prior(s.cfg.test_prior, s.data.class_names, s.data.counts)
+
+# %% ../nbs/64_diffult.ipynb #c3917ab2
+@patch
+def keep(self:DiffuLT,
+         s:Stage, # of the first seed
+         eye:Eye, # of step 1
+         aided:Made, # the generator with the AID-biased loss
+         scale:AIDScale # of that loss
+        ):
+    "The first seed's generator, eyes and classifier, and samples"
+    data, where = s.data, s.where
+    aided.model.save(s.run.path/"generator", seed=s.seed, kappa=scale.kappa)
+    eye.clf.save(s.run.path/"phi", method="cross-entropy", seed=s.seed, train_counts=data.counts.tolist())
+    clf, (kept, _) = new_classifier(s.cfg, data, s.seed), s.run.load(f"diffult-seed-{s.seed}")
+    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
+    counts = effective_counts(data.counts, aided.kept.counts(data.n_classes), s.cfg.syn_weight)
+    keep_classifier(s, clf, "diffult + label shift", counts)
+    sample_grid(aided.model, s.cfg, s.run.path/"figures"/"samples.png", where)
+
+# %% ../nbs/64_diffult.ipynb #8158511f
+@patch
+def more(self:DiffuLT,
+         s:Stage, # its data
+         row:dict # of scores.json
+        )->dict: # more of it
+    "Accuracy of the tail classes"
+    return {"tail": float(np.mean([row["per_class"][c] for c in tail_classes(s.data)]))}
+
+# %% ../nbs/64_diffult.ipynb #daece536
+PAIRS = [("generation", "cross-entropy"), ("generation", "equal iterations"), ("generation", "real repeated"),
+         ("aid loss", "generation"), ("aid loss + filter", "aid loss"), ("diffult", "aid loss + filter"),
+         ("diffult", "balanced softmax"), ("diffult", "label shift"), ("diffult + label shift", "balanced softmax"),
+         ("diffult, balanced softmax", "balanced softmax")] # what is held against what, in words
+
+# %% ../nbs/64_diffult.ipynb #4a518eb8
+@patch
+def verdict(self:DiffuLT,
+            rows:list[dict] # of scores.json
+           )->list[str]: # sentences
+    "What the table says, in words"
+    said = []
+    for a, b in PAIRS:
+        d = difference(rows, a, baseline=b) if {a, b} <= set(methods(rows)) else None
+        if d is None: continue
+        how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
+        said.append(f"{a} against {b}: {show_difference(d)} points, {how} (95 % interval over {d.over}).")
+    return said
 
 # %% ../nbs/64_diffult.ipynb #2cf1013e
 @patch
@@ -88,7 +137,7 @@ def check(self:DiffuLT,
     if cfg.syn_weight == 0:
         raise UsageError("syn_weight=0 ignores every generated image: give a weight up to 1, or run ltnb run baseline.")
 
-
+# %% ../nbs/64_diffult.ipynb #ea385737
 @patch
 def resolve(self:DiffuLT,
             cfg:DiffuLTConfig, # as given
@@ -122,27 +171,7 @@ def settle(self:DiffuLT,
     device = choose_device(given.device)
     return fit_budget(cfg, data, Where(device, choose_precision(given.precision, device)))
 
-# %% ../nbs/64_diffult.ipynb #daece536
-PAIRS = [("generation", "cross-entropy"), ("generation", "equal iterations"), ("generation", "real repeated"),
-         ("aid loss", "generation"), ("aid loss + filter", "aid loss"), ("diffult", "aid loss + filter"),
-         ("diffult", "balanced softmax"), ("diffult", "label shift"), ("diffult + label shift", "balanced softmax"),
-         ("diffult, balanced softmax", "balanced softmax")] # what is held against what, in words
-
-
-@patch
-def verdict(self:DiffuLT,
-            rows:list[dict] # of scores.json
-           )->list[str]: # sentences
-    "What the table says, in words"
-    said = []
-    for a, b in PAIRS:
-        d = difference(rows, a, baseline=b) if {a, b} <= set(methods(rows)) else None
-        if d is None: continue
-        how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
-        said.append(f"{a} against {b}: {show_difference(d)} points, {how} (95 % interval over {d.over}).")
-    return said
-
-
+# %% ../nbs/64_diffult.ipynb #a99cc652
 @patch
 def tables(self:DiffuLT,
            rows:list[dict], # of scores.json
@@ -152,34 +181,7 @@ def tables(self:DiffuLT,
     main, swept = self.split(rows)
     return [main_table(main, cfg), generator_table(rows), *([main_table(swept)] if swept else [])]
 
-
-@patch
-def more(self:DiffuLT,
-         s:Stage, # its data
-         row:dict # of scores.json
-        )->dict: # more of it
-    "Accuracy of the tail classes"
-    return {"tail": float(np.mean([row["per_class"][c] for c in tail_classes(s.data)]))}
-
-# %% ../nbs/64_diffult.ipynb #c3917ab2
-@patch
-def keep(self:DiffuLT,
-         s:Stage, # of the first seed
-         eye:Eye, # of step 1
-         aided:Made, # the generator with the AID-biased loss
-         scale # of that loss
-        ):
-    "The first seed's generator, eyes and classifier, and samples"
-    data, where = s.data, s.where
-    aided.model.save(s.run.path/"generator", seed=s.seed, kappa=scale.kappa)
-    eye.clf.save(s.run.path/"phi", method="cross-entropy", seed=s.seed, train_counts=data.counts.tolist())
-    clf, (kept, _) = new_classifier(s.cfg, data, s.seed), s.run.load(f"diffult-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
-    counts = effective_counts(data.counts, aided.kept.counts(data.n_classes), s.cfg.syn_weight)
-    keep_classifier(s, clf, "diffult + label shift", counts)
-    sample_grid(aided.model, s.cfg, s.run.path/"figures"/"samples.png", where)
-
-
+# %% ../nbs/64_diffult.ipynb #27065808
 @patch
 def lead(self:DiffuLT,
          f:Finished # all seeds
@@ -187,13 +189,13 @@ def lead(self:DiffuLT,
     "What was run, and how far the classes are filled up"
     return f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class"
 
-
+# %% ../nbs/64_diffult.ipynb #42d9c22a
 _GENERATORS = P("Zones: in, approximately in and out of distribution, by distance in φ", Sub("0"), ". Drawn until the "
                 "filter had enough. Copies: nearer to a training image than 95 % of the test images are. Distance: "
                 "Fréchet, in the features of φ", Sub("0"), ".")
 _SHOWN = ("cross-entropy", "label shift", "generation", "diffult")
 
-
+# %% ../nbs/64_diffult.ipynb #447a86fa
 @patch
 def sections(self:DiffuLT,
              f:Finished # all seeds
