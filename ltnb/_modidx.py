@@ -1217,6 +1217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ltnb.sources._texts': ('sources.html#_texts', 'ltnb/sources.py'),
                               'ltnb.sources._to_uint8': ('sources.html#_to_uint8', 'ltnb/sources.py'),
                               'ltnb.sources._torchvision': ('sources.html#_torchvision', 'ltnb/sources.py'),
+                              'ltnb.sources._usual_ratio': ('sources.html#_usual_ratio', 'ltnb/sources.py'),
                               'ltnb.sources._without_damaged': ('sources.html#_without_damaged', 'ltnb/sources.py'),
                               'ltnb.sources.archive_labels': ('sources.html#archive_labels', 'ltnb/sources.py'),
                               'ltnb.sources.check_pixels': ('sources.html#check_pixels', 'ltnb/sources.py'),

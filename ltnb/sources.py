@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
-from .config import Config, limited
+from .config import Config, auto, limited
 from .labels import UNUSED_CLASS, names_in_order, read_class_names, read_text
 from .listings import Columns, number_labels, read_parts
 from .folders import (Photographs, _no_photographs, _photographs_in, _scan, _subfolders, class_folders,
@@ -527,6 +527,10 @@ DATASETS = {"digits": (), "cifar10": ("data_root", "download"), "cifar100": ("da
 BALANCED = ("digits", "cifar10", "cifar100", "fashion_mnist", "imagenette") # cut with ratio 100 unless told otherwise
 
 # %% ../nbs/12_sources.ipynb #2b2efa22
+def _usual_ratio(cfg, data): # of the cut; frozen features are taken as they are
+    return 100. if cfg.dataset in BALANCED and not getattr(cfg, "features", None) else None
+
+
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Where the images come from: the settings that all recipes share"
@@ -547,7 +551,7 @@ class DataConfig(Config):
     grey_bits: int|None = limited(None, 8, 32) # photographs in deep grey: bits of their values, such as 12 in files of 16 (default: as the files say)
     class_order: str|None = None # folder: name, natural (2 before 10), or a text file with a class a line (default: name)
     test_fraction: float|None = limited(None, 0.01, 0.9) # folder and lists without a test set: share of each class for it (default: 0.2)
-    imb_ratio: float|None = limited(None, 1) # largest / smallest class, at least 1 (default: 100 for digits and torchvision's sets; others are taken as they are)
+    imb_ratio: float|None = auto(_usual_ratio, low=1) # largest / smallest class, at least 1 (default: 100 for digits and torchvision's sets; others are taken as they are)
     profile: Literal["exp", "step", "pareto"] = "exp" # how the classes fall to that ratio
     n_max: int|None = limited(None, 1) # images of the largest class after the cut (default: the size of the smallest class before it)
     val_per_class: int = limited(0, 0) # validation images of each class, carved from train before the cut
