@@ -1320,7 +1320,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ltnb.sources.LongTail.npz': ('sources.html#longtail.npz', 'ltnb/sources.py'),
                               'ltnb.sources.Photos': ('sources.html#photos', 'ltnb/sources.py'),
                               'ltnb.sources.Photos.__post_init__': ('sources.html#photos.__post_init__', 'ltnb/sources.py'),
-                              'ltnb.sources.SourceConfig': ('sources.html#sourceconfig', 'ltnb/sources.py'),
                               'ltnb.sources.Tables': ('sources.html#tables', 'ltnb/sources.py'),
                               'ltnb.sources._in_memory': ('sources.html#_in_memory', 'ltnb/sources.py'),
                               'ltnb.sources._iwildcam_rows': ('sources.html#_iwildcam_rows', 'ltnb/sources.py'),
