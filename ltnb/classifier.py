@@ -18,8 +18,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import (DataError, UsageError, atomic_write, autocast, choose_device, choose_precision, load_tensors,
-                       nearest, one_line, read_json, save_tensors, valid_text, write_json)
+from . import __version__
+from .core import (FORMAT, DataError, UsageError, atomic_write, autocast, check_format, choose_device,
+                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text, write_json)
 from .threads import reading_threads
 from .labels import unique_names
 from .folders import Photographs, image_suffixes
@@ -34,12 +35,12 @@ class Classifier(nn.Module):
 
     def __init__(self,
                  net:nn.Module, # with `features` and `fc`
-                 class_names, # K names
-                 input_size, # (C, H, W), or (d,) for features
-                 mean=(0.,), # per channel, of pixels in 0 to 1
-                 std=(1.,), # per channel
+                 class_names:list|tuple, # K names
+                 input_size:tuple|list, # (C, H, W), or (d,) for features
+                 mean:tuple|list=(0.,), # per channel, of pixels in 0 to 1
+                 std:tuple|list=(1.,), # per channel
                  arch:str="linear", # name of the network
-                 log_prior=None, # (K,) what is subtracted from the logits, or None for plain argmax
+                 log_prior:list|np.ndarray|None=None, # (K,) to subtract from the logits; None for plain argmax
                  head:str|None=None # a name of `HEADS`; None asks the network
                 ):
         super().__init__()
@@ -75,7 +76,7 @@ def pixel_stats(images:np.ndarray # (N, C, H, W) uint8
     return [float(c.mean() / 255) for c in flat], [max(float(c.std() / 255), 1e-3) for c in flat]
 
 
-def set_stats(images, # (N, C, H, W) uint8, or `ImageFiles`
+def set_stats(images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or `ImageFiles`
               n:int=2000 # how many files are decoded for it, drawn from all
              )->tuple[list, list]: # as `pixel_stats`
     "Normalisation constants of a whole set: of all images in memory, of a random sample of files"
@@ -91,7 +92,7 @@ def luma(images:np.ndarray # (N, 3, H, W) uint8
 
 
 def check_images(clf:Classifier, # what they are for
-                 images # array or ImageFiles
+                 images:np.ndarray|ImageFiles # what is to be classified
                 ):
     "Refuse images that the classifier was not made for; nothing is decoded"
     want, got = clf.input_size, tuple(images.shape[1:])
@@ -180,8 +181,9 @@ def save(self:Classifier,
         ):
     "Save the classifier"
     save_tensors(Path(folder)/"model.safetensors", self.net.state_dict())
-    known = {"format": 1, "arch": self.arch, "head": self.head, "norm": self.norm, "classes": self.class_names,
-             "input_size": self.input_size, "normalisation": {"mean": self.mean, "std": self.std},
+    known = {"format": FORMAT, "ltnb": __version__, "arch": self.arch, "head": self.head, "norm": self.norm,
+             "classes": self.class_names, "input_size": self.input_size,
+             "normalisation": {"mean": self.mean, "std": self.std},
              "prior_correction": {"log_prior": self.log_prior} if self.log_prior else None}
     write_json(Path(folder)/"model.json", {**known, **more})
 
@@ -202,8 +204,8 @@ def load(cls:Classifier,
         )->Classifier: # in evaluation mode
     "Load a classifier"
     d = read_json(Path(folder)/"model.json")
+    check_format(d, f"{folder}/model.json", ("arch", "classes", "input_size", "normalisation", "prior_correction"))
     try:
-        if d.get("format", 1) > 1: raise DataError(f"{folder} was written by a newer ltnb: upgrade ltnb to read it.")
         arch, head, norm, size = d["arch"], d.get("head", "linear"), d.get("norm", "batch"), d["input_size"]
         k, scale, prior = len(d["classes"]), d["normalisation"], d["prior_correction"]
         if arch == "linear": net = with_head(LinearNet(k, size[0]), arch, 0, head, norm)
@@ -331,9 +333,9 @@ def _decoded(root, found, bs, how, bad_images): # -> {path: (image or None, note
 
 # %% ../nbs/21_classifier.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
-                      names, # K class names
+                      names:list|tuple, # K class names
                       probs:np.ndarray, # (N, K) probabilities
-                      paths, # N paths
+                      paths:list, # N paths
                       marks:dict|None=None # path -> what was tolerated; gives a column `note`
                      ):
     "One row an image: path, class, its probability, a note where there are any, and the probability of each class"

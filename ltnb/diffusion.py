@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .core import (DataError, LtnbError, UsageError, atomic_write, device_type, generator, nearest, os_error,
-                       read_json, seeded, write_json)
+from . import __version__
+from .core import (FORMAT, DataError, LtnbError, UsageError, atomic_write, check_format, device_type, generator,
+                       nearest, os_error, read_json, seeded, write_json)
 from .config import spread
 from .progress import Progress
 from .batches import power_indices
@@ -378,8 +379,8 @@ def save(self:DiffusionModel,
             with atomic_write(folder/path.name, "wb") as f: f.write(path.read_bytes())
     except OSError as e: raise os_error(e, f"writing the model {folder}") from e
     finally: shutil.rmtree(part, ignore_errors=True)
-    about = {"format": 1, "objective": {"name": o.name, "schedule": o.schedule, "min_snr": o.min_snr},
-             "classes": self.class_names, "image_shape": self.image_shape, "counts": self.counts}
+    about = {"format": FORMAT, "ltnb": __version__, "classes": self.class_names, "image_shape": self.image_shape,
+             "objective": {"name": o.name, "schedule": o.schedule, "min_snr": o.min_snr}, "counts": self.counts}
     write_json(folder/"ltnb.json", {**about, "fingerprint": self.fingerprint, **more})
 
 # %% ../nbs/51_diffusion.ipynb #903719bf
@@ -390,8 +391,8 @@ def load(cls:DiffusionModel,
     "Load a model; a folder that is none, or not whole, is a `DataError`"
     from diffusers import UNet2DModel
     d = read_json(Path(folder)/"ltnb.json")
+    check_format(d, f"{folder}/ltnb.json", ("objective", "classes", "image_shape", "counts", "fingerprint"))
     try:
-        if d["format"] > 1: raise DataError(f"{folder} was written by a newer ltnb: upgrade ltnb to read it.")
         kept = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
         unet, counts = UNet2DModel.from_pretrained(str(folder), **kept).eval(), np.array(d["counts"], dtype=np.int64)
         model = cls(unet, build_objective(**d["objective"]), tuple(d["classes"]), tuple(d["image_shape"]), counts)

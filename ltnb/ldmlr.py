@@ -23,7 +23,7 @@ from .progress import Progress
 from .runs import Run
 from .priors import class_prior
 from .data import BANDS, LongTail, bands
-from .sources import DataConfig, load_data
+from .sources import DataConfig, load_data, usual_ratio
 from .pictures import SHOWN, drawn_and_not, new_figure, plot_feature_map, plot_per_class, plot_starts, save_figure
 from .report import Figure, table, verdict as verdict_of
 from .models import LinearNet
@@ -178,6 +178,9 @@ def _by_set(digits, other): # a rule of the set's name, for images
 class LDMLRConfig(LatentConfig):
     "Settings of LDMLR"
     recipe: ClassVar[str] = "ldmlr"
+    # largest / smallest class, at least 1
+    imb_ratio: float|None = auto(
+        _of_images(usual_ratio), "100 for digits and torchvision's sets; others taken as they are", low=1)
     arch: str = auto(_of_images(_arch), "convnet below 16 pixels, else resnet32") # network
     n_epochs: int = auto(_by_set(80, 200), "80 for digits, else 200", low=1) # passes over the training set
     bs: int = auto(_of_images(_batch), "32 for digits, else 64", low=1) # images a step

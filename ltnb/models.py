@@ -105,7 +105,7 @@ class LinearNet(nn.Module):
         self.n_features, self.fc = n_features, nn.Linear(n_features, n_classes)
 
     def features(self,
-                 x:torch.Tensor
+                 x:torch.Tensor # (B, d)
                 )->torch.Tensor: # the vectors as they are
         "What the head sees"
         return x

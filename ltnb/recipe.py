@@ -77,6 +77,7 @@ def once(self:Stage,
     if not there:
         found = find()
         if self.team.writes: self.run.save(key, found)
+        if together: self.team.wait(f"what was kept of {key}")
     return found if together else self.team.told(key, found)
 
 # %% ../nbs/33_recipe.ipynb #b71a5aad

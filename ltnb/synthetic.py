@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import DataError, LtnbError, UsageError, atomic_write, plain, read_jsonl, work_is_kept
+from .core import DataError, LtnbError, UsageError, atomic_write, plain, work_is_kept
 from .config import spread
 from .runs import lock_file, unlock_file
-from .jobs import Job, JobFolder, Plan, item_id, job_header, open_job, shard_facts, try_lock
+from .jobs import Job, JobFolder, Plan, item_id, job_header, job_list, open_job, shard_facts, try_lock
 
 # %% ../nbs/31_synthetic.ipynb #372f0dad
 def _sorted_rows(job:JobFolder
@@ -294,6 +294,7 @@ def open(cls:Synthetic,
         )->Synthetic: # its items, read when they are asked for
     "Open a generation directory; an unfinished one, or one with lost shards, is a `DataError`"
     folder = Path(folder)
+    job_list(folder) # of another format?
     if not (folder/"manifest.jsonl").exists() or not (folder/"manifest.jsonl").stat().st_size:
         raise DataError(f"{folder} has no manifest.jsonl, or an empty one: it is no finished generation directory.")
     rows, paths = ManifestRows(folder/"manifest.jsonl"), sorted(folder.glob("shard-*.safetensors"))
@@ -352,7 +353,7 @@ def made_rows(folder:str|Path, # of a job, begun or not
              )->ManifestRows|list: # rows of the manifest; none where the folder is new, unfinished, or of another job
     "What a job has made so far"
     folder, header = Path(folder), job_header(model, *spread(changes, job or Job()))
-    there = read_jsonl(folder/"shards.jsonl")[:1]
+    there = job_list(folder)[:1]
     same = bool(there) and {k: v for k, v in there[0].items() if k != "columns"} == header
     return ManifestRows(folder/"manifest.jsonl") if same and (folder/"manifest.jsonl").exists() else []
 

@@ -75,8 +75,8 @@ def _mixed(loss, logits, y, parts): # the loss of one seed, over what its view a
 
 # %% ../nbs/27_together.ipynb #0afbd71b
 def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
-              images, # (N, C, H, W) uint8 of all seeds, or a list with those of each
-              labels, # (N,) of all seeds, or a list with those of each
+              images:np.ndarray|list, # (N, C, H, W) uint8 of all seeds, or a list with those of each
+              labels:np.ndarray|list, # (N,) of all seeds, or a list with those of each
               seeds:list, # S numbers
               how:Fitting|None=None, # as in `fit`
               where:Where|None=None, # as in `fit`; one checkpoint holds all seeds

@@ -34,6 +34,7 @@ from ltnb.generator import make_images
 from ltnb.generate import GenerateConfig
 from ltnb.latent import sample_features, train_latent
 from ltnb.jobs import make_plan
+from ltnb.recipe import Stage
 from ltnb.team import Team, Where
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +207,7 @@ def test_training_and_sampling_ask_the_same_rule(monkeypatch, tmp_path):
         generate_room.generate(config)
     assert asked == [("cpu", None), ("cpu", True)], "once for all shards, as the setting says"
     digits = LongTail.digits()
-    cfg = generator_room.resolve(generator_room.DiffusionConfig(n_steps=1, diff_bs=2), digits)
+    cfg = generator_room.Diffusion().resolve(generator_room.DiffusionConfig(n_steps=1, diff_bs=2), digits)
     generator_room.train_model(cfg, digits, 0)
     assert asked[2] == ("cpu", None)
 
@@ -242,12 +243,16 @@ def test_compiling_is_no_part_of_what_was_asked_for(tmp_path):
 def test_seeds_train_one_after_the_other_unless_asked(tmp_path, capsys):
     data, run = LongTail.digits(), SimpleNamespace(path=tmp_path)
     several, asked = BaselineConfig(seeds=3), BaselineConfig(seeds=3, side_by_side=True)
-    assert not side_by_side(several, data, run, Team()) and side_by_side(asked, data, run, Team())
-    assert not side_by_side(asked, data, run, Team(0, 2), first=True)
+
+    def at_once(cfg, team):
+        return side_by_side(Stage(cfg, data, 0, Where(run=run, team=team)))
+
+    assert not at_once(several, Team()) and at_once(asked, Team())
+    assert not at_once(asked, Team(0, 2))
     assert "one after the other" in capsys.readouterr().err
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "classifier-seeds-0-2.safetensors").touch()
-    assert side_by_side(several, data, run, Team()), "what was begun side by side goes on so"
+    assert at_once(several, Team()), "what was begun side by side goes on so"
 
 
 def test_a_gpu_alone_trains_no_seeds_side_by_side(gpu, monkeypatch, tmp_path):
@@ -255,7 +260,7 @@ def test_a_gpu_alone_trains_no_seeds_side_by_side(gpu, monkeypatch, tmp_path):
         raise KeyError("one seed")
 
     monkeypatch.setattr(baseline, "train_together", lambda *a: pytest.fail("not asked for"))
-    monkeypatch.setattr(baseline, "run_seed", stop)
+    monkeypatch.setattr(baseline, "trained", stop)
     config = BaselineConfig(seeds=2, device="cuda", out=str(tmp_path / "run"))
     with pytest.raises(KeyError, match="one seed"):
         baseline.run(config)
