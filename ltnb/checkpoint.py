@@ -9,6 +9,7 @@ __all__ = ['Clock', 'accepted', 'new_optimizer', 'gradients_of', 'taken_apart', 
 # %% ../nbs/25_checkpoint.ipynb #0f1a9608
 import contextlib, copy, functools, inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -35,7 +36,7 @@ class Clock:
         return True
 
 # %% ../nbs/25_checkpoint.ipynb #df4c2094
-def accepted(make, # a class or a function
+def accepted(make:Callable, # a class or a function
              **offered # settings
             )->dict: # those that it takes by name and that are not bound yet
     "What of the settings a function's signature takes"
@@ -86,7 +87,7 @@ def gradients_of(optimizer:torch.optim.Optimizer, # of some parameters
         for p in still: p.requires_grad_(True)
 
 # %% ../nbs/25_checkpoint.ipynb #c7b64286
-def taken_apart(value, # a tensor, a number, a word, None, or lists, tuples and dicts of these
+def taken_apart(value:Any, # a tensor, a number, a word, None, or lists, tuples and dicts of these
                 name:str, # of the place where it is
                 tensors:dict # name -> tensor; gets those that are found
                ): # what JSON can hold, with {"tensor": name} in the place of each tensor
@@ -101,7 +102,7 @@ def taken_apart(value, # a tensor, a number, a word, None, or lists, tuples and 
     return {kind: [[k, taken_apart(value[k], f"{name}.{k}", tensors)] for k in keys]}
 
 
-def put_together(shape, # of `taken_apart`
+def put_together(shape:Any, # of `taken_apart`
                  tensors:dict # name -> tensor
                 ): # the value
     "Make the value again"

@@ -8,7 +8,7 @@ __all__ = ['Classifier', 'pixel_stats', 'set_stats', 'luma', 'check_images', 'en
 
 # %% ../nbs/21_classifier.ipynb #c5df1ff3
 import csv, os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import nn
 
 from . import __version__
 from .core import (FORMAT, DataError, UsageError, atomic_write, autocast, check_format, choose_device,
-                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text, write_json)
+                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text,
+                       write_json)
 from .threads import reading_threads
 from .labels import unique_names
 from .folders import Photographs, image_suffixes
@@ -35,12 +36,12 @@ class Classifier(nn.Module):
 
     def __init__(self,
                  net:nn.Module, # with `features` and `fc`
-                 class_names, # K names
-                 input_size, # (C, H, W), or (d,) for features
-                 mean=(0.,), # per channel, of pixels in 0 to 1
-                 std=(1.,), # per channel
+                 class_names:Sequence[str], # K names
+                 input_size:Sequence[int], # (C, H, W), or (d,) for features
+                 mean:Sequence[float]=(0.,), # per channel, of pixels in 0 to 1
+                 std:Sequence[float]=(1.,), # per channel
                  arch:str="linear", # name of the network
-                 log_prior=None, # (K,) what is subtracted from the logits, or None for plain argmax
+                 log_prior:Sequence[float]|None=None, # (K,) what is subtracted from the logits; None: nothing
                  head:str|None=None # a name of `HEADS`; None asks the network
                 ):
         super().__init__()
@@ -76,7 +77,7 @@ def pixel_stats(images:np.ndarray # (N, C, H, W) uint8
     return [float(c.mean() / 255) for c in flat], [max(float(c.std() / 255), 1e-3) for c in flat]
 
 
-def set_stats(images, # (N, C, H, W) uint8, or `ImageFiles`
+def set_stats(images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, or `ImageFiles`
               n:int=2000 # how many files are decoded for it, drawn from all
              )->tuple[list, list]: # as `pixel_stats`
     "Normalisation constants of a whole set: of all images in memory, of a random sample of files"
@@ -92,7 +93,7 @@ def luma(images:np.ndarray # (N, 3, H, W) uint8
 
 
 def check_images(clf:Classifier, # what they are for
-                 images # array or ImageFiles
+                 images:np.ndarray|ImageFiles # array or ImageFiles
                 ):
     "Refuse images that the classifier was not made for; nothing is decoded"
     want, got = clf.input_size, tuple(images.shape[1:])
@@ -333,9 +334,9 @@ def _decoded(root, found, bs, how, bad_images): # -> {path: (image or None, note
 
 # %% ../nbs/21_classifier.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
-                      names, # K class names
+                      names:Sequence[str], # K class names
                       probs:np.ndarray, # (N, K) probabilities
-                      paths, # N paths
+                      paths:Sequence, # N paths
                       marks:dict|None=None # path -> what was tolerated; gives a column `note`
                      ):
     "One row an image: path, class, its probability, a note where there are any, and the probability of each class"

@@ -94,7 +94,7 @@ def head_start(start:Head|None, # another head, or None for a start from scratch
 # %% ../nbs/28_heads.ipynb #f0ffb757
 def fit_head(features:torch.Tensor, # (N, d) float32, real and generated
              labels:torch.Tensor, # (N,) int64
-             counts, # (K,) effective counts: real + omega x generated
+             counts:torch.Tensor|np.ndarray|list, # (K,) effective counts: real + omega x generated
              weights:torch.Tensor|None=None, # (N,) of the items, 1 when left out
              start:Head|None=None, # where to start; None starts from scratch
              how:Refit|None=None, # how to optimise

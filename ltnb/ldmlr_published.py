@@ -21,15 +21,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import DataError, UsageError, autocast, generator, seeded
-from .config import spread
+from .config import Config, spread
 from .progress import Progress
+from .runs import Run
 from .data import LongTail
 from .batches import Batches
 from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .team import Where, least_batch, split_order
-from .training import least_batch, split_order
 from .heads import Features, Head
 from .jobs import item_noise, make_plan
 from .synthetic import Synthetic, make_synthetic
@@ -417,12 +417,12 @@ def released_heads(f:Features, # real features
     return heads
 
 # %% ../nbs/41_ldmlr_published.ipynb #5b1d0006
-def stage_generate(cfg, # resolved, variant="published"
+def stage_generate(cfg:Config, # resolved, variant="published"
                    f:Features, # frozen features
                    seed:int, # of the generator
                    device:str="cpu", # where
                    precision:str="fp32", # in which number format
-                   run=None # a Run that keeps checkpoints
+                   run:Run|None=None # a Run that keeps checkpoints
                   )->tuple[PublishedModel, np.ndarray]: # the generator, and the plan of what to make
     "Train the generator"
     model = train_published(f.train, f.train_labels, f.n_classes, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs,
@@ -431,7 +431,7 @@ def stage_generate(cfg, # resolved, variant="published"
     return model, make_plan(planned_counts(f.counts, cfg.per_class, cfg.ratio, cfg.bands))
 
 
-def stage_sample(cfg, # resolved
+def stage_sample(cfg:Config, # resolved
                  model:PublishedModel, # trained
                  plan:np.ndarray, # of `stage_generate`
                  f:Features, # not used
@@ -444,7 +444,7 @@ def stage_sample(cfg, # resolved
     return released_items(model, plan, folder, seed, cfg.sample_steps, device)
 
 
-def stage_classify(cfg, # resolved
+def stage_classify(cfg:Config, # resolved
                    f:Features, # real features
                    base:Head, # of stage 1
                    made:Synthetic, # generated features

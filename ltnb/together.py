@@ -16,6 +16,7 @@ from torch import nn
 from .config import spread
 from .core import LtnbError, UsageError, autocast, generator
 from .progress import Progress
+from .files import ImageFiles
 from .batches import Batches, epoch_order
 from .losses import build_loss
 from .team import Where, dropout_seeded, least_batch, split_order
@@ -36,7 +37,7 @@ class Stack(nn.Module):
         for k, v in weights.items(): self.register_parameter(k.replace(".", "|"), nn.Parameter(v.detach().clone()))
         for k, v in buffers.items(): self.register_buffer(k.replace(".", "|"), v.clone())
 
-    def forward(self, x): # (S, B, C, H, W) -> (S, B, K)
+    def forward(self, x:torch.Tensor): # (S, B, C, H, W) -> (S, B, K)
         state = {self.names[k]: v for k, v in (*self.named_parameters(), *self.named_buffers())}
         def one(state, x): return torch.func.functional_call(self._base[0], state, (x,))
         return torch.func.vmap(one, randomness="different")(state, x)
@@ -75,8 +76,8 @@ def _mixed(loss, logits, y, parts): # the loss of one seed, over what its view a
 
 # %% ../nbs/27_together.ipynb #0afbd71b
 def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
-              images, # (N, C, H, W) uint8 of all seeds, or a list with those of each
-              labels, # (N,) of all seeds, or a list with those of each
+              images:np.ndarray|ImageFiles|list, # (N, C, H, W) uint8 of all seeds, or a list with those of each
+              labels:np.ndarray|list, # (N,) of all seeds, or a list with those of each
               seeds:list, # S numbers
               how:Fitting|None=None, # as in `fit`
               where:Where|None=None, # as in `fit`; one checkpoint holds all seeds

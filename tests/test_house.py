@@ -8,6 +8,7 @@ import pytest
 import house
 
 BOOKS = house.notebooks()
+PARAMETERS = house.parameters()
 ROOMS = {b.module: b for b in BOOKS if b.module}
 
 
@@ -70,12 +71,11 @@ def test_a_name_means_one_thing():
     none(differ, "names with two meanings")
 
 
-@pytest.mark.parametrize("module", house.modules())
+@pytest.mark.parametrize("module", PARAMETERS)
 def test_public_parameters_are_typed_and_documented(module):
-    found = list(house.parameters(module, house.modules()[module]))
     bare = [
         f"{p.where}: {p.name} has no {'type' if p.documented else 'comment of its own'}"
-        for p in found
+        for p in PARAMETERS[module]
         if not (p.typed and p.documented)
     ]
     none(bare, "public parameters without a type or a comment of their own")
