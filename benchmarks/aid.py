@@ -14,11 +14,15 @@ from pathlib import Path
 import numpy as np
 from ltnb.core import read_json, write_json
 from ltnb.progress import Progress
+from ltnb.classify import classify
+from ltnb.diffult import DiffuLT
+from ltnb.diffult_steps import DiffuLTConfig, aid_loss, describe_real, extractor, image_generator, usual_scale
+from ltnb.generator import seen_everything
+from ltnb.recipe import Stage
+from ltnb.report import render
 from ltnb.runs import Run
 from ltnb.sources import load_data
-from ltnb.diffult import DiffuLTConfig, Stages, describe_real, images_wanted, resolve, step_extract, unfiltered
-from ltnb.report import render
-from ltnb.team import Team
+from ltnb.team import Where
 
 CBDM = {"prediction": {}, "noise": dict(cb_space="noise"), "none": dict(cb_tau=0.0)}
 FORMS = ("none", "calibrated", "per-time", "x0-band", "feature-match")
@@ -42,28 +46,28 @@ def generator_cells(s, forms, known):  # form -> numbers, of one seed and one ki
     def accuracy(z):
         return float((z.argmax(1).numpy() == s.data.test.labels).mean())
 
-    eye = step_extract(s.cfg, s.data, s.seed, **s.where)
-    judge = s.judge()
+    eye = extractor(s)
+    judge = seen_everything(s)
     if "real" not in known:
         base = accuracy(eye.clf.logits(s.data.test.images))
-        yield "real", {**describe_real(s.data, eye, images_wanted(s.cfg, s.data), judge), "all images": base}
+        yield "real", {**describe_real(s, eye, judge), "all images": base}
     if all(form in known for form in forms):
         return
-    plain, f, facts = s.generator("none", eye, judge)
-    calibration = s.calibrate(plain, eye)
+    plain = image_generator(s, "none", eye, judge)
+    scale = usual_scale(s, plain.model, eye)
     for form in forms:
         if form in known:
             continue
-        pull = {}
+        made, pull = plain, {}
         if form != "none":
-            loss, pull = s.loss(form, plain, eye, calibration, form)
-            _, f, facts = s.generator(form, eye, judge, loss)
+            loss, pull = aid_loss(s, plain.model, eye, scale, form, form)
+            made = image_generator(s, form, eye, judge, loss)
         answers = {
-            "all images": s.classify(unfiltered(f), name=f"{form}-all"),
-            "filter + weight": s.classify(f.kept, s.cfg.syn_weight, name=f"{form}-weight"),
+            "all images": classify(s, made.everything, name=f"{form}-all"),
+            "filter + weight": classify(s, made.kept, s.cfg.syn_weight, f"{form}-weight"),
         }
-        right = {name: accuracy(z) for name, (z, _) in answers.items()}
-        yield form, {**facts, **pull, **right}
+        right = {name: accuracy(a.logits) for name, a in answers.items()}
+        yield form, {**made.facts, **pull, **right}
 
 
 def run_cells(kind, seed, forms, out, **more):
@@ -73,12 +77,12 @@ def run_cells(kind, seed, forms, out, **more):
         dataset="digits", seed=seed, device="cpu", precision="fp32", out=str(folder), **CBDM[kind], **more
     )
     data = load_data(cfg, cfg.data_seed(seed)).in_memory(2)
-    cfg = resolve(cfg, data)
+    cfg = DiffuLT().resolve(cfg, data)
     with Run(cfg) as run:
         run.start(cfg, "cpu", "fp32", train=data.fingerprint())
         kept = run.path / "cells.json"
         known = read_json(kept) if kept.exists() else {}
-        for form, cell in generator_cells(Stages(cfg, data, seed, "cpu", "fp32", run, Team()), forms, known):
+        for form, cell in generator_cells(Stage(cfg, data, seed, Where(run=run)), forms, known):
             known[form] = cell
             write_json(kept, known)
             print(kind, seed, form, {k: round(v, 3) for k, v in cell.items() if isinstance(v, float)}, flush=True)

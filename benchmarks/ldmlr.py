@@ -9,17 +9,21 @@ here.
 """
 
 import argparse, math, statistics, time
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from ltnb.core import choose_precision, cpu_flags
 from ltnb.progress import Progress
 from ltnb.heads import Features
-from ltnb.latent import train_latent
-from ltnb.latent import planned_counts
-from ltnb.ldmlr import LDMLRConfig, base_head, fit_heads, resolve, stage_sample
+from ltnb.latent import planned_counts, train_latent
+from ltnb.ldmlr import LDMLR, LDMLRConfig, planned, refitting, sampled
 from ltnb.ldmlr_published import published_head, sample_published, train_published
 from ltnb.metrics import score
 from ltnb.jobs import make_plan
+from ltnb.recipe import Stage
+from ltnb.refit import base_head, fit_heads
+from ltnb.team import Where
 
 
 def seconds(f):
@@ -44,8 +48,8 @@ def main():
 
     import tempfile
 
-    cfg = resolve(LDMLRConfig(features=a.features), f.counts, None, f.train.shape[1], f.head is not None)
-    base = base_head(f, cfg, 0)
+    cfg = LDMLR().resolve(LDMLRConfig(features=a.features), f)
+    base = base_head(f, refitting(cfg), 0)
     t_train, model = seconds(
         lambda: train_latent(
             f.train,
@@ -59,10 +63,9 @@ def main():
         )
     )
     with tempfile.TemporaryDirectory() as folder:
-        t_sample, made = seconds(
-            lambda: stage_sample(cfg, model, make_plan(planned_counts(f.counts, cfg.per_class)), f, base, 0, folder)
-        )
-    t_head, heads = seconds(lambda: fit_heads(cfg, f, base, made.items, made.labels, 0))
+        stage = Stage(cfg, f, 0, Where(run=SimpleNamespace(path=Path(folder))))
+        t_sample, made = seconds(lambda: sampled(stage, model, planned(cfg, f), f, base))
+    t_head, heads = seconds(lambda: fit_heads(f, base, made.items, made.labels, refitting(cfg), 0))
     ours = t_train + t_sample + t_head
     accuracy = {
         k: score(z.argmax(1), f.test_labels, f.counts).all

@@ -96,7 +96,8 @@ def check_same_data(extractor:Extractor, # phi_0
                     what:str="the data" # how the message calls them
                    )->None:
     "Refuse what phi_0 was not trained for"
-    ours, k, same = extractor.class_names, len(extractor.class_names), "use a classifier of the same data"
+    ours, same = extractor.class_names, "use a classifier of the same data"
+    k = len(ours)
     if image_shape is not None and tuple(image_shape) != extractor.image_shape:
         raise UsageError(f"phi_0 was trained on images of {extractor.image_shape}, {what} has {tuple(image_shape)}: "
                          f"{same}.")

@@ -113,7 +113,8 @@ class AIDLoss:
             raise UsageError("the per-time form compares with what is usual at each time: give the `AIDScale` "
                              "of `calibrate`.")
         self.extractor, self.geometry = extractor, geometry
-        self.form, self.scale, self.alpha, self.kappa = form, scale, float(alpha), float(kappa)
+        self.form, self.scale = form, scale
+        self.alpha, self.kappa = float(alpha), float(kappa)
         self.floor, self.delta = float(floor), float(delta)
         self._mean, self._there = {}, {}
 
@@ -258,16 +259,17 @@ def calibrate(model:DiffusionModel, # trained without the loss
              )->AIDScale:
     "Scale the shift at one time so that its median is that of the distance of whole samples"
     draws, how, where = spread(changes, draws or Draws(), how or Sampling(), where or Where())
-    n, bs, device, precision = draws.n, draws.bs, where.device, where.precision
+    n, device = draws.n, where.device
     check_same_data(extractor, model.class_names, model.image_shape, "the diffusion model")
     loss, g = AIDLoss(extractor, geometry, floor=floor), generator(draws.seed, "calibrate")
-    on = NoiseModel(model.unet.to(device), model.objective, model.n_classes, precision)
+    on = NoiseModel(model.unet.to(device), model.objective, model.n_classes, where.precision)
     at = class_draw(train, 4 * n, g, draws.power, draws.wanted)
-    parts = parts_of(_noisy(model, train, at, g, 0.), torch.arange(4 * n).split(bs), device)
+    parts = parts_of(_noisy(model, train, at, g, 0.), torch.arange(4 * n).split(draws.bs), device)
     share, shift, scaled = _shifts(on, loss, parts)
     plan = make_plan(torch.from_numpy(train.labels)[at[:n]].bincount(minlength=model.n_classes))
-    images, _ = sample_images(model, plan, seed=draws.seed, bs=bs, device=device, precision=precision, **vars(how))
-    r = geometry.ratios(extractor.encode(images, bs, device), plan[:, 0])
+    more = dict(seed=draws.seed, bs=draws.bs, device=device, precision=where.precision)
+    images, _ = sample_images(model, plan, **more, **vars(how))
+    r = geometry.ratios(extractor.encode(images, draws.bs, device), plan[:, 0])
     made = float(np.median(r[np.isfinite(r)])) if np.isfinite(r).any() else math.nan
     middle = scaled.median().item()
     if not (0 < made < math.inf and 0 < middle < math.inf):

@@ -91,7 +91,7 @@ def _begin(files, # the worker's `ImageFiles`
         os._exit(0)
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/16_batches.ipynb #207482bf
 def _decode(index): return _FILES[index] # in a worker
 
 # %% ../nbs/16_batches.ipynb #a7abbff2

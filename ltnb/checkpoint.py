@@ -9,7 +9,6 @@ __all__ = ['Clock', 'accepted', 'new_optimizer', 'gradients_of', 'taken_apart', 
 # %% ../nbs/25_checkpoint.ipynb #0f1a9608
 import contextlib, copy, functools, inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -87,10 +86,10 @@ def gradients_of(optimizer:torch.optim.Optimizer, # of some parameters
         for p in still: p.requires_grad_(True)
 
 # %% ../nbs/25_checkpoint.ipynb #c7b64286
-def taken_apart(value:Any, # a tensor, a number, a word, None, or lists, tuples and dicts of these
+def taken_apart(value:object, # a tensor, a number, a word, None, or lists, tuples and dicts of these
                 name:str, # of the place where it is
                 tensors:dict # name -> tensor; gets those that are found
-               ): # what JSON can hold, with {"tensor": name} in the place of each tensor
+               )->object: # what JSON can hold, with {"tensor": name} in the place of each tensor
     "Divide a value into its tensors and its shape"
     if torch.is_tensor(value):
         tensors[name] = value
@@ -102,9 +101,9 @@ def taken_apart(value:Any, # a tensor, a number, a word, None, or lists, tuples 
     return {kind: [[k, taken_apart(value[k], f"{name}.{k}", tensors)] for k in keys]}
 
 
-def put_together(shape:Any, # of `taken_apart`
+def put_together(shape:object, # of `taken_apart`
                  tensors:dict # name -> tensor
-                ): # the value
+                )->object: # the value
     "Make the value again"
     if not isinstance(shape, dict): return shape
     (kind, parts), = shape.items()

@@ -36,12 +36,12 @@ class Classifier(nn.Module):
 
     def __init__(self,
                  net:nn.Module, # with `features` and `fc`
-                 class_names:Sequence[str], # K names
-                 input_size:Sequence[int], # (C, H, W), or (d,) for features
-                 mean:Sequence[float]=(0.,), # per channel, of pixels in 0 to 1
-                 std:Sequence[float]=(1.,), # per channel
+                 class_names:list|tuple, # K names
+                 input_size:tuple|list, # (C, H, W), or (d,) for features
+                 mean:tuple|list=(0.,), # per channel, of pixels in 0 to 1
+                 std:tuple|list=(1.,), # per channel
                  arch:str="linear", # name of the network
-                 log_prior:Sequence[float]|None=None, # (K,) what is subtracted from the logits; None: nothing
+                 log_prior:list|np.ndarray|None=None, # (K,) to subtract from the logits; None for plain argmax
                  head:str|None=None # a name of `HEADS`; None asks the network
                 ):
         super().__init__()
@@ -93,7 +93,7 @@ def luma(images:np.ndarray # (N, 3, H, W) uint8
 
 
 def check_images(clf:Classifier, # what they are for
-                 images:np.ndarray|ImageFiles # array or ImageFiles
+                 images:np.ndarray|ImageFiles # what is to be classified
                 ):
     "Refuse images that the classifier was not made for; nothing is decoded"
     want, got = clf.input_size, tuple(images.shape[1:])
@@ -334,9 +334,9 @@ def _decoded(root, found, bs, how, bad_images): # -> {path: (image or None, note
 
 # %% ../nbs/21_classifier.ipynb #0ef7ed65
 def write_predictions(path:str|Path, # the .csv file to write
-                      names:Sequence[str], # K class names
+                      names:list|tuple, # K class names
                       probs:np.ndarray, # (N, K) probabilities
-                      paths:Sequence, # N paths
+                      paths:list, # N paths
                       marks:dict|None=None # path -> what was tolerated; gives a column `note`
                      ):
     "One row an image: path, class, its probability, a note where there are any, and the probability of each class"

@@ -30,7 +30,7 @@ def _check_ratio(imb_ratio # as given
     meant = f": did you mean {1 / imb_ratio:g}?" if imb_ratio > 0 else "."
     raise UsageError(f"imb_ratio is largest / smallest class, at least 1, got {imb_ratio:g}{meant}")
 
-
+# %% ../nbs/11_data.ipynb #3e188436
 def longtail_counts(n_max:int|float, # images of the largest class
                     n_classes:int, # K
                     imb_ratio:float, # rho, largest / smallest, at least 1
@@ -86,7 +86,7 @@ def bands(counts:np.ndarray # training images per class
     return {"many": np.flatnonzero(c > 100), "medium": np.flatnonzero((c >= 20) & (c <= 100)),
             "few": np.flatnonzero(c < 20)}
 
-
+# %% ../nbs/11_data.ipynb #38e6f309
 def thirds(counts:np.ndarray # training images per class
           )->dict[str, np.ndarray]: # third -> class numbers
     "Classes by rank of their count; what does not divide by three goes to the middle"
@@ -173,7 +173,7 @@ def take(self:ImageSet,
     part, source = (x.take(index), None) if self.on_disk else (x[index], self.source and self.source.take(index))
     return ImageSet(part, self.labels[index], self.class_names, source)
 
-
+# %% ../nbs/11_data.ipynb #5abdbf18
 @patch
 def decoded(self:ImageSet
            )->ImageSet: # the same images as an array
@@ -182,7 +182,7 @@ def decoded(self:ImageSet
     self.images.lengths # seen before the decoding, so that a change of the files later on does not count
     return replace(self, images=np.asarray(self.images), source=self.images.take(range(len(self)), cache_mb=0))
 
-
+# %% ../nbs/11_data.ipynb #d55941d5
 @patch
 def identify(self:ImageSet,
              h:Any # of hashlib, updated in place
@@ -201,13 +201,13 @@ def _by_files(other, # where images are looked for
     def key(s, i): return s.files.content(i)
     return worth, key
 
-
+# %% ../nbs/11_data.ipynb #99dc09fb
 def _by_pixels()->tuple[Callable, Callable]: # the same for images without files
     def worth(s): return range(len(s))
     def key(s, i): return s.hashes[i]
     return worth, key
 
-
+# %% ../nbs/11_data.ipynb #16b4230d
 def duplicates(a:ImageSet, # where to look
                b:ImageSet|None=None # None looks for repeats within a
               )->list[tuple[int, int]]: # (position in a, position in b); within a set the first one comes second
@@ -233,7 +233,7 @@ def _check_part(data, # a LongTail
                         f"{other.images.shape[1:]}.")
     if not len(other): raise DataError(f"{data.name}: the {part} set is empty.")
 
-
+# %% ../nbs/11_data.ipynb #6141f705
 def _empty_classes(data, # a LongTail
                    empty # classes without training images
                   ): # what is wrong, and what helps
@@ -286,7 +286,7 @@ def in_memory(self:LongTail,
     room_for(*(s.images for s in on_disk.values()), copies=copies)
     return replace(self, **{p: s.decoded() for p, s in on_disk.items()})
 
-
+# %% ../nbs/11_data.ipynb #c90ed1e9
 @patch
 def ready(self:LongTail,
           share:float=0.5 # of the free memory that the images may take
@@ -365,7 +365,7 @@ def _same_images(parts # name -> ImageSet
     pairs = {f"{p} and {q}": len(duplicates(parts[p], parts[q])) for i, p in enumerate(names) for q in names[i + 1:]}
     return pairs | {"within train": len(duplicates(parts["train"]))}
 
-
+# %% ../nbs/11_data.ipynb #73828725
 @patch
 def describe(self:LongTail,
              compare:bool=True # look for images that stand in more than one part
@@ -400,7 +400,7 @@ def _sizes(d # of `describe`
     a_class = f"{low:,} images a class" if low == high else f"{low:,} to {high:,} images a class"
     yield "test", f"{d['images']['test']:,} images, {a_class}"
 
-
+# %% ../nbs/11_data.ipynb #7136368a
 def _remarks(d # of `describe`
             ): # further lines of the card
     if m := d["missing_from_test"]:

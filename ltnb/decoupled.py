@@ -9,13 +9,13 @@ __all__ = ['MAX_DRAWS', 'MAX_TABLE', 'class_counts', 'class_rounds', 'cycled', '
 
 # %% ../nbs/29_decoupled.ipynb #7e0144eb
 import copy, math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .config import spread
@@ -98,7 +98,7 @@ class SecondStage:
 # %% ../nbs/29_decoupled.ipynb #1dbbff68
 def sgd_steps(logits:Callable, # function of (B, d) features
               parameters:list, # tensors with gradients, changed in place
-              features:Any, # (N, d) tensor, or what gives the rows at some positions
+              features:object, # (N, d) tensor, or what gives the rows at some positions
               labels:torch.Tensor, # (N,) classes
               order:torch.Tensor, # (n,) positions to visit, in turn
               how:SecondStage # rate, decay and batch
@@ -127,7 +127,7 @@ def new_head(n_classes:int, # K
     return tuple((x / math.sqrt(d)).requires_grad_() for x in u)
 
 # %% ../nbs/29_decoupled.ipynb #f18fbe07
-def balanced_draws(counts:torch.Tensor|np.ndarray|list, # (K,) items per class
+def balanced_draws(counts:ArrayLike, # (K,) items per class
                    n_epochs:float, # of K x (largest class) draws each
                    max_draws:int=MAX_DRAWS # but no more than these
                   )->int: # how many items are drawn
@@ -192,7 +192,7 @@ class MovingFeatures:
 
     def __init__(self,
                  clf:Classifier, # trained
-                 images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, array or `ImageFiles`
+                 images:np.ndarray|ImageFiles, # (N, C, H, W) uint8
                  augment:Callable|None=None, # (x, generator) -> x
                  key:tuple=(0,), # of the views
                  where:Where|None=None # device and precision
@@ -226,7 +226,7 @@ def shifted_order(labels:torch.Tensor, # (N,) int64, of the training images
 # %% ../nbs/29_decoupled.ipynb #97966b32
 def shifted_heads(clf:Classifier, # trained
                   head:Head, # its own, linear
-                  images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, array or `ImageFiles`, of the training set
+                  images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, of the training set
                   labels:torch.Tensor, # (N,) int64
                   augment:Callable|None=None, # (x, generator) -> x
                   how:SecondStage|None=None, # how to optimise
@@ -264,7 +264,7 @@ def tau_norm(head:Head, # of the first stage
 def choose_tau(head:Head, # fitted without the items below
                features:torch.Tensor, # (M, d) of training items of `held_out`, never test ones
                labels:torch.Tensor, # (M,) their classes
-               taus:Sequence[float]|None=None # candidates in rising order; 0 to 2 by 0.1 when left out
+               taus:list|None=None # candidates in rising order; 0 to 2 by 0.1 when left out
               )->float: # the smallest of the best
     "The tau of the best mean of class accuracies on held-out training items"
     taus = [t / 10 for t in range(21)] if taus is None else list(taus)

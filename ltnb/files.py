@@ -31,7 +31,7 @@ def _tag(im, # a PIL image
     except Exception: return None
     return v[0] if isinstance(v, tuple) and v else v
 
-
+# %% ../nbs/10_files.ipynb #a1e5867b
 def _stated_white(im # a loaded PIL image
                  ): # the value that stands for white as the file says it, or None
     if im.format == "PPM": return im.info.get("scale", 1.) if im.mode == "F" else 65535 # Pillow scales whole numbers
@@ -56,7 +56,7 @@ def _used_white(im, # a loaded PIL image
         if 2**(bits - 2) <= top < 2**bits: return 2**bits - 1
     return None
 
-
+# %% ../nbs/10_files.ipynb #76d10333
 def white_value(im:Any, # a loaded PIL image of mode I, I;16 or F
                 a:np.ndarray, # its values
                 grey_bits:int|None=None # as told: 2**grey_bits - 1 is white
@@ -92,7 +92,7 @@ def _eight_bits(im, # a deep grey PIL image
     x = np.clip((a / (white_value(im, a, grey_bits) / 255)).round(), 0, 255).astype(np.uint8)
     return Image.fromarray(255 - x if _tag(im, 262) == 0 else x) # 262: 0 is white in some TIFF files
 
-
+# %% ../nbs/10_files.ipynb #8865ea09
 def _rgb(im, # a loaded PIL image
          raw, # how its pixels lie in the file
          grey_bits # as told, or None
@@ -120,14 +120,14 @@ def _turn(exif # () -> Exif
     try: return _TURNS.get(exif().get(0x0112))
     except Exception: return None # broken metadata says nothing
 
-
+# %% ../nbs/10_files.ipynb #94dbec39
 def _upright(im, # a PIL image
              turn # a name of `_TURNS`, or None
             ): # the image as it is to be looked at
     from PIL import Image
     return im.transpose(Image.Transpose[turn]) if turn else im
 
-
+# %% ../nbs/10_files.ipynb #98565f50
 def _opened(source, # a path or an open file
             grey_bits, # as told, or None
             alone=False # without Pillow's own ending
@@ -151,7 +151,7 @@ def _png_parts(data # bytes of a file
         yield data[at + 4:at + 8], data[at:end]
         at = end
 
-
+# %% ../nbs/10_files.ipynb #a24d3163
 def _jpeg_parts(data # bytes of a file
                ): # yields (marker, whole segment); the last one is all from the first scan on
     at = 2
@@ -171,14 +171,14 @@ def _bare_png(data # bytes of a file
     kept = [p for kind, p in parts if kind[:1].isupper() or kind == b"tRNS"]
     return data[:8] + b"".join(kept), next((b"Exif\0\0" + p[8:-4] for kind, p in parts if kind == b"eXIf"), b"")
 
-
+# %% ../nbs/10_files.ipynb #2719d3d0
 def _bare_jpeg(data # bytes of a file
               ): # (the same without metadata, its EXIF as bytes)
     parts = list(_jpeg_parts(data))
     kept = [p for m, p in parts if m in (0xE0, 0xEE) or not (m == 0xFE or 0xE1 <= m <= 0xEF)]
     return data[:2] + b"".join(kept), next((p[4:] for m, p in parts if m == 0xE1 and p[4:10] == b"Exif\0\0"), b"")
 
-
+# %% ../nbs/10_files.ipynb #51ac075f
 def _bare(data # bytes of a file
          ): # (the same without metadata, its EXIF); None for other kinds
     from PIL import Image
@@ -212,7 +212,7 @@ def _quiet_pillow(): # its warnings are code lines on the terminal; what matters
     if not any(getattr(f[3], "pattern", "") == r"PIL\." for f in warnings.filters):
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
-
+# %% ../nbs/10_files.ipynb #955cf3dc
 def _why_not(e # an exception of Pillow
             ): # what is wrong, in words
     from PIL import Image
@@ -222,7 +222,7 @@ def _why_not(e # an exception of Pillow
     return (f"it has {size:,.0f} million pixels, and more than {most:.0f} million are not opened, as they can fill "
             "the memory")
 
-
+# %% ../nbs/10_files.ipynb #93b8b64f
 def _square(im, # a PIL image
             size # pixels a side; None leaves the image as it is
            ): # its middle square, resized
@@ -252,7 +252,7 @@ def read_image(path:str|Path|BinaryIO, # a file, or an open binary file
         raise DataError(f"{path} cannot be decoded ({_why_not(e)}): mend or remove it, or leave unreadable images "
                         "out with --bad-images skip.") from e
 
-
+# %% ../nbs/10_files.ipynb #f7db2772
 def decode_image(path:str|Path|BinaryIO, # a file, or an open binary file
                  size:int|None=None, # pixels a side: the middle square, resized; None leaves the image as it is
                  grey_bits:int|None=None, # deep grey values: 2**grey_bits - 1 is white; None asks the file
@@ -293,7 +293,7 @@ def path(self:ImageFiles,
     if self.root is None: raise UsageError("these images were listed without their folder: give it with --data-root.")
     return os.path.join(self.root, self.paths[i])
 
-
+# %% ../nbs/10_files.ipynb #20b7747a
 @patch
 def take(self:ImageFiles,
          index:np.ndarray, # positions
@@ -320,7 +320,7 @@ def _one(self:ImageFiles,
         while len(self._cache) * x.nbytes > self.cache_mb * 1e6: self._cache.popitem(last=False)
     return x
 
-
+# %% ../nbs/10_files.ipynb #73c4bc6f
 @patch
 def __getitem__(self:ImageFiles,
                 i # whole number, slice or array of positions
@@ -349,7 +349,7 @@ def content(self:ImageFiles,
         except OSError as e: raise DataError(f"{self.path(i)} cannot be read ({e.strerror or e}).") from e
     return self._hashes[i]
 
-
+# %% ../nbs/10_files.ipynb #39890ed8
 @patch(as_prop=True)
 def lengths(self:ImageFiles
            )->list[int]: # bytes of each file
@@ -391,7 +391,7 @@ def damaged(files:ImageFiles # to be decoded, all of them
     if bar: bar.close()
     return bad
 
-
+# %% ../nbs/10_files.ipynb #b9028cd9
 def unreadable(files:ImageFiles # to be decoded, all of them
               )->list[tuple[int, str]]: # (position, what is wrong)
     "Find the images that cannot be decoded"
@@ -407,7 +407,7 @@ def room_for(*files:ImageFiles, # to be decoded
         raise LtnbError(f"{sum(map(len, files)):,} images of {files[0].size} pixels a side take {need / 1e9:.1f} GB of "
                         f"memory, {free / 1e9:.1f} GB are free: use a smaller --image-size.")
 
-
+# %% ../nbs/10_files.ipynb #358bb684
 @patch
 def __array__(self:ImageFiles,
               dtype=None, # uint8 when left out

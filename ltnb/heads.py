@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .config import spread
@@ -94,7 +95,7 @@ def head_start(start:Head|None, # another head, or None for a start from scratch
 # %% ../nbs/28_heads.ipynb #f0ffb757
 def fit_head(features:torch.Tensor, # (N, d) float32, real and generated
              labels:torch.Tensor, # (N,) int64
-             counts:torch.Tensor|np.ndarray|list, # (K,) effective counts: real + omega x generated
+             counts:ArrayLike, # (K,) effective counts: real + omega x generated
              weights:torch.Tensor|None=None, # (N,) of the items, 1 when left out
              start:Head|None=None, # where to start; None starts from scratch
              how:Refit|None=None, # how to optimise

@@ -198,13 +198,14 @@ def train_steps(loss_of:Callable[[int], torch.Tensor], # number of a step -> its
                 where:Where # its name is that of the stage
                )->None:
     "All steps of a training; one that was killed goes on where it stopped"
-    run, net, n_steps, more = where.run, averages.net, how.n_steps, {}
+    run, more = where.run, {}
     stage, key = f"{where.name}-seed-{how.seed}", dict(stage=where.name, seed=how.seed)
-    first = restore(run, stage, net, optimizer, more) if run else 0
+    first = restore(run, stage, averages.net, optimizer, more) if run else 0
     averages.take(more)
-    if run and first < n_steps: run.cut_back(first, **key)
-    bar, saved, losses = Progress(f"seed {how.seed}: {where.name}", n_steps, first), Clock(), []
-    for step in range(first, n_steps):
+    if run and first < how.n_steps: run.cut_back(first, **key)
+    bar = Progress(f"seed {how.seed}: {where.name}", how.n_steps, first)
+    saved, losses = Clock(), []
+    for step in range(first, how.n_steps):
         optimizer.param_groups[0]["lr"] = rate_of(step)
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
@@ -213,11 +214,11 @@ def train_steps(loss_of:Callable[[int], torch.Tensor], # number of a step -> its
         averages.update(ramped(.999, step))
         losses.append(loss.detach())
         bar.step()
-        if (step + 1) % 50 and step + 1 < n_steps: continue
+        if (step + 1) % 50 and step + 1 < how.n_steps: continue
         value, losses = _mean(losses, step, how.diff_lr), []
         if run: run.log(**key, step=step + 1, loss=value)
-        if run and (step + 1 == n_steps or saved.older_than(how.save_every)):
-            keep(run, stage, step + 1, net, optimizer, **averages.tensors())
+        if run and (step + 1 == how.n_steps or saved.older_than(how.save_every)):
+            keep(run, stage, step + 1, averages.net, optimizer, **averages.tensors())
     bar.close()
 
 # %% ../nbs/40_latent.ipynb #5a5b720d
@@ -458,8 +459,7 @@ def planned_counts(counts:np.ndarray, # (K,) training items
     if per_class is not None: made = np.full(len(n), per_class)
     else: made = np.array([max(round(int(c) * ratio), 5) for c in n])
     if which == "all": return made
-    asked = np.concatenate([bands(n)[b] for b in which.split("+")])
-    return np.where(np.isin(np.arange(len(n)), asked), made, 0)
+    return np.where(np.isin(np.arange(len(n)), np.concatenate([bands(n)[b] for b in which.split("+")])), made, 0)
 
 # %% ../nbs/40_latent.ipynb #614db3b7
 def sources(f:Features, # real features
@@ -470,9 +470,9 @@ def sources(f:Features, # real features
             temperature:float=0.5 # T_Q of `Neighbourhood.find`
            )->dict[str, Callable]: # name -> function that gives items; with the labels of `made`, none for the first
     "Every kind of extra features; a control is made when it is asked for"
-    z, y, rows = f.train, f.train_labels, made.manifest # rows in memory or on disk
-    own = rows.plan if isinstance(rows, ManifestRows) else [(r["class"], r["k"]) for r in rows]
-    plan = np.asarray(own).reshape(-1, 2)
+    z, y = f.train, f.train_labels
+    p = made.manifest.plan if isinstance(made.manifest, ManifestRows) else [(r["class"], r["k"]) for r in made.manifest]
+    plan = np.asarray(p).reshape(-1, 2)
     def mixed():
         around = Neighbourhood.find(base, z, y, f.n_classes, shrink_n0, temperature)
         return mixed_features(z, y, plan, around, seed=seed)

@@ -23,13 +23,12 @@ from .progress import Progress
 from .runs import Run
 from .priors import class_prior
 from .data import BANDS, LongTail, bands
-from .sources import DataConfig, load_data
+from .sources import DataConfig, load_data, usual_ratio
 from .pictures import SHOWN, drawn_and_not, new_figure, plot_feature_map, plot_per_class, plot_starts, save_figure
 from .report import Figure, table, verdict as verdict_of
 from .models import LinearNet
 from .classifier import Classifier
 from .augment import Augment
-from .team import Team
 from .training import fit
 from .heads import Features, Head
 from .jobs import make_plan
@@ -64,7 +63,7 @@ class LDMLR(Recipe):
         return rows + (self.ablations(s, clf, f, base, model) if s.cfg.ablate else [])
 
 # %% ../nbs/44_ldmlr.ipynb #3a10d9f5
-def corrected(cfg:Config)->bool: return cfg.variant == "corrected" # settings of LDMLR
+def corrected(cfg:Config): return cfg.variant == "corrected"
 def _small(cfg): return cfg.dataset == "digits" and not cfg.features
 def _known(data): return getattr(data, "head", True) is not None # was the encoder trained on these classes?
 def _n(data): return int(np.sum(data.counts))
@@ -161,7 +160,7 @@ class LatentConfig(DataConfig):
             raise UsageError("the published network takes a diff_width that is a multiple of 8 and at most 1000 "
                              f"sample_steps, got {self.diff_width} and {self.sample_steps}.")
 
-# %% ../nbs/44_ldmlr.ipynb #b0ee3be4
+# %% ../nbs/44_ldmlr.ipynb #33426aad
 CORRECTED_ONLY = ("pull", "kappa", "temperature", "guidance_scale", "syn_weight", "scratch_steps", "scratch_lr",
                   "ablate")
 
@@ -174,11 +173,14 @@ def _by_set(digits, other): # a rule of the set's name, for images
     def rule(cfg, data): return digits if cfg.dataset == "digits" else other
     return _of_images(rule)
 
-# %% ../nbs/44_ldmlr.ipynb #c19cbfee
+# %% ../nbs/44_ldmlr.ipynb #57d093fa
 @dataclass(frozen=True)
 class LDMLRConfig(LatentConfig):
     "Settings of LDMLR"
     recipe: ClassVar[str] = "ldmlr"
+    # largest / smallest class, at least 1
+    imb_ratio: float|None = auto(
+        _of_images(usual_ratio), "100 for digits and torchvision's sets; others taken as they are", low=1)
     arch: str = auto(_of_images(_arch), "convnet below 16 pixels, else resnet32") # network
     n_epochs: int = auto(_by_set(80, 200), "80 for digits, else 200", low=1) # passes over the training set
     bs: int = auto(_of_images(_batch), "32 for digits, else 64", low=1) # images a step
@@ -219,7 +221,7 @@ class LDMLRConfig(LatentConfig):
         "Features from a file are the same for each seed"
         return self.seed if self.features else DataConfig.data_seed(self, seed)
 
-# %% ../nbs/44_ldmlr.ipynb #a01fc5da
+# %% ../nbs/44_ldmlr.ipynb #c1652990
 @dataclass(frozen=True)
 class DemoConfig(LDMLRConfig):
     "LDMLR on Digits-LT with five seeds: what `ltnb demo` runs"
@@ -242,7 +244,7 @@ def load(self:LDMLR,
 @patch
 def ready(self:LDMLR,
           data:LongTail|Features, # as loaded
-          team:Team # one process
+          team # one process
          )->LongTail|Features: # decoded, where they are photographs and fit into memory
     "The data as the steps want it"
     return data.ready() if isinstance(data, LongTail) else data
@@ -395,7 +397,7 @@ def keep(self:LDMLR,
     plot_feature_map(*three, f.class_names, axes=axes)
     save_figure(fig, s.run.path/"figures"/"features.png")
 
-# %% ../nbs/44_ldmlr.ipynb #443fe284
+# %% ../nbs/44_ldmlr.ipynb #3b6a1676
 @patch
 def verdict(self:LDMLR,
             rows:list[dict] # of scores.json
@@ -403,7 +405,7 @@ def verdict(self:LDMLR,
     "LDMLR against label shift, the best control, and noise"
     return verdict_of(self.split(rows)[0])
 
-# %% ../nbs/44_ldmlr.ipynb #6c6f8497
+# %% ../nbs/44_ldmlr.ipynb #480088c8
 @patch
 def heading(self:LDMLR,
             f:Finished # all seeds

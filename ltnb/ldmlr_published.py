@@ -6,7 +6,7 @@
 __all__ = ['N_TIMES', 'features_as_coded', 'AsCoded', 'encode_as_coded', 'cosine_alpha_bar', 'snr', 'posterior', 'ChannelNorm',
            'ResBlock', 'Attention', 'PublishedUNet', 'x0_error', 'published_loss', 'PublishedModel',
            'PublishedTraining', 'train_published', 'ancestral_times', 'sample_published', 'published_head',
-           'released_items', 'released_heads', 'stage_generate', 'stage_sample', 'stage_classify']
+           'released_items', 'released_heads']
 
 # %% ../nbs/41_ldmlr_published.ipynb #6ce9b456
 import copy, hashlib, math
@@ -21,19 +21,19 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import DataError, UsageError, autocast, generator, seeded
-from .config import Config, spread
+from .config import spread
 from .progress import Progress
-from .runs import Run
 from .data import LongTail
 from .batches import Batches
 from .models import ResNet
 from .classifier import Classifier, check_images
 from .augment import Augment
 from .team import Where, least_batch, split_order
+from .checkpoint import Averages
 from .heads import Features, Head
-from .jobs import item_noise, make_plan
+from .jobs import item_noise
 from .synthetic import Synthetic, make_synthetic
-from .latent import FeatureTraining, planned_counts, sources, train_steps
+from .latent import FeatureTraining, train_steps
 
 # %% ../nbs/41_ldmlr_published.ipynb #a59267a7
 def features_as_coded(net:nn.Module, # with `features`
@@ -64,7 +64,8 @@ def encode_as_coded(clf:Classifier, # stays as it is
                    )->torch.Tensor: # (N, d) float32 on the CPU, in the order of the images
     "Training features as the released code makes them"
     how, where = spread(changes, how or AsCoded(), where or Where())
-    images, n, device = data.train.images, len(data.train), where.device
+    images, device = data.train.images, where.device
+    n = len(images)
     check_images(clf, images)
     net = copy.deepcopy(clf.net).to(device).train(how.batch_stats)
     features = features_as_coded if how.drop_relu else lambda net, x: net.features(x)
@@ -415,41 +416,3 @@ def released_heads(f:Features, # real features
         bar.step()
     bar.close()
     return heads
-
-# %% ../nbs/41_ldmlr_published.ipynb #5b1d0006
-def stage_generate(cfg:Config, # resolved, variant="published"
-                   f:Features, # frozen features
-                   seed:int, # of the generator
-                   device:str="cpu", # where
-                   precision:str="fp32", # in which number format
-                   run:Run|None=None # a Run that keeps checkpoints
-                  )->tuple[PublishedModel, np.ndarray]: # the generator, and the plan of what to make
-    "Train the generator"
-    model = train_published(f.train, f.train_labels, f.n_classes, n_steps=cfg.n_steps, diff_bs=cfg.diff_bs,
-                            diff_lr=cfg.diff_lr, dim=cfg.diff_width, seed=seed, device=device, precision=precision,
-                            run=run)
-    return model, make_plan(planned_counts(f.counts, cfg.per_class, cfg.ratio, cfg.bands))
-
-
-def stage_sample(cfg:Config, # resolved
-                 model:PublishedModel, # trained
-                 plan:np.ndarray, # of `stage_generate`
-                 f:Features, # not used
-                 base:Head, # not used: the released generator knows no neighbours
-                 seed:int, # for the manifest
-                 folder:str|Path, # gets shards and manifest
-                 device:str="cpu" # where to compute
-                )->Synthetic: # generated features
-    "`released_items`, with the recipe's settings"
-    return released_items(model, plan, folder, seed, cfg.sample_steps, device)
-
-
-def stage_classify(cfg:Config, # resolved
-                   f:Features, # real features
-                   base:Head, # of stage 1
-                   made:Synthetic, # generated features
-                   seed:int # of controls and order
-                  )->dict[tuple[str, str], Head]: # (source, "label shift") -> head
-    "`released_heads`, with the recipe's settings"
-    extra = sources(f, base, made, seed, cfg.shrink_n0, cfg.neighbour_temperature)
-    return released_heads(f, base, made, extra, seed, cfg.head_steps, cfg.head_lr)

@@ -9,20 +9,19 @@ __all__ = ['LOSSES', 'log_prior', 'label_shift', 'carried_prior', 'retarget', 'e
 
 # %% ../nbs/22_losses.ipynb #03e42ada
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .core import DataError, UsageError, nearest, read_json
 from .priors import class_prior, prior_text
-from .classifier import Classifier
 
 # %% ../nbs/22_losses.ipynb #78806457
-def log_prior(counts:torch.Tensor|Sequence # (K,) items per class, any positive numbers
+def log_prior(counts:ArrayLike # (K,) items per class, any positive numbers
              )->torch.Tensor: # (K,) float32, on the counts' device
     "log pi, the log share of each class"
     c = torch.as_tensor(counts, dtype=torch.float64)
@@ -32,9 +31,9 @@ def log_prior(counts:torch.Tensor|Sequence # (K,) items per class, any positive 
 
 # %% ../nbs/22_losses.ipynb #4b12279a
 def label_shift(logits:torch.Tensor, # (..., K)
-                counts:torch.Tensor|Sequence, # (K,) items per class that the logits were *trained* on, a loss's `prior`
+                counts:ArrayLike, # (K,) items per class that the logits were *trained* on: `Loss.prior`
                 tau:float=1., # how much of the prior to remove; 1 removes it all
-                test_prior:torch.Tensor|Sequence|None=None # (K,) counts or probabilities of the test; None: equal
+                test_prior:ArrayLike|None=None # (K,) counts or shares of the classes at test time; equal when left out
                )->torch.Tensor: # (..., K) logits
     "Subtract tau log prior and add the log of the test's: from the training frequencies to others"
     z = logits - tau * log_prior(counts).to(logits.device)
@@ -50,7 +49,7 @@ def carried_prior(saved:dict # of model.json
     return saved.get("train_counts") if saved.get("method") == "cross-entropy" else None
 
 
-def retarget(clf:Classifier, # changed in place
+def retarget(clf:nn.Module, # a Classifier, changed in place
              run:str|Path, # where it was saved: a run directory, or its folder model
              test_prior:str # a file, numbers joined by commas, or train
             ):
@@ -64,15 +63,15 @@ def retarget(clf:Classifier, # changed in place
     clf.log_prior = (log_prior(carried) - log_prior(prior)).tolist()
 
 # %% ../nbs/22_losses.ipynb #e63dd591
-def effective_counts(counts:torch.Tensor|Sequence, # (K,) real items per class
-                     made:torch.Tensor|Sequence, # (K,) generated items per class
+def effective_counts(counts:ArrayLike, # (K,) real items per class
+                     made:ArrayLike, # (K,) generated items per class
                      syn_weight:float=1. # omega, the weight of a generated item
                     )->torch.Tensor: # (K,) float64
     "Class counts that a fit on real and generated items sees"
     return torch.as_tensor(counts, dtype=torch.float64) + syn_weight * torch.as_tensor(made, dtype=torch.float64)
 
 # %% ../nbs/22_losses.ipynb #0bc03c22
-def positive_counts(counts:torch.Tensor|Sequence # (K,) items per class, effective ones after generating or sampling
+def positive_counts(counts:ArrayLike # (K,) items per class, effective ones where items were generated
                    )->torch.Tensor: # (K,) float64, on the counts' device
     "Class counts, none of them missing"
     c = torch.as_tensor(counts, dtype=torch.float64)
@@ -88,7 +87,7 @@ class Counted(nn.Module):
     name = "counted" # in `LOSSES`
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class *as the fit sees them*, generated ones included
+                 counts:ArrayLike, # (K,) items per class *as the fit sees them*: `effective_counts`
                  **options # what else made it, for its description
                 ):
         super().__init__()
@@ -111,8 +110,8 @@ def stated(self:Counted
 
 @patch
 def check(self:Counted,
-          labels:torch.Tensor|Sequence, # (N,) of the whole training set
-          weights:torch.Tensor|Sequence|None=None # (N,) omega if generated, n_k^(power - 1) under `power_indices`
+          labels:ArrayLike, # (N,) of the whole training set
+          weights:ArrayLike|None=None # (N,) of its items: omega if generated, n_k^(power - 1) under `power_indices`
          ):
     "Compare with the set to train on; once, before the first step"
     labels, stated = torch.as_tensor(labels).cpu(), self.stated()
@@ -197,11 +196,10 @@ def total(self:Loss,
 
 @patch
 def forward(self:Loss,
-            logits:torch.Tensor, # (B, K), as in `total`
+            logits:torch.Tensor, # (B, K)
             labels:torch.Tensor, # (B,) int64
             weights:torch.Tensor|None=None # (B,) of the items
-           )->torch.Tensor: # the weighted mean
-    "The loss of a batch"
+           )->torch.Tensor: # their weighted mean
     total, weight = self.total(logits, labels, weights)
     return total / weight.clamp_min(torch.finfo(weight.dtype).tiny) # 0 where no item has a weight
 
@@ -216,7 +214,7 @@ class Focal(Loss):
     name = title = "focal"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class, for `check`
+                 counts:ArrayLike, # (K,) items per class, for `check`
                  gamma:float=1. # 1 in the LDAM authors' code, 2 elsewhere; 0 is cross-entropy
                 ):
         if not gamma >= 0: raise UsageError(f"gamma must be at least 0, got {gamma}.")
@@ -229,7 +227,7 @@ class Focal(Loss):
         return wrong ** self.gamma * ce
 
 # %% ../nbs/22_losses.ipynb #6201d02d
-def class_balanced_weights(counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+def class_balanced_weights(counts:ArrayLike, # (K,) items per class as the fit sees them
                            beta:float=0.9999 # 0 weighs classes equally, toward 1 as 1 / n
                           )->torch.Tensor: # (K,) float64 with sum K
     "(1 - beta) / (1 - beta^n), the inverse effective number of items (Cui et al., 2019)"
@@ -243,7 +241,7 @@ class ClassBalanced(Loss):
     "Another loss, weighted by class (Cui et al., 2019)"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+                 counts:ArrayLike, # (K,) items per class as the fit sees them
                  base:Loss|None=None, # what is weighted; cross-entropy when left out
                  beta:float=0.9999 # of `class_balanced_weights`
                 ):
@@ -276,7 +274,7 @@ class LDAM(Loss):
     name, title, head = "ldam", "ldam", "cosine"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+                 counts:ArrayLike, # (K,) items per class as the fit sees them
                  s:float=30., # scale of the cosines. It lives here alone: the head's own scale must be 1
                  max_margin:float=0.5 # margin of the smallest class, which sets C
                 ):
@@ -295,7 +293,7 @@ class DRW(ClassBalanced):
     "Deferred re-weighting: equal weights first, class-balanced ones for the last epochs (Cao et al., 2019)"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+                 counts:ArrayLike, # (K,) items per class as the fit sees them
                  base:Loss|None=None, # what is weighted; cross-entropy when left out
                  beta:float=0.9999, # of the late weights
                  start:float=0.8 # share of the epochs before them: 160 of 200
@@ -331,7 +329,7 @@ class BalancedSoftmax(Loss):
     name, title = "balanced_softmax", "balanced softmax"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence # (K,) items per class as the fit sees them
+                 counts:ArrayLike # (K,) items per class as the fit sees them
                 ):
         super().__init__(counts)
         self.register_buffer("shift", positive_counts(counts).log(), persistent=False)
@@ -347,7 +345,7 @@ class LogitAdjustment(Loss):
     name, title = "logit_adjustment", "logit adjustment"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+                 counts:ArrayLike, # (K,) items per class as the fit sees them
                  tau:float=1. # 1 is the theory; with another one the logits are not those of the balanced classifier
                 ):
         super().__init__(counts, tau=float(tau))
@@ -374,7 +372,7 @@ class LabelAwareSmoothing(Loss):
     name, title = "label_aware_smoothing", "label-aware smoothing"
 
     def __init__(self,
-                 counts:torch.Tensor|Sequence, # (K,) items per class: real ones in MiSLAS, whatever its sampler
+                 counts:ArrayLike, # (K,) items per class: real ones in MiSLAS, though its sampler is class-balanced
                  smooth_head:float=0.3, # eps of the largest class: 0.3 for CIFAR-10-LT, 0.4 for CIFAR-100-LT
                  smooth_tail:float=0., # eps of the smallest class: 0 for CIFAR-10, 0.1 for CIFAR-100
                  shape:str="concave" # how eps rises with n: "concave" (all the published configs), "linear" or "convex"
@@ -410,7 +408,7 @@ LOSSES = {"cross_entropy": CrossEntropy, "focal": Focal, "class_balanced": Class
 
 
 def build_loss(name:str, # a name of `LOSSES`
-               counts:torch.Tensor|Sequence, # (K,) items per class as the fit sees them
+               counts:ArrayLike, # (K,) items per class as the fit sees them
                **options # of that loss
               )->Loss: # which states its counts
     "A loss by name"

@@ -76,12 +76,12 @@ def _by_class(predicted, # (N,) class numbers
     f1 = 2 * right / np.maximum(total + answered, 1)
     return np.divide(right, total, out=np.full(k, np.nan), where=total > 0), float(f1[total > 0].mean())
 
-
+# %% ../nbs/13_metrics.ipynb #12469e61
 def _mean_of(per_class # accuracies of some classes
             ): # their mean; NaN when none was tested
     return float(np.nanmean(per_class)) if np.isfinite(per_class).any() else math.nan
 
-
+# %% ../nbs/13_metrics.ipynb #1814cc54
 def worst(per_class:np.ndarray, # (K,) accuracies, NaN without test images
           k:int # how many classes
          )->float: # NaN when none was tested
@@ -89,7 +89,7 @@ def worst(per_class:np.ndarray, # (K,) accuracies, NaN without test images
     a = np.sort(per_class[np.isfinite(per_class)])[:k]
     return float(a.mean()) if len(a) else math.nan
 
-
+# %% ../nbs/13_metrics.ipynb #a4b72638
 def _tail_to_head(predicted, # (N,) class numbers
                   labels, # (N,) the true ones
                   groups # third -> class numbers
@@ -186,7 +186,7 @@ def _binned(sure, # (N,) largest probabilities
     def mean(v): return np.divide(np.bincount(at, v, n_bins), n, out=np.full(n_bins, np.nan), where=n > 0)
     return Calibration(edges, n, mean(sure), mean(right.astype(float)))
 
-
+# %% ../nbs/13_metrics.ipynb #a3eef7a9
 def calibration(probs:np.ndarray, # (N, K) probabilities
                 labels:np.ndarray, # (N,) class numbers
                 n_bins:int=15 # of equal width
@@ -249,7 +249,7 @@ class Difference:
     over: str # what was resampled: "seeds" or "test images"
     p: float = math.nan # of the test that there is no difference
 
-
+# %% ../nbs/13_metrics.ipynb #d7a227a2
 def paired_over_seeds(a:np.ndarray, # a method's accuracy, one a seed
                       b:np.ndarray # the other's, same seeds
                      )->Difference: # a - b, with the p-value of Student's paired test
@@ -294,7 +294,7 @@ def bootstrap(statistic:Callable, # function of arrays (N, …) -> number
     if np.isnan(v).all(): return math.nan, math.nan
     return tuple(float(q) for q in np.nanpercentile(v, (2.5, 97.5)))
 
-
+# %% ../nbs/13_metrics.ipynb #3f534924
 def paired_bootstrap(statistic:Callable, # function of (predictions or logits, labels) -> number
                      a:np.ndarray, # (N, …) of a method
                      b:np.ndarray, # (N, …) of the other
@@ -329,7 +329,7 @@ def difference(rows:list[dict], # of scores.json
     over_seeds = paired_over_seeds(a, b)
     return over_images if over_seeds.high - over_seeds.low < over_images.high - over_images.low else over_seeds
 
-
+# %% ../nbs/13_metrics.ipynb #ccd881d9
 def show_difference(d:Difference|None # as fractions
                    )->str: # "+1.2 [0.4, 2.0]" in points, or "–"
     "A difference in points"

@@ -34,7 +34,7 @@ def new_axes(width:float=6., # inches
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(width, height))[1]
 
-
+# %% ../nbs/14_pictures.ipynb #56bf5240
 def new_figure(width:float=6.4, # inches
                height:float=3., # inches
                n:int=1 # axes side by side
@@ -45,7 +45,7 @@ def new_figure(width:float=6.4, # inches
     axes = fig.subplots(1, n)
     return fig, axes if n == 1 else list(axes)
 
-
+# %% ../nbs/14_pictures.ipynb #3c2470a4
 def save_figure(fig:Any, # matplotlib Figure
                 path:str|Path # a .png file
                ):
@@ -60,7 +60,7 @@ def _characters(path # of a font
     try: return frozenset(font_manager.get_font(path).get_charmap())
     except Exception: return frozenset()
 
-
+# %% ../nbs/14_pictures.ipynb #79d20d73
 @cache
 def _fonts_for(missing, # characters
                usual # family names
@@ -100,7 +100,7 @@ def _named(n, # how many
           ): # "3 classes"
     return f"{n:,} {one if n == 1 else more}"
 
-
+# %% ../nbs/14_pictures.ipynb #20685fea
 def plot_counts(counts:np.ndarray, # (K,) training images
                 class_names:tuple|None=None, # K names, shown for up to 20 classes
                 name:str="", # of the set, for the title
@@ -167,7 +167,7 @@ def _show_smallest(data, # a LongTail
     show_images(strip, n_cols=n, ax=ax)
     ax.set_title(f"{band}: '{text}', {_named(data.counts[k], 'image', 'images')}", fontfamily=family, **look)
 
-
+# %% ../nbs/14_pictures.ipynb #ab7800cb
 def show_bands(data:LongTail, # whose training images are shown
                n:int=12, # images a band
                axes:Any=None # three Axes; new ones when left out
@@ -217,7 +217,7 @@ def plot_per_class(rows:list[dict], # of scores.json
     accuracy = {m: np.array([r["per_class"] for r in rows if r["method"] == m], dtype=float) for m in shown}
     return plot_by_rank({m: v for m, v in accuracy.items() if len(v)}, counts, class_names, ax=ax)
 
-
+# %% ../nbs/14_pictures.ipynb #f40bcb18
 def drawn_and_not(rows:list[dict], # of scores.json
                   shown:tuple # methods of a picture
                  )->str: # a sentence; empty where all are drawn
@@ -259,7 +259,7 @@ def confusion_flow(predicted:np.ndarray, # (N,) class numbers
     total = np.bincount(third[labels], minlength=3)[:, None]
     return np.divide(flow, total, out=np.full((3, 3), np.nan), where=total > 0)
 
-
+# %% ../nbs/14_pictures.ipynb #fb00ba30
 def plot_flow(predicted:np.ndarray, # (N,) class numbers
               labels:np.ndarray, # (N,) the true ones
               counts:np.ndarray, # (K,) training images

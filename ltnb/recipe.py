@@ -6,10 +6,9 @@
 __all__ = ['TAIL', 'PAIRED', 'Stage', 'Answer', 'Answers', 'standard_error', 'Finished', 'Recipe']
 
 # %% ../nbs/33_recipe.ipynb #23a60724
-import contextlib, time
+import contextlib, functools, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -77,6 +76,7 @@ def once(self:Stage,
     if not there:
         found = find()
         if self.team.writes: self.run.save(key, found)
+        if together: self.team.wait(f"what was kept of {key}")
     return found if together else self.team.told(key, found)
 
 # %% ../nbs/33_recipe.ipynb #b71a5aad

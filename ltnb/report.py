@@ -93,7 +93,7 @@ def _said(d:Difference, # of two methods
     how = "wins" if d.low > 0 else "loses" if d.high < 0 else "shows no clear difference"
     return f"{what} {how}: {show_difference(d)} points (95 % interval over {d.over})."
 
-
+# %% ../nbs/15_report.ipynb #093dfc10
 def _best_control(rows, # of scores.json
                   method # which is compared with its controls
                  ): # the control that is best on the test set, None where there is none
@@ -101,7 +101,7 @@ def _best_control(rows, # of scores.json
     means = {m: np.nanmean(values(rows, m)) for m in methods(rows) if m in compared}
     return max(means, key=means.get) if means else None
 
-
+# %% ../nbs/15_report.ipynb #345fffe4
 def _two_starts(rows, # of scores.json
                 method, # that is proposed
                 noise # the control that knows nothing

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['BAD_IMAGES', 'IWILDCAM_SPLITS', 'DATASETS', 'BALANCED', 'Photos', 'Cut', 'from_paths', 'Tables', 'SourceConfig',
-           'DataConfig', 'check_source', 'load_data']
+           'usual_ratio', 'DataConfig', 'check_source', 'load_data']
 
 # %% ../nbs/12_sources.ipynb #2e2f258c
 import csv, io, os, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
-from .config import Config, limited, spread
+from .config import Config, auto, limited, spread
 from .labels import UNUSED_CLASS, read_class_names, read_text
 from .listings import Columns, listed_files, read_parts
 from .folders import (Photographs, drawn_parts, find_split, image_suffixes, photographs_in, scan, split_parts,
@@ -64,14 +64,7 @@ def _torchvision(name, # of a set of torchvision
         raise DataError(f"{name} under {root!r} cannot be read or downloaded ({e}).") from e
 
 
-def _in_memory(cls, # LongTail
-               name, # of a set of torchvision with a test part
-               root, # its folder
-               imb_ratio, # of the cut
-               seed, # of the cut
-               download, # fetch what is missing
-               cut # more settings of it
-              ): # the set, cut
+def _in_memory(cls, name, root, imb_ratio, seed, download, cut): # a set of torchvision with a test part, cut
     def read(kind): return [kind(root, train=train, download=download) for train in (True, False)]
     sets = []
     for p in _torchvision(name, root, read):
@@ -382,11 +375,18 @@ class SourceConfig(Config):
     test_fraction: float|None = limited(None, 0.01, 0.9)
 
 # %% ../nbs/12_sources.ipynb #a9c89ffa
+def usual_ratio(cfg:Config, # names a set
+                data:Any=None # as every rule of `auto`; not looked at
+               )->float|None: # None where a set is taken as it is
+    "How far a set is cut when nobody says"
+    return 100. if cfg.dataset in BALANCED else None
+
+
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
     "Where the images come from: the settings that all recipes share"
-    # largest / smallest class, at least 1 (default: 100 for digits and torchvision's sets; others taken as they are)
-    imb_ratio: float|None = limited(None, 1)
+    # largest / smallest class, at least 1
+    imb_ratio: float|None = auto(usual_ratio, "100 for digits and torchvision's sets; others taken as they are", low=1)
     profile: Literal["exp", "step", "pareto"] = "exp" # how the classes fall to that ratio
     # images of the largest class after the cut (default: the size of the smallest class before it)
     n_max: int|None = limited(None, 1)
@@ -451,7 +451,7 @@ def load_data(cfg:DataConfig, # which set
              )->LongTail: # the set
     "The image set that a config names"
     check_source(cfg)
-    ratio = 100. if cfg.imb_ratio is None and cfg.dataset in BALANCED else cfg.imb_ratio
+    ratio = usual_ratio(cfg) if cfg.imb_ratio is None else cfg.imb_ratio
     if cfg.dataset == "digits":
         if cfg.val_per_class:
             raise UsageError("Digits-LT is too small for a validation set: leave out --val-per-class.")

@@ -8,10 +8,8 @@ __all__ = ['Team', 'join_team', 'Where', 'train_step', 'smallest_map', 'least_ba
 
 # %% ../nbs/24_team.ipynb #c4221e3c
 import contextlib, itertools, os, pickle, time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ class Team:
     def __init__(self,
                  rank:int=0, # this process
                  size:int=1, # how many there are
-                 store:Any=None, # a torch.distributed.Store that all of them reach: what they tell each other
+                 store:"torch.distributed.Store|None"=None, # that all of them reach: what they tell each other
                  patience:float=7200. # seconds to wait for the others
                 ):
         self.rank, self.size, self.store, self.patience, self.met = rank, size, store, patience, 0
@@ -61,7 +59,7 @@ def sum(self:Team,
 
 @patch
 def sum_gradients(self:Team,
-                  parameters:Iterable[nn.Parameter] # whose gradients are changed in place
+                  parameters:list # whose gradients are changed in place
                  ):
     "Add up gradients, in one message"
     if self.size == 1: return
@@ -76,7 +74,7 @@ def _messenger(): return "cuda" if torch.distributed.get_backend() == "nccl" els
 @patch
 @torch.no_grad()
 def share(self:Team,
-          tensors:Iterable[torch.Tensor] # of a network's state, of the same shapes in every process; filled in place
+          tensors:list # of a network's state, of the same shapes in every process; filled in place
          ):
     "Give every process the first one's numbers, in one message"
     tensors = sorted((v.detach() for v in tensors), key=lambda v: -v.element_size()) # each begins where its type may
@@ -219,7 +217,7 @@ def split_order(order:torch.Tensor, # (N,) positions
 # %% ../nbs/24_team.ipynb #ad3784e4
 def dropout_seeded(*key, # seed, stage, position and, of several processes, rank
                    device:str # where the network computes
-                  ): # a context manager
+                  )->contextlib.AbstractContextManager: # a block
     "A block in which dropout, and every other layer that draws for itself, draws from this key alone"
     return seeded(*key, "dropout", device=device)
 
@@ -231,8 +229,8 @@ class TeamError(LtnbError):
 @patch
 def told(self:Team,
          what:str, # where the process is, for the others' sentences; the same in all of them
-         value:Any=None # each process has its own; the first one's counts
-        ): # that value, in every process
+         value:object=None # each process has its own; the first one's counts
+        )->object: # that value, in every process
     "The first process decides, the others are told; nobody goes on before all are here"
     if self.size == 1: return value
     self.met += 1
@@ -257,8 +255,8 @@ def wait(self:Team,
 @patch
 def agree(self:Team,
           what:str, # as in `told`
-          value:Any # each process has its own
-         ): # the value, which is the first one's
+          value:object # each process has its own
+         )->object: # the value, which is the first one's
     "A value that must be the first process's in all of them"
     first = self.told(what, value)
     if first == value: return value

@@ -16,7 +16,6 @@ from torch import nn
 from .config import spread
 from .core import LtnbError, UsageError, autocast, generator
 from .progress import Progress
-from .files import ImageFiles
 from .batches import Batches, epoch_order
 from .losses import build_loss
 from .team import Where, dropout_seeded, least_batch, split_order
@@ -76,7 +75,7 @@ def _mixed(loss, logits, y, parts): # the loss of one seed, over what its view a
 
 # %% ../nbs/27_together.ipynb #0afbd71b
 def fit_seeds(clfs:list, # S classifiers of one architecture, filled in place
-              images:np.ndarray|ImageFiles|list, # (N, C, H, W) uint8 of all seeds, or a list with those of each
+              images:np.ndarray|list, # (N, C, H, W) uint8 of all seeds, or a list with those of each
               labels:np.ndarray|list, # (N,) of all seeds, or a list with those of each
               seeds:list, # S numbers
               how:Fitting|None=None, # as in `fit`

@@ -235,7 +235,7 @@ def fit(clf:Classifier, # trained in place, from the weights it has
 
 # %% ../nbs/26_training.ipynb #58680889
 def checked_labels(clf:Classifier, # knows the classes
-                   labels:torch.Tensor|np.ndarray|list # (N,) of the training images
+                   labels:np.ndarray # (N,) of the training images
                   )->torch.Tensor: # (N,) int64
     "Labels of a training set in which each class has an image"
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))

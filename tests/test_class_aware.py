@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ltnb.baseline import BaselineConfig, check_settings, resolve, run
+from ltnb.baseline import Baseline, BaselineConfig, run
 from ltnb.core import UsageError, generator, read_json
 from ltnb.progress import Progress
 from ltnb.data import LongTail
@@ -161,14 +161,14 @@ def test_baseline_prints_both_readings(tmp_path, monkeypatch):
 )
 def test_shifted_bn_where_nothing_can_shift(more, why):
     with pytest.raises(UsageError, match=why):
-        check_settings(BaselineConfig(shifted_bn=True, **more))
+        Baseline().check(BaselineConfig(shifted_bn=True, **more))
 
 
 def test_network_without_batch_norm_is_refused_before_training():
     pytest.importorskip("timm")
     config = BaselineConfig(shifted_bn=True, arch="timm:test_vit")
     with pytest.raises(UsageError, match="no BatchNorm statistics"):
-        resolve(config, LongTail.digits())
+        Baseline().resolve(config, LongTail.digits())
 
 
 def test_digests_of_runs_from_before_stay():

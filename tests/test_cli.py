@@ -15,7 +15,7 @@ from ltnb.cli import RECIPES
 from ltnb.core import UsageError
 from ltnb.config import Parser, add_settings, help_of
 from ltnb.headless import entry_notebook
-from ltnb.ldmlr import METHODS
+from ltnb.refit import METHODS
 
 
 def tree(path):

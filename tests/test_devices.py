@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import everywhere
-from ltnb import baseline, core, diffult, diffusion
+from ltnb import baseline, core, diffult_ablations, diffusion
 from ltnb import generate as generate_room
 from ltnb import generator as generator_room
 from ltnb.baseline import BaselineConfig, side_by_side
@@ -29,11 +29,13 @@ from ltnb.data import LongTail
 from ltnb.noise import build_objective
 from ltnb.diffusion import DiffusionModel, build_unet, on_device
 from ltnb.samplers import sample_images
+from ltnb.diffult import DiffuLT, DiffuLTConfig
 from ltnb.generator import make_images
 from ltnb.generate import GenerateConfig
 from ltnb.latent import sample_features, train_latent
 from ltnb.jobs import make_plan
-from ltnb.team import Team
+from ltnb.recipe import Stage
+from ltnb.team import Team, Where
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("cuda", "cuda:0", "cuda:1", torch.device("cuda"), torch.device("cuda", 1))
@@ -205,7 +207,7 @@ def test_training_and_sampling_ask_the_same_rule(monkeypatch, tmp_path):
         generate_room.generate(config)
     assert asked == [("cpu", None), ("cpu", True)], "once for all shards, as the setting says"
     digits = LongTail.digits()
-    cfg = generator_room.resolve(generator_room.DiffusionConfig(n_steps=1, diff_bs=2), digits)
+    cfg = generator_room.Diffusion().resolve(generator_room.DiffusionConfig(n_steps=1, diff_bs=2), digits)
     generator_room.train_model(cfg, digits, 0)
     assert asked[2] == ("cpu", None)
 
@@ -241,12 +243,16 @@ def test_compiling_is_no_part_of_what_was_asked_for(tmp_path):
 def test_seeds_train_one_after_the_other_unless_asked(tmp_path, capsys):
     data, run = LongTail.digits(), SimpleNamespace(path=tmp_path)
     several, asked = BaselineConfig(seeds=3), BaselineConfig(seeds=3, side_by_side=True)
-    assert not side_by_side(several, data, run, Team()) and side_by_side(asked, data, run, Team())
-    assert not side_by_side(asked, data, run, Team(0, 2), first=True)
+
+    def at_once(cfg, team):
+        return side_by_side(Stage(cfg, data, 0, Where(run=run, team=team)))
+
+    assert not at_once(several, Team()) and at_once(asked, Team())
+    assert not at_once(asked, Team(0, 2))
     assert "one after the other" in capsys.readouterr().err
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "classifier-seeds-0-2.safetensors").touch()
-    assert side_by_side(several, data, run, Team()), "what was begun side by side goes on so"
+    assert at_once(several, Team()), "what was begun side by side goes on so"
 
 
 def test_a_gpu_alone_trains_no_seeds_side_by_side(gpu, monkeypatch, tmp_path):
@@ -254,7 +260,7 @@ def test_a_gpu_alone_trains_no_seeds_side_by_side(gpu, monkeypatch, tmp_path):
         raise KeyError("one seed")
 
     monkeypatch.setattr(baseline, "train_together", lambda *a: pytest.fail("not asked for"))
-    monkeypatch.setattr(baseline, "run_seed", stop)
+    monkeypatch.setattr(baseline, "trained", stop)
     config = BaselineConfig(seeds=2, device="cuda", out=str(tmp_path / "run"))
     with pytest.raises(KeyError, match="one seed"):
         baseline.run(config)
@@ -292,12 +298,12 @@ def test_a_budget_does_not_multiply_what_happens_once(monkeypatch):
             after_epoch(epoch)
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(diffult, "fit", fit)
-    monkeypatch.setattr(diffult, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(diffult_ablations, "fit", fit)
+    monkeypatch.setattr(diffult_ablations, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     data = LongTail.digits()
     few = dict(n_steps=1000, n_epochs=2, diff_bs=4, sample_steps=1, pipelines=False, cb_tau=0.0, bs=500, compiled=True)
-    cfg = diffult.resolve(diffult.DiffuLTConfig(**few), data)
-    _, training = diffult.seconds_a_run(cfg, data, "cpu", "fp32")
+    cfg = DiffuLT().resolve(DiffuLTConfig(**few), data)
+    _, training = diffult_ablations.seconds_a_run(cfg, data, Where())
     wanted = int(np.maximum(cfg.target_per_class - data.counts, 0).sum())
     n = len(data.train)  # fewer than 4 batches, so that an epoch of the measurement has all of them
     epochs = 2 * (n + 10 * (n + wanted)) / n
@@ -306,7 +312,7 @@ def test_a_budget_does_not_multiply_what_happens_once(monkeypatch):
 
 
 def test_ticks_leave_out_the_first_units():
-    ticks = diffult.Ticks("cpu", 2)
+    ticks = diffult_ablations.Ticks("cpu", 2)
     ticks.at = [0.0, 10.0, 11.0, 12.5, 13.5]
     assert ticks.seconds == 1.0
 

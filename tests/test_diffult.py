@@ -2,42 +2,37 @@
 
 import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ltnb import diffult, training
+from ltnb import classify, controls, diffult, diffult_ablations, diffult_steps, training
 from ltnb.aid_loss import FORMS
+from ltnb.classifier import Classifier
+from ltnb.classify import OverBatch, trained_answer
+from ltnb.controls import noise_images, real_repeated
 from ltnb.core import UsageError, read_json, read_jsonl
-from ltnb.progress import Progress
 from ltnb.data import LongTail
-from ltnb.diffult import (
-    COMPARED,
+from ltnb.diffult import DiffuLT, run
+from ltnb.diffult_ablations import (
     PUBLISHED,
-    DiffuLTConfig,
-    OverBatch,
-    ablations,
-    classifier_config,
-    control_rows,
+    asked_for,
+    class_table,
+    classes_table,
     fit_budget,
     less_head,
     main_table,
-    noise_images,
     published,
-    real_repeated,
-    resolve,
-    run,
-    step_classify,
-    step_extract,
-    step_generate,
-    summary,
-    tail_classes,
-    unfiltered,
-    verdict,
 )
+from ltnb.diffult_steps import DiffuLTConfig, Eye, Made, draw, extractor, tail_classes, with_images
+from ltnb.generator import train_model
 from ltnb.losses import effective_counts
-from ltnb.classifier import Classifier
+from ltnb.progress import Progress
+from ltnb.recipe import Answer, Answers, Stage
+from ltnb.team import Where
 
 QUICK = dict(
     n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2.0, pipelines=False
@@ -71,13 +66,19 @@ def data():
 
 @pytest.fixture(scope="module")
 def cfg(data):
-    return resolve(DiffuLTConfig(**QUICK), data)
+    return DiffuLT().resolve(DiffuLTConfig(**QUICK), data)
 
 
 @pytest.fixture(scope="module")
-def eye(cfg, data):
+def stage(cfg, data):
+    "One seed that keeps nothing"
+    return Stage(cfg, data, 0, Where())
+
+
+@pytest.fixture(scope="module")
+def eye(stage):
     Progress.quiet = True
-    return step_extract(cfg, data, 0)
+    return extractor(stage)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +88,21 @@ def done(tmp_path_factory):
     return run(DiffuLTConfig(**QUICK, out=str(tmp_path_factory.mktemp("diffult") / "run")))
 
 
-for_all_time = lambda path: {
-    str(p.relative_to(path)): p.read_bytes()
-    for p in path.rglob("*")
-    if p.is_file() and p.suffix != ".lock" and p.name not in ("environment.json", "timing.jsonl")
-}
+def for_all_time(path):
+    "What is in the files of a run, without those that say when and where"
+    passing = ("environment.json", "timing.jsonl")
+    files = (p for p in path.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name not in passing)
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def only_cross_entropy(s, logits, wanted):
+    "A stand-in for the controls, which are tested elsewhere"
+    return Answers({"cross-entropy": Answer(logits, s.data.counts)}).corrected("cross-entropy")
+
+
+def answer(s, made=None, weight=1.0, name="mixed", loss="cross_entropy", augment=None, epochs=1.0):
+    "What a classifier says, and the prior of it, without keeping them"
+    return trained_answer(s, made, weight, name, loss, augment, epochs)
 
 
 # the run
@@ -112,7 +123,7 @@ def test_what_a_run_leaves(done):
         "made/aid-seed-0/manifest.jsonl",
     } <= names
     assert not [n for n in names if n.startswith("checkpoints")]
-    assert set(next(r for r in rows if r["method"] == "diffult")["se"]) == set(COMPARED)
+    assert set(next(r for r in rows if r["method"] == "diffult")["se"]) == set(DiffuLT.compared)
     assert {
         "id",
         "aid",
@@ -129,7 +140,7 @@ def test_what_a_run_leaves(done):
     assert rows[0]["id"] + rows[0]["aid"] + rows[0]["ood"] == pytest.approx(1) and rows[0]["diversity"] == 1, (
         "unseen real images, beside the generators"
     )
-    said = summary(done)
+    said = DiffuLT().summary(done)
     assert all(m in said for m in CORE) and "CBDM + AID loss" in said and "diffult against label shift" in said
     assert json.loads((done.path / "classes-seed-0.json").read_text())[9]["images"] == 1
 
@@ -152,14 +163,18 @@ class Stop(Exception):
     "A stand-in for a power cut"
 
 
-@pytest.mark.parametrize("stage", ["step_calibrate", "keep_first"])
-def test_a_run_that_was_killed_goes_on(tmp_path, done, monkeypatch, stage):
+def stop(*args, **more):
+    raise Stop
+
+
+@pytest.mark.parametrize("place, name", [(diffult_steps, "calibrate"), (DiffuLT, "keep")])
+def test_a_run_that_was_killed_goes_on(tmp_path, done, monkeypatch, place, name):
     with monkeypatch.context() as m:
-        m.setattr(diffult, stage, lambda *a, **k: (_ for _ in ()).throw(Stop()))
+        m.setattr(place, name, stop)
         with pytest.raises(Stop):
             run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
     calls, real = [], training.fit
-    monkeypatch.setattr(diffult, "fit", lambda *a, **k: calls.append(k.get("name")) or real(*a, **k))
+    monkeypatch.setattr(classify, "fit", lambda *a, **k: calls.append(k.get("name")) or real(*a, **k))
     again = run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
     a, b = for_all_time(again.path), for_all_time(done.path)
     assert a.keys() == b.keys() and [k for k in a if a[k] != b[k]] == []
@@ -173,10 +188,8 @@ def test_a_finished_run_is_left_alone(done):
 
 
 def test_the_sweeps(tmp_path, monkeypatch, eye):
-    monkeypatch.setattr(diffult, "control_rows", lambda *a: {})  # they are tested elsewhere
-    monkeypatch.setattr(
-        diffult, "step_extract", lambda *a, **k: eye
-    )  # so that the classifiers may be trained for two epochs
+    monkeypatch.setattr(diffult, "controls", only_cross_entropy)
+    monkeypatch.setattr(diffult, "extractor", lambda s: eye)  # so that classifiers may be trained for two epochs
     r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
     forms = [f"form: {form}" for form in FORMS if form != "per-time"]
@@ -197,18 +210,15 @@ def test_the_sweeps(tmp_path, monkeypatch, eye):
 
 def test_pipelines(cfg, data, eye, monkeypatch):
     "The same images with other losses and augmentations; cutout is never larger than half of the image"
-    seen = []
-    made = real_repeated(data, np.maximum(5 - data.counts, 0))
-    f = type("F", (), {"kept": made, "made": made, "classes": []})()
-    monkeypatch.setattr(diffult, "unfiltered", lambda f: made)
-    out = diffult.generator_rows(
-        DiffuLTConfig(**{**QUICK, "pipelines": True, "augment": "crop+flip"}),
-        data,
-        0,
-        f,
-        "aid loss",
-        lambda m, w=1.0, **k: seen.append((k, w)) or None,
-    )
+    seen, made = [], real_repeated(data, np.maximum(5 - data.counts, 0))
+
+    def classified(s, made=None, weight=1.0, name="mixed", loss="cross_entropy", augment=None):
+        seen.append((augment, weight))
+        return Answer(torch.zeros(1, 10), data.counts)
+
+    monkeypatch.setattr(diffult_steps, "classify", classified)
+    s = Stage(DiffuLTConfig(**{**QUICK, "pipelines": True, "augment": "crop+flip"}), data, 0, Where())
+    out = with_images(s, SimpleNamespace(everything=made, kept=made), "aid loss", {"form": "per-time"})
     assert list(out) == [
         "aid loss",
         "aid loss + filter",
@@ -217,12 +227,12 @@ def test_pipelines(cfg, data, eye, monkeypatch):
         "diffult, autoaugment + cutout",
         "diffult, ldam-drw",
     ]
-    assert [k.get("augment") for k, _ in seen] == [None] * 4 + ["crop+flip+autoaugment+cutout", None] and [
-        w for _, w in seen
-    ] == [1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
-    sizes, short = [], resolve(DiffuLTConfig(**{**QUICK, "n_epochs": 1}), data)
-    monkeypatch.setattr(diffult, "Augment", lambda names, size=16: sizes.append(size) or (lambda x, g: x))
-    step_classify(short, data, 0, augment="cutout")
+    assert [a for a, _ in seen] == [None] * 4 + ["crop+flip+autoaugment+cutout", None]
+    assert [w for _, w in seen] == [1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
+    assert all(a.facts == {"form": "per-time"} for a in out.values())
+    sizes, short = [], DiffuLT().resolve(DiffuLTConfig(**{**QUICK, "n_epochs": 1}), data)
+    monkeypatch.setattr(classify, "Augment", lambda names, size=16: sizes.append(size) or (lambda x, g: x))
+    answer(Stage(short, data, 0, Where()), augment="cutout")
     assert sizes == [4]
 
 
@@ -238,28 +248,29 @@ def test_weighted_cross_entropy_is_divided_by_the_batch():
     assert torch.allclose(loss(z, y), F.cross_entropy(z, y))
 
 
-def test_the_filter_fills_up(cfg, data, eye, tmp_path):
-    model = diffult.step_generator(cfg, data, 0)
-    f = step_generate(cfg, data, 0, model, eye, tmp_path)
+def test_the_filter_fills_up(cfg, data, stage, eye, tmp_path):
+    model = train_model(cfg, data, 0)
+    f = draw(stage, model, eye, tmp_path)
     wanted = np.maximum(5 - data.counts, 0)
-    assert unfiltered(f).counts(10).tolist() == wanted.tolist()
+    assert Made(model, f, {}).everything.counts(10).tolist() == wanted.tolist()
     for d in f.classes:
         assert d["kept"] == d["wanted"] or d["capped"]
     assert (f.kept.counts(10) <= wanted).all() and len(f.made) <= 2 * wanted.sum() + 10
 
 
-def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, eye, tmp_path):
+def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, stage, eye, tmp_path):
     "The cap is reached, what there is is kept, and a classifier is trained on it"
-    model, far = diffult.step_generator(cfg, data, 0), copy.copy(eye.geometry)
+    model, far = train_model(cfg, data, 0), copy.copy(eye.geometry)
     object.__setattr__(far, "diameters", eye.geometry.diameters.clone())
     far.diameters[9] = 1e-6
-    f = step_generate(cfg, data, 0, model, diffult.Eye(eye.clf, eye.phi, far), tmp_path)
+    f = draw(stage, model, Eye(eye.clf, eye.phi, far), tmp_path)
     last = next(d for d in f.classes if d["class"] == 9)
     assert (last["kept"], last["capped"], last["drawn"], last["ood"]) == (0, True, 8, 1.0)
     rows = [{"method": m, "per_class": [0.5] * 10} for m in ("cross-entropy", "diffult")]
-    lines = diffult.classes_table(diffult.class_table(data, f, f, rows))
+    made = Made(model, f, {})
+    lines = classes_table(class_table(data, made, made, rows))
     assert lines[-1][-1] == "capped" and lines[-1][4] == "0"
-    assert len(step_classify(cfg, data, 0, f.kept, 0.3)[0]) == len(data.test)
+    assert len(answer(stage, f.kept, 0.3)[0]) == len(data.test)
 
 
 def test_controls_make_the_same_number(data):
@@ -271,9 +282,11 @@ def test_controls_make_the_same_number(data):
     assert {r["source_id"] for r in a.manifest} <= set(data.train.ids)
 
 
-def test_equal_iterations_are_equal(cfg, data):
-    seen = {}
-    control_rows(cfg, data, 0, lambda made=None, w=1.0, **k: seen.setdefault(k["name"], (made, k)))
+def test_equal_iterations_are_equal(data, stage, monkeypatch):
+    seen, wanted = {}, np.maximum(5 - data.counts, 0)
+    monkeypatch.setattr(controls, "classify", lambda s, made=None, **k: seen.setdefault(k["name"], (made, k)))
+    said = controls.controls(stage, torch.zeros(len(data.test), 10), wanted)
+    assert list(said) == CORE[:6]
     made, k = seen["equal-iterations"]
     total = len(data.train) + np.maximum(5 - data.counts, 0).sum()
     assert made is None and abs(k["epochs"] * len(data.train) - total) < 1e-6
@@ -283,11 +296,11 @@ def test_equal_iterations_are_equal(cfg, data):
     )
 
 
-def test_the_prior_of_the_answers(cfg, data):
+def test_the_prior_of_the_answers(data, stage):
     made = real_repeated(data, np.maximum(5 - data.counts, 0))
-    _, counts = step_classify(cfg, data, 0, made, 0.3)
+    _, counts = answer(stage, made, 0.3)
     assert torch.allclose(counts, effective_counts(data.counts, made.counts(10), 0.3))
-    assert torch.allclose(step_classify(cfg, data, 0)[1], torch.from_numpy(data.counts).double())
+    assert torch.allclose(answer(stage)[1], torch.from_numpy(data.counts).double())
 
 
 def test_less_of_the_head(data):
@@ -313,7 +326,7 @@ def test_less_of_the_head(data):
 )
 def test_settings_that_cannot_be_run(data, change, text):
     with pytest.raises(UsageError, match=text):
-        resolve(DiffuLTConfig(**{**QUICK, **change}), data)
+        DiffuLT().resolve(DiffuLTConfig(**{**QUICK, **change}), data)
 
 
 @pytest.mark.parametrize(
@@ -364,9 +377,7 @@ def test_the_defaults_are_the_papers():
         "per-time",
         0.0,
     )
-    assert (
-        ablations(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not classifier_config(c).heads
-    )
+    assert asked_for(DiffuLTConfig(ablate="all")) == ["ddpm", "aid-forms", "head-share"] and not hasattr(c, "heads")
 
 
 def test_published_numbers_stand_beside_ours():
@@ -385,14 +396,16 @@ def test_published_numbers_stand_beside_ours():
 
 
 def test_the_verdict_is_made_from_intervals():
-    row = lambda m, v, **se: {"method": m, "seed": 0, "all": v, "many": v, "medium": v, "few": v, "se": se}
+    def row(m, v, **se):
+        return {"method": m, "seed": 0, "all": v, "many": v, "medium": v, "few": v, "se": se}
+
     rows = [
         row("label shift", 0.8),
         row("diffult", 0.9, **{"label shift": 0.01}),
         row("generation", 0.7, **{"cross-entropy": 0.5}),
         row("cross-entropy", 0.69),
     ]
-    said = verdict(rows)
+    said = DiffuLT().verdict(rows)
     assert any("diffult against label shift" in s and "a gain" in s for s in said) and any(
         "generation against cross-entropy" in s and "no clear difference" in s for s in said
     )
@@ -400,39 +413,34 @@ def test_the_verdict_is_made_from_intervals():
 
 def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch, eye):
     calls = []
-    monkeypatch.setattr(diffult, "step_extract", lambda *a, **k: eye)
-    monkeypatch.setattr(diffult, "control_rows", lambda *a: {})
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 120.0))
+    monkeypatch.setattr(diffult, "extractor", lambda s: eye)
+    monkeypatch.setattr(diffult, "controls", only_cross_entropy)
+    monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 120.0))
     few = {**QUICK, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.0}
     with monkeypatch.context() as m:
-        m.setattr(diffult, "step_calibrate", lambda *a, **k: (_ for _ in ()).throw(Stop()))
+        m.setattr(diffult_steps, "calibrate", stop)
         with pytest.raises(Stop):
             run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     kept = read_json(tmp_path / "run" / "config.json")
     assert (kept["n_steps"], kept["n_epochs"]) == (10, 2) and calls == [1]
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 600.0))
-    monkeypatch.setattr(diffult, "keep_first", lambda *a, **k: (_ for _ in ()).throw(Stop()))
+    monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 600.0))
+    monkeypatch.setattr(DiffuLT, "keep", stop)
     with pytest.raises(Stop):
         run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     assert calls == [1] and read_json(tmp_path / "run" / "config.json") == kept, "a restart keeps what was measured"
 
 
 def test_the_budget_is_estimated_from_the_machine(cfg, data):
-    one = fit_budget(
-        DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1.0, "n_steps": 40000, "n_epochs": 8000}),
-        data,
-        "cpu",
-        "fp32",
-    )
-    two = fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 1e4}), data, "cpu", "fp32")
+    one = fit_budget(replace(cfg, budget_minutes=1.0, n_steps=40000, n_epochs=8000), data, Where())
+    two = fit_budget(replace(cfg, budget_minutes=1e4), data, Where())
     assert one.n_steps < 40000 and one.n_epochs < 8000 and (two.n_steps, two.n_epochs) == (cfg.n_steps, cfg.n_epochs)
     assert abs(one.n_steps / 40000 - one.n_epochs / 8000) < 0.02
 
 
 def test_a_budget_below_what_the_images_take(cfg, data, monkeypatch):
-    monkeypatch.setattr(diffult, "seconds_a_run", lambda *a: (600.0, 600.0))
+    monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: (600.0, 600.0))
     with pytest.raises(UsageError, match="about 10.0 minutes"):
-        fit_budget(DiffuLTConfig(**{**cfg.to_dict(), "budget_minutes": 5.0}), data, "cpu", "fp32")
+        fit_budget(replace(cfg, budget_minutes=5.0), data, Where())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -27,7 +27,7 @@ from ltnb.noise import (
 )
 from ltnb.diffusion import Denoising, DiffusionModel, build_unet, nudge, train_diffusion
 from ltnb.samplers import SAMPLERS, Sampling, sample_batch, sample_images, sampler_spacing
-from ltnb.cbdm import CB_LABELS, CB_SPACES, CBDM, cbdm_prior
+from ltnb.cbdm import CB_SPACES, CBDM
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.jobs import make_plan
 from ltnb.team import Where
@@ -64,10 +64,14 @@ def model(data):
     return train(data)
 
 
-same = lambda a, b: all(
-    torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True)
-)
-g = lambda seed=0: torch.Generator().manual_seed(seed)
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.unet.state_dict().values(), b.unet.state_dict().values(), strict=True)
+    )
+
+
+def g(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 # the objectives
@@ -216,9 +220,10 @@ def test_loss_against_the_formula(name):
     o = build_objective(name, min_snr=5.0 if name != "edm" else 0.0)
     m, b = NoiseModel(Table(), o, 10), batch_of(o, drop=0.1)
     seen = []
-    extra = lambda model, batch, noise, prediction, t: (
-        seen.append((model, batch, noise, prediction, t)) or prediction.mean()
-    )
+
+    def extra(model, batch, noise, prediction, t):
+        return seen.append((model, batch, noise, prediction, t)) or prediction.mean()
+
     found = diffusion_loss(m, b, [extra, extra])
     p = m.net.number[b.seen][:, None, None, None].expand_as(b.x)
     want = (o.weight(b.t)[:, None, None, None] * (p - o.target(b.x0, b.noise, b.t)) ** 2).mean()
@@ -254,7 +259,7 @@ def test_cbdm_against_the_formula(name, cb_label, space, data):
 
 
 def pull_by_fifths(o, space):
-    "How hard CBDM pulls two predictions together, against how hard the main loss pulls each to its target, by fifths of t / T"
+    "How hard CBDM pulls two predictions together, against how hard the main loss pulls each to its target, by fifths"
     b, both = batch_of(o, 5000), torch.zeros(5000, 1, 2, 2).requires_grad_()
     m = NoiseModel(Table(), o, 10)
 
@@ -336,7 +341,7 @@ def logged(path, data, stop_at=None, **more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    "A training without a cut: (model, folder). Images are drawn 40 steps at a time, so that both cuts fall into the middle of such a block"
+    "A training without a cut: (model, folder). Images are drawn 40 steps at a time: both cuts fall within a block"
     Progress.quiet, diffusion.UNETS["small"], diffusion._Training.block = True, SMALL, 40
     path = tmp_path_factory.mktemp("whole")
     yield logged(path, data), path
@@ -375,7 +380,7 @@ def test_resume_keeps_the_memory_format(tmp_path, data):
         t.checkpoint("s", 1)
         again = training(run)
         assert again.resumed("s") == 1
-    for p, average in zip(again.weights, again.averages.state.values()):
+    for p, average in zip(again.weights, again.averages.state.values(), strict=True):
         assert p.stride() == average.stride() and all(
             v.stride() == p.stride() for v in again.optimizer.state[p].values() if v.shape == p.shape
         )
@@ -404,7 +409,10 @@ def test_natural_and_balanced_draws(data):
     seen = []
     for power in (1.0, 0.0):
         labels = []
-        spy = lambda model, batch, noise, prediction, t: labels.append(batch.labels) or prediction.sum() * 0
+
+        def spy(model, batch, noise, prediction, t, labels=labels):
+            return labels.append(batch.labels) or prediction.sum() * 0
+
         train(data, 5, diff_bs=96, power=power, extra_losses=[spy])
         seen.append(np.bincount(torch.cat(labels), minlength=10) / 480)
     assert abs(seen[0][0] - data.counts[0] / data.counts.sum()) < 0.1 and np.abs(seen[1] - 0.1).max() < 0.06
@@ -458,9 +466,10 @@ def test_a_nan_is_an_error_and_keeps_the_checkpoint(tmp_path, data):
     with Run(LDMLRConfig(out=str(tmp_path))) as run:
         run.start(LDMLRConfig(), "cpu", "fp32")
         calls = []
-        bad = lambda model, batch, noise, prediction, t: (
-            calls.append(1) or prediction.sum() * (math.nan if len(calls) == 60 else 0.0)
-        )
+
+        def bad(model, batch, noise, prediction, t):
+            return calls.append(1) or prediction.sum() * (math.nan if len(calls) == 60 else 0.0)
+
         with pytest.raises(LtnbError, match="lower --diff-lr"):
             train(data, 200, extra_losses=[bad], run=run, save_every=0)
         assert run.load("diffusion-seed-0")[1]["step"] == 50
@@ -541,10 +550,17 @@ def test_nudges_stay_in_place():
 
 WORKER = """
 import sys; sys.path.insert(0, "tests")
-import torch; from ltnb import diffusion; from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team; from ltnb.cbdm import CBDM
+import torch
+from ltnb import diffusion
+from ltnb.progress import Progress
+from ltnb.data import LongTail
+from ltnb.team import join_team
+from ltnb.cbdm import CBDM
 Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
-diffusion.UNETS["small"] = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
-m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, extra_losses=[CBDM(data.counts)], team=team)
+small = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
+diffusion.UNETS["small"] = small
+how = dict(unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, extra_losses=[CBDM(data.counts)], team=team)
+m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, **how)
 if team.writes: m.save(sys.argv[1])
 """
 
@@ -575,7 +591,10 @@ def test_two_processes_train_the_same_model(tmp_path, monkeypatch, data):
     monkeypatch.setitem(diffusion.UNETS, "small", {**SMALL, "dropout": 0.0})
     one, two = train(data, 3, diff_bs=15, extra_losses=[CBDM(data.counts)]), DiffusionModel.load(tmp_path / "two")
     assert (
-        max((a - b).abs().max().item() for a, b in zip(one.unet.state_dict().values(), two.unet.state_dict().values()))
+        max(
+            (a - b).abs().max().item()
+            for a, b in zip(one.unet.state_dict().values(), two.unet.state_dict().values(), strict=True)
+        )
         < 1e-4
     )
 

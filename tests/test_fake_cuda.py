@@ -3,12 +3,14 @@
 FakeTensors have no values, so what looks at values (`.item()`, `nonzero`, `bincount`, a test for numbers that are not
 finite, schedulers of diffusers) runs on `pretend_gpu`, which computes on the CPU, and must give what that gives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from pretend import BACKWARD, fake_gpu, pretend_gpu
 
-from ltnb import diffusion
+from ltnb import diffusion, ldmlr
 from ltnb.aid import Extractor, check_extractor, class_geometry
 from ltnb.aid_loss import FORMS, AIDLoss, AIDScale, calibrate, mean_strength
 from ltnb.augment import AUGMENTATIONS, OPS, Augment, apply_ops, cutmix, mixup, op_levels
@@ -21,7 +23,7 @@ from ltnb.cbdm import CB_LABELS, CBDM
 from ltnb.heads import Features, Head, fit_head
 from ltnb.decoupled import choose_tau, crt, lws, nearest_mean, tau_norm
 from ltnb.latent import PULLS, Denoiser, Neighbourhood, ddim, denoising_loss, sample_features, train_latent
-from ltnb.ldmlr import LDMLRConfig, resolve, room_of
+from ltnb.ldmlr import LDMLR, LDMLRConfig, planned, sampled
 from ltnb.ldmlr_published import (
     PublishedUNet,
     cosine_alpha_bar,
@@ -34,6 +36,7 @@ from ltnb.losses import LOSSES, BalancedSoftmax, build_loss
 from ltnb.models import HEADS, build_model
 from ltnb.classifier import Classifier, encode
 from ltnb.jobs import make_plan
+from ltnb.recipe import Stage
 from ltnb.copies import near_copies
 from ltnb.batches import epoch_order, held_out
 from ltnb.team import Where, train_step
@@ -348,7 +351,7 @@ def test_sampling_features(pull, monkeypatch):
     model = train_latent(FEATURES, torch.from_numpy(LABELS), K, n_steps=2, diff_bs=8, width=16, n_blocks=1)
     base = a_head()
     around, plan = Neighbourhood.find(base, FEATURES, torch.from_numpy(LABELS), K, 4.0), make_plan([2, 1, 0, 3])
-    a, b = both(monkeypatch, lambda device: sample_features(model.to(device), plan, around, pull)[0])
+    a, b = both(monkeypatch, lambda device: sample_features(model.to(device), plan, around, pull=pull)[0])
     assert a.device.type == "cpu" and torch.equal(a, b), "the noise of an item is the same on every device"
 
 
@@ -369,13 +372,13 @@ def test_the_recipe_samples_where_it_runs(variant, monkeypatch, tmp_path):
     y = torch.from_numpy(LABELS)
     f = Features(FEATURES, y, FEATURES, y, tuple("abcd"), a_head())
     given = LDMLRConfig(variant=variant, n_steps=2, sample_steps=3, diff_width=16, features="x.npz")
-    cfg = resolve(given, COUNTS, None, 6)
-    room, seen = room_of(variant), []
-    model, plan = room.stage_generate(cfg, f, 0)
+    cfg, seen = LDMLR().resolve(given, f), []
+    model, plan = ldmlr.generator(Stage(cfg, f, 0, Where()), f), planned(cfg, f)
     model.net.register_forward_pre_hook(lambda net, args: seen.append(args[0].device.type))
 
     def sample(device):
-        return room.stage_sample(cfg, model, plan, f, f.head, 0, tmp_path / device, device).items
+        stage = Stage(cfg, f, 0, Where(device, run=SimpleNamespace(path=tmp_path / device)))
+        return sampled(stage, model, plan, f, f.head).items
 
     a, b = both(monkeypatch, sample)
     assert torch.equal(a, b) and set(seen[: len(seen) // 2]) == {"cuda"} and set(seen[len(seen) // 2 :]) == {"cpu"}

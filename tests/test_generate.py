@@ -17,8 +17,8 @@ from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
 from ltnb.judge import Judge, references, train_judge
-from ltnb.generator import DiffusionConfig, make_images, resolve, run, train_model
-from ltnb.generate import GenerateConfig, describe, find_model, generate, planned
+from ltnb.generator import Diffusion, DiffusionConfig, make_images, run, train_model
+from ltnb.generate import GenerateConfig, describe, find_model, generate, plan_images
 from ltnb.jobs import make_plan
 from ltnb.synthetic import Synthetic
 
@@ -65,10 +65,15 @@ def folder_run(tmp_path_factory):
     )
 
 
-files = lambda path: {
-    str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.suffix != ".lock"
-}
-same_for_all_time = lambda path: {k: v for k, v in files(path).items() if k not in ("environment.json", "timing.jsonl")}
+def files(path):
+    "Bytes of all files of a folder"
+    there = (p for p in path.rglob("*") if p.is_file() and p.suffix != ".lock")
+    return {str(p.relative_to(path)): p.read_bytes() for p in there}
+
+
+def same_for_all_time(path):
+    "The files of a run that hold no time, host or path"
+    return {k: v for k, v in files(path).items() if k not in ("environment.json", "timing.jsonl")}
 
 
 # the run
@@ -113,7 +118,10 @@ class Stop(Exception):
 @pytest.mark.parametrize("stage", ["train", "save", "sample", "judge"])
 def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
     "Cut in each of its stages, it ends with the same bytes"
-    stop = lambda *a, **k: (_ for _ in ()).throw(Stop())
+
+    def stop(*a, **k):
+        raise Stop
+
     with monkeypatch.context() as m:
         if stage == "train":
             m.setattr(generator, "sample_grid", stop)
@@ -139,7 +147,7 @@ def test_photographs_with_a_class_of_one(folder_run):
 def test_without_a_judge(tmp_path):
     r = run(DiffusionConfig(**{**QUICK, "judge_epochs": 0}, out=str(tmp_path / "run")))
     assert r.scores()[0]["all"] is None and r.scores()[0]["copies"] is not None and not (r.path / "judge").exists()
-    assert "–" in generator.summary(r) and "report.html" in files(r.path)
+    assert "–" in Diffusion().summary(r) and "report.html" in files(r.path)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +202,7 @@ def ltnb(*args, **env):
 
 
 def test_killed_twice_and_resumed(tmp_path, trained):
-    "The issue's own scene: kill the command at random moments; the manifest has the same bytes as that of an undisturbed one"
+    "The command is killed at random moments; the manifest has the same bytes as that of an undisturbed one"
     args = [
         "generate",
         "--model",
@@ -282,7 +290,7 @@ def test_two_processes_train_one_model(tmp_path, trained):
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
     data = LongTail.digits()
     one, two = (
-        train_model(resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),
+        train_model(Diffusion().resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),
         DiffusionModel.load(tmp_path / "run" / "model").unet.state_dict(),
     )
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 2e-3, (
@@ -359,7 +367,8 @@ def test_another_model_is_refused(tmp_path, trained, main):
         main("generate", "--model", trained.path, "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g")[0]
         == 0
     )
-    other = train_model(resolve(DiffusionConfig(**QUICK), data := LongTail.digits()), data, 5)
+    data = LongTail.digits()
+    other = train_model(Diffusion().resolve(DiffusionConfig(**QUICK), data), data, 5)
     other.save(tmp_path / "other")
     code, _, err = main(
         "generate", "--model", tmp_path / "other", "--per-class", "2", "--sample-steps", "2", "--out", tmp_path / "g"
@@ -507,7 +516,7 @@ def test_the_judge_is_fair():
 
 def test_target_fills_up(trained):
     model, _ = find_model(trained.path)
-    plan, empty = planned(GenerateConfig(target_per_class=50), model)
+    plan, empty = plan_images(GenerateConfig(target_per_class=50), model)
     assert (np.bincount(plan[:, 0], minlength=10) + np.minimum(model.counts, 50) >= 50).all() and not empty
 
 

@@ -12,7 +12,8 @@ from ltnb.core import DataError, read_json
 from ltnb.progress import Progress
 from ltnb.data import ImageSet, LongTail, duplicates
 from ltnb.sources import load_data
-from ltnb.diffult import DiffuLTConfig, real_repeated
+from ltnb.controls import real_repeated
+from ltnb.diffult import DiffuLTConfig
 from ltnb.generator import DiffusionConfig, load_small
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.classifier import new_encoder, pixel_stats, set_stats

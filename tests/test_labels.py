@@ -543,10 +543,10 @@ def test_a_run_goes_on_after_its_data_moved(main, tmp_path):
 
 def stages_of(cfg, name, done, folder, stop):
     "How a run loads its data, and its stages: they note the folder, and stop before the end if told to"
-    from ltnb.ldmlr import read_data
+    from ltnb.ldmlr import LDMLR
 
     def load(seed):
-        return read_data(cfg) if name == "features" else load_data(cfg, seed)
+        return LDMLR().load(cfg, seed) if name == "features" else load_data(cfg, seed)
 
     def one_seed(*a):
         done.append(folder)

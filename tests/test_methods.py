@@ -1,6 +1,8 @@
 "Networks, heads, diffusion and recipe: numbers against references and against what they must mean."
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,27 +32,34 @@ from ltnb.latent import (
     train_latent,
 )
 from ltnb.latent import planned_counts
-from ltnb.ldmlr import (
-    ABLATIONS,
-    CONTROLS,
-    METHODS,
-    LDMLRConfig,
-    ablation_settings,
-    resolve,
-    run,
-    split_rows,
-    stage_encode,
-)
+from ltnb.ldmlr import LDMLR, LDMLRConfig, encoded, run
+from ltnb.ldmlr_ablations import LDMLR_ABLATIONS, ablation_settings
 from ltnb.losses import effective_counts, label_shift
 from ltnb.models import ResNet, build_model
 from ltnb.classifier import Classifier, encode, pixel_stats
 from ltnb.jobs import make_plan
+from ltnb.recipe import Stage
+from ltnb.refit import CONTROLS, METHODS
+from ltnb.runs import Run
+from ltnb.team import Where
 from ltnb.training import fit
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
+
+
+def of_images(counts, side):
+    "What is asked of a set of images before anything is run on it"
+    images = np.broadcast_to(np.uint8(0), (sum(counts), 3, side, side))
+    return SimpleNamespace(counts=np.array(counts), train=SimpleNamespace(images=images))
+
+
+def of_features(counts, width, head=True):
+    "The same of frozen features, with or without a head"
+    train = torch.zeros(1, 1).expand(sum(counts), width)
+    return SimpleNamespace(counts=np.array(counts), train=train, head="a head" if head else None)
 
 
 @given(st.lists(st.integers(1, 5000), min_size=2, max_size=20), st.floats(0, 3))
@@ -121,7 +130,9 @@ def test_recipe_does_not_touch_its_own_baseline(tmp_path):
     cfg = LDMLRConfig(n_epochs=20, n_steps=60, per_class=30, device="cpu", precision="fp32", out=str(tmp_path))
     rows = {r["method"]: r for r in run(cfg).scores()}
     data = LongTail.digits()
-    _, f = stage_encode(resolve(cfg, data.counts, 8), data, 0)
+    again = LDMLR().resolve(replace(cfg, out=str(tmp_path / "again")), data)
+    with Run(again) as by_itself:
+        _, f = encoded(Stage(again, data, 0, Where("cpu", "fp32", run=by_itself)))
     by_hand = [
         (read(f.test).argmax(1) == f.test_labels).float().mean().item() for read in (f.head.logits, f.head.corrected)
     ]
@@ -380,7 +391,7 @@ def test_garbage_in_the_config():
         with pytest.raises(UsageError, match=f"{list(more)[0]} cannot be used with features"):
             LDMLRConfig(features="f.npz", **more)
     assert LDMLRConfig(dataset="cifar10", download=True).digest() == LDMLRConfig(dataset="cifar10").digest()
-    assert resolve(LDMLRConfig(n_steps=7), np.array([1000, 10]), 32).n_steps == 7
+    assert LDMLR().resolve(LDMLRConfig(n_steps=7), of_images([1000, 10], 32)).n_steps == 7
 
 
 def test_npz_images_run_to_the_end(tmp_path):
@@ -485,16 +496,17 @@ def test_ablations_add_rows_and_change_none(tmp_path):
     )
     plain = run(LDMLRConfig(**base, out=str(tmp_path / "a"))).scores()
     r = run(LDMLRConfig(**base, ablate="count,bands,guidance,sample-steps,width", out=str(tmp_path / "b")))
-    main, extra = split_rows(r.scores())
+    main, extra = LDMLR().split(r.scores())
     assert main == plain
     labels = [x["method"] for x in extra if "ablation" in x and x["seed"] == 0]
     assert labels == [
         label
         for label, _ in ablation_settings(
-            resolve(LDMLRConfig(**base, ablate="all"), np.array([120, 60, 30, 6])), np.array([120, 60, 30, 6])
+            LDMLR().resolve(LDMLRConfig(**base, ablate="all"), of_features([120, 60, 30, 6], 6)),
+            np.array([120, 60, 30, 6]),
         )
     ]
-    assert {x["ablation"] for x in extra if "ablation" in x} == set(ABLATIONS) - {"encoding"} and all(
+    assert {x["ablation"] for x in extra if "ablation" in x} == set(LDMLR_ABLATIONS) - {"encoding"} and all(
         "label shift" in x["se"] for x in extra if "ablation" in x
     )
     assert "bands: few only" in labels and "What each setting is worth" in (r.path / "report.html").read_text()
@@ -516,7 +528,7 @@ def test_encoding_ablation_needs_images(tmp_path):
         with pytest.raises(UsageError, match="is not an ablation"):
             LDMLRConfig(ablate=wrong)
     with pytest.raises(UsageError, match="names no class of this set: its bands are many, medium"):
-        resolve(LDMLRConfig(bands="few"), np.array([500, 50]), 32)
+        LDMLR().resolve(LDMLRConfig(bands="few"), of_images([500, 50], 32))
     with pytest.raises(UsageError, match="multiple of 8"):
         LDMLRConfig(variant="published", diff_width=20)
     with pytest.raises(UsageError, match="at most 1000"):
@@ -544,12 +556,12 @@ def test_planned_counts_follow_bands():
 
 def test_defaults_depend_on_who_trained_the_encoder(tmp_path):
     "No pull where the encoder has not been trained on these classes, or the set is known to be easy"
-    n = np.array([500, 5])
-    assert [resolve(LDMLRConfig(features="f.npz"), n, None, 64, own).shrink_n0 for own in (True, False)] == [60.0, 0.0]
-    assert (
-        resolve(LDMLRConfig(), n, 8).shrink_n0 == 0 and resolve(LDMLRConfig(dataset="cifar10"), n, 32).shrink_n0 == 60
-    )
-    assert resolve(LDMLRConfig(features="f.npz"), n, None, 2048, False).diff_width == 256
+    n, resolve = [500, 5], LDMLR().resolve
+    given = LDMLRConfig(features="f.npz")
+    assert [resolve(given, of_features(n, 64, own)).shrink_n0 for own in (True, False)] == [60.0, 0.0]
+    assert resolve(LDMLRConfig(), of_images(n, 8)).shrink_n0 == 0
+    assert resolve(LDMLRConfig(dataset="cifar10"), of_images(n, 32)).shrink_n0 == 60
+    assert resolve(given, of_features(n, 2048, False)).diff_width == 256
     config = json.loads(
         (
             run(

@@ -12,7 +12,10 @@ from ltnb.progress import Progress
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
-source = lambda cell: "".join(cell["source"])
+
+
+def source(cell):
+    return "".join(cell["source"])
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=IDS)

@@ -126,7 +126,9 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize("code", ["import ltnb", "import ltnb.core", "import ltnb.cli"])
 def test_light_imports(code):
     "No torch, no matplotlib, no network; the time is that of a whole interpreter"
-    probe = f"import sys, time, socket; t = time.perf_counter(); socket.socket = None; {code}; s = time.perf_counter() - t; print(s); assert not {{'torch', 'matplotlib', 'openai', 'transformers'}} & set(sys.modules)"
+    timed = f"t = time.perf_counter(); socket.socket = None; {code}; s = time.perf_counter() - t; print(s)"
+    heavy = "{'torch', 'matplotlib', 'openai', 'transformers'}"
+    probe = f"import sys, time, socket; {timed}; assert not {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1
@@ -134,8 +136,10 @@ def test_light_imports(code):
 
 def test_heavy_imports_touch_no_state():
     probe = (
-        "import torch, numpy as np; s = torch.random.get_rng_state(); n = np.random.get_state()[1].copy(); import ltnb.ldmlr, sys; "
-        "assert torch.equal(s, torch.random.get_rng_state()) and (n == np.random.get_state()[1]).all(); assert 'matplotlib.pyplot' not in sys.modules; assert not torch.cuda.is_initialized()"
+        "import torch, numpy as np; s = torch.random.get_rng_state(); n = np.random.get_state()[1].copy()\n"
+        "import ltnb.ldmlr, sys; assert torch.equal(s, torch.random.get_rng_state())\n"
+        "assert (n == np.random.get_state()[1]).all(); assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ltnb import baseline, diffult, generator, ldmlr, together
+from ltnb import baseline, diffult, diffult_steps, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
 from ltnb.core import DataError, read_json, write_json
 from ltnb.config import Config, limited
@@ -69,7 +69,7 @@ def tree(path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_more_seeds_continue_and_leave_the_first_alone(name, tmp_path, monkeypatch):
     module, config, settings = RECIPES[name]
-    monkeypatch.setattr(diffult, "check_extractor", lambda *a, **k: None)  # after one epoch phi_0 knows nothing
+    monkeypatch.setattr(diffult_steps, "check_extractor", lambda *a, **k: None)  # after one epoch phi_0 knows nothing
 
     def go(folder, seeds):
         return module.run(config(**settings, **HERE, seeds=seeds, out=str(tmp_path / folder))).path

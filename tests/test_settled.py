@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from ltnb import files
-from ltnb import generate, generator
+from ltnb import generate, generator, memory
 from ltnb.core import LtnbError, read_json, write_json
 from ltnb.progress import Progress
 from ltnb.data import ImageSet, LongTail
 from ltnb.diffult import DiffuLTConfig
 from ltnb.noise import NoiseModel, build_objective, diffusion_loss, noisy_batch
 from ltnb.diffusion import build_unet
-from ltnb.generator import DiffusionConfig, activation_bytes, check_side, fit_memory, resolve_generator, training_bytes
+from ltnb.memory import activation_bytes, check_side, fit_memory, training_bytes
+from ltnb.generator import Diffusion, DiffusionConfig, resolve_generator
 from ltnb.generate import GenerateConfig, as_the_run, images_folder, same_precision
 from ltnb.pictures import plot_by_rank
 from PIL import Image
@@ -73,7 +74,10 @@ def test_count_is_that_of_a_real_step():
 def test_memory_grows_with_pixels_batch_and_second_pass():
     each = {side: activation_bytes("cifar", side, 3, 10)[0] for side in (32, 64)}
     assert 3 < each[64] / each[32] < 4.2 and each[32] > 10**7
-    need = lambda **more: training_bytes(DiffusionConfig(**{"unet": "cifar", "diff_bs": 64, **more}), (3, 32, 32), 10)
+
+    def need(**more):
+        return training_bytes(DiffusionConfig(**{"unet": "cifar", "diff_bs": 64, **more}), (3, 32, 32), 10)
+
     assert need(diff_bs=128) > 1.6 * need() and need(cb_tau=1.0) > 1.6 * need() > need(cb_tau=1.0, cb_share=0.25)
     assert training_bytes(DiffusionConfig(unet="cifar", diff_bs=512), (3, 224, 224), 10) > 300 * GB
 
@@ -120,16 +124,18 @@ def test_what_is_given_wins_and_what_cannot_fit_says_so():
 
 
 def test_free_memory_of_the_device_is_asked(monkeypatch):
-    monkeypatch.setattr(generator, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(memory, "free_memory", lambda: 8 * GB)
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs < 512
-    monkeypatch.setattr(generator, "free_memory", lambda: 400 * GB)
+    monkeypatch.setattr(memory, "free_memory", lambda: 400 * GB)
     assert resolve_generator(DiffusionConfig(**FOLDER, device="cpu"), images(32)).diff_bs == 512
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GB, 80 * GB))
-    assert generator.device_memory("cuda") == 3 * GB
+    assert memory.device_memory("cuda") == 3 * GB
 
 
 def test_bf16_and_processes_on_gpus_keep_less(monkeypatch):
-    share = lambda precision, device: generator.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
+    def share(precision, device):
+        return memory.kept_share(DiffusionConfig(**FOLDER, precision=precision), device)
+
     assert (
         share("fp32", "cpu") == share("fp32", "cuda") == 1
         and share("bf16", "cpu") == 0.5
@@ -158,9 +164,9 @@ def test_photographs_are_refused_before_one_is_decoded(name, more, tmp_path, mai
 
 def test_lists_and_archives_are_refused_too(tmp_path, main):
     root = album(tmp_path / "photos", 80)
-    lines = lambda part: "".join(f"{part}/c{k}/{i}.png {k}\n" for k in range(2) for i in range(3))
     for part in ("train", "test"):
-        (tmp_path / f"{part}.txt").write_text(lines(part))
+        lines = (f"{part}/c{k}/{i}.png {k}\n" for k in range(2) for i in range(3))
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
     lists = ["--data-root", root, "--train-list", tmp_path / "train.txt", "--test-list", tmp_path / "test.txt"]
     code, _, err = main("run", "diffult", "--plain", "--dataset", "lists", *lists)
     assert code == 2 and "these images have 80 pixels a side" in err and "--image-size 64" in err
@@ -183,24 +189,25 @@ def test_choice_stays_on_another_day(tmp_path, monkeypatch):
     quick = dict(n_steps=2, sample_steps=1, per_class=2, judge_epochs=0, device="cpu", precision="fp32")
     cfg = DiffusionConfig(dataset="folder", data_root=str(root), unet="tiny", **quick, out=str(tmp_path / "run"))
     each = activation_bytes("tiny", 32, 3, 2)[0]
-    monkeypatch.setattr(generator, "free_memory", lambda: int(each * 24 * 1.25 / 0.8) + 20 * 10**6)
-    monkeypatch.setattr(generator, "run_seed", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(memory, "free_memory", lambda: int(each * 24 * 1.25 / 0.8) + 20 * 10**6)
+    monkeypatch.setattr(generator, "train_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         generator.run(cfg)
     assert read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
     monkeypatch.undo()
     monkeypatch.setattr(Progress, "quiet", True)
-    monkeypatch.setattr(generator, "free_memory", lambda: 400 * GB)
+    monkeypatch.setattr(memory, "free_memory", lambda: 400 * GB)
     assert generator.run(cfg).finished and read_json(tmp_path / "run" / "config.json")["diff_bs"] == 16
 
 
 def test_smaller_choice_is_said(tmp_path, monkeypatch, capsys):
     from ltnb.runs import Run
+    from ltnb.team import Team
 
     monkeypatch.setattr(Progress, "quiet", False)
-    monkeypatch.setattr(generator, "free_memory", lambda: 8 * GB)
+    monkeypatch.setattr(memory, "free_memory", lambda: 8 * GB)
     cfg = DiffusionConfig(**FOLDER, device="cpu", out=str(tmp_path / "run"))
-    out = generator.settled(generator.resolve, cfg, images(32), Run(cfg))
+    out = Diffusion().settle(cfg, images(32), Run(cfg), Team())
     said = capsys.readouterr().err
     assert out.diff_bs < 512 and f"diff_bs={out.diff_bs}" in said and "512 images a step would take about" in said
 
@@ -225,7 +232,7 @@ def test_defaults_are_those_of_the_run(tmp_path, known, want, kind):
     assert same_precision(GenerateConfig(), run, "cpu") == "bf16"
     assert same_precision(GenerateConfig(precision="fp32"), run, "cpu") == "fp32"
     assert same_precision(GenerateConfig(), None, "cpu") in ("fp32", "bf16")
-    said = dict(zip(("sampler", "sample_steps", "guidance_scale"), want))
+    said = dict(zip(("sampler", "sample_steps", "guidance_scale"), want, strict=True))
     named = [images_folder(GenerateConfig(model=str(run), per_class=1, **m)) for m in ({}, said)]
     assert named[0] == named[1], "the directory is named by what the images are made with"
 

@@ -1,4 +1,4 @@
-"Generation as a job: whatever is killed, shared or extended, the same manifest; bad items out, copies found, memory flat."
+"Generation as a job: killed, shared or extended, the same manifest; bad items out, copies found, memory flat."
 
 import hashlib
 import json
@@ -107,7 +107,9 @@ def test_draws_are_those_of_the_slow_way(per_class, more):
             out = [v] if out is None else [*out, v]
         return np.array(out).reshape(len(plan), 2)
 
-    draw = lambda g, n, c: g.standard_normal((n, 2)) + c
+    def draw(g, n, c):
+        return g.standard_normal((n, 2)) + c
+
     assert np.array_equal(draw_items(("a", 1), plan, draw), slow(("a", 1), plan, draw))
     assert make_plan(per_class).tolist() == [[c, k] for c, n in enumerate(per_class) for k in range(n)]
 
@@ -167,7 +169,7 @@ def test_columns_any_kill_any_world_same_bytes(rows, shard_size, lives, world):
         for i, n in enumerate([*lives, 10**9]):
             left = [n]
 
-            def make(part):
+            def make(part, left=left):
                 left[0] -= 1
                 if left[0] < 0:
                     raise Stop
@@ -438,8 +440,10 @@ def test_full_disk(tmp_path, monkeypatch, left):
 def test_a_real_full_disk(tmp_path):
     "The system's own file size limit, in the middle of a shard"
     code = (
-        "import sys, resource, signal; from test_synthetic import image; from ltnb.jobs import *; from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nmake_synthetic(sys.argv[1], make_plan([400]), image, 'm', shard_size=100)"
+        "import sys, resource, signal; from test_synthetic import image; from ltnb.jobs import *\n"
+        "from ltnb.synthetic import *; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "make_synthetic(sys.argv[1], make_plan([400]), image, 'm', shard_size=100)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a")], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -477,7 +481,7 @@ def test_bad_items_are_tried_again(tmp_path):
     assert [(r["class"], r["k"], r["attempt"], r["try"]) for r in made.manifest] == [
         (c, k, k % 4, k % 4) for c, k in good.tolist()
     ]
-    assert all(torch.equal(x, image(p[None], p[1] % 4)[0]) for x, p in zip(made.items, good))
+    assert all(torch.equal(x, image(p[None], p[1] % 4)[0]) for x, p in zip(made.items, good, strict=True))
     assert [r for r, n in calls if n == 2] == [[[0, 2], [0, 3]], [[1, 2], [1, 3]]], "only bad rows are asked for again"
     assert job_summary(tmp_path / "a") == {"items": 9, "tried_again": {0: 3, 1: 2}, "failed": {0: 1, 1: 1}}
     assert [json.loads(r) for r in (tmp_path / "a" / "failed.jsonl").read_text().splitlines()] == [
@@ -572,14 +576,16 @@ def test_lazy_and_eager_agree(generated):
         )
     assert all(
         r["sha"] == hashlib.blake2b(x.numpy().tobytes(), digest_size=16).hexdigest()
-        for r, x in zip(eager.manifest, eager.items)
+        for r, x in zip(eager.manifest, eager.items, strict=True)
     )
     assert eager.manifest[0]["sha"] == ImageSet(eager.items.numpy(), eager.labels, ("a", "b")).ids[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8])
 def test_every_dtype(tmp_path, dtype):
-    make = lambda p: (torch.from_numpy(p[:, 1:]) + torch.arange(3)).to(dtype)
+    def make(p):
+        return (torch.from_numpy(p[:, 1:]) + torch.arange(3)).to(dtype)
+
     assert torch.equal(make_synthetic(tmp_path, make_plan([5]), make, "m", shard_size=2).items, make(make_plan([5])))
 
 
@@ -610,7 +616,7 @@ def test_png(tmp_path, generated):
         and all(p.is_dir() for p in folders)
         and sorted(p.stem for p in tmp_path.rglob("*.png")) == [r["id"] for r in made.manifest]
     )
-    for row, x in zip(made.manifest, made.items):
+    for row, x in zip(made.manifest, made.items, strict=True):
         assert np.array_equal(np.asarray(Image.open(next(tmp_path.rglob(f"{row['id']}.png")))).transpose(2, 0, 1), x)
     stale = next(tmp_path.rglob("00000-000002.png"))
     stamp = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png") if p != stale}
@@ -626,7 +632,9 @@ def test_png(tmp_path, generated):
 
 
 def test_class_folder_names(tmp_path):
-    grey = lambda p: image(p)[:, :1]
+    def grey(p):
+        return image(p)[:, :1]
+
     names = ["cat", "CAT", "a/b", "a\\b", "", "..", "naïve – ü", "x" * 300]
     write_png(make_synthetic(tmp_path / "a", make_plan([1] * 8), grey, "m"), tmp_path / "png", names)
     made = [p.name for p in (tmp_path / "png").iterdir()]
@@ -700,7 +708,7 @@ def test_near_copies_edges(tmp_path):
 
 
 def test_flags(tmp_path):
-    "Copies of train, copies of test, and images of neither are told apart; the manifest is rewritten in one piece, and kept by a restart"
+    "Copies of train, of test, and of neither are told apart; the manifest is rewritten in one piece, and stays"
     data = LongTail.digits(seed=0)
     train, half = data.train, len(data.test) // 2
     order = np.random.default_rng(0).permutation(len(data.test))
@@ -709,7 +717,9 @@ def test_flags(tmp_path):
     def make(part):
         return torch.from_numpy(np.stack([(train.images[k], test.images[k], held.images[k])[c] for c, k in part]))
 
-    embed = lambda x: x.flatten(1).float()[:, ::2]
+    def embed(x):
+        return x.flatten(1).float()[:, ::2]
+
     make_synthetic(tmp_path, make_plan([60] * 3), make, "m", shard_size=32)
     flagged, limit = flag_copies(tmp_path, train, test, embed), copy_threshold(train.images, held.images, embed=embed)
     leak = np.array([r["scores"]["leak"] for r in flagged.manifest])
@@ -749,13 +759,16 @@ def test_scores_of_changed_items_are_dropped(tmp_path):
 
 # --- real kills, and the size of ImageNet-LT
 
-WORK = "import sys, time; from test_synthetic import image; from ltnb.jobs import *; from ltnb.synthetic import *\ndef make(part): time.sleep(.1); return image(part)\n"
+WORK = (
+    "import sys, time; from test_synthetic import image; from ltnb.jobs import *; from ltnb.synthetic import *\n"
+    "def make(part): time.sleep(.1); return image(part)\n"
+)
 
 
 def start(folder, rank=0, world=1):
     code = (
-        WORK
-        + f"make_synthetic(sys.argv[1], make_plan([700, 300]), make, 'm', shard_size=20, worker=({rank}, {world}), keep=False)"
+        WORK + f"how = dict(shard_size=20, worker=({rank}, {world}), keep=False)\n"
+        "make_synthetic(sys.argv[1], make_plan([700, 300]), make, 'm', **how)"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent)
 
@@ -763,7 +776,10 @@ def start(folder, rank=0, world=1):
 def test_sigkill(tmp_path):
     "Two processes share a plan; one is killed, then both, and the files are those of a job that nobody disturbed"
     one, two = start(tmp_path / "a"), start(tmp_path / "a", 1, 2)
-    shards = lambda: len(list((tmp_path / "a").glob("shard-*.safetensors")))
+
+    def shards():
+        return len(list((tmp_path / "a").glob("shard-*.safetensors")))
+
     end = time.monotonic() + 600
     while shards() < 8 and one.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
@@ -790,18 +806,23 @@ import numpy as np
 from test_synthetic import Stop, image, mortal
 from ltnb.jobs import *
 from ltnb.synthetic import *
-peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024 # MB; ru_maxrss would count the parent too
+def peak(): # MB; ru_maxrss would count the parent too
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 make_synthetic(sys.argv[1] + "/small", make_plan([50]), image, "m", keep=False).items[3] # everything is loaded
 start, t, told = peak(), time.time(), []
 plan = make_plan(np.full(1000, 350))
 try: make_synthetic(sys.argv[1] + "/large", plan, mortal(170), "m", keep=False)
 except Stop: pass
 log = []
-made = make_synthetic(sys.argv[1] + "/large", plan, lambda p: log.append(len(p)) or image(p), "m", progress=told.append, keep=False)
+def make(p): return log.append(len(p)) or image(p)
+made = make_synthetic(sys.argv[1] + "/large", plan, make, "m", progress=told.append, keep=False)
 t = time.time() - t
 at = np.random.default_rng(0).permutation(len(plan))[:500]
-assert (made.items[at] == image(plan[at])).all() and len(made.take(plan[:, 1] == 7).where(lambda r: r["class"] >= 500)) == 500
-print(json.dumps({"grown": peak() - start, "seconds": t, "made": sum(log), "told": sum(told), "items": len(made), "labels": made.counts(1000).tolist() == [350] * 1000, "last": made.manifest[-1]["id"]}))
+assert (made.items[at] == image(plan[at])).all()
+assert len(made.take(plan[:, 1] == 7).where(lambda r: r["class"] >= 500)) == 500
+facts = {"grown": peak() - start, "seconds": t, "made": sum(log), "told": sum(told), "items": len(made)}
+facts |= {"labels": made.counts(1000).tolist() == [350] * 1000, "last": made.manifest[-1]["id"]}
+print(json.dumps(facts))
 """
 
 
