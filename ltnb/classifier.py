@@ -8,7 +8,7 @@ __all__ = ['Classifier', 'pixel_stats', 'set_stats', 'luma', 'check_images', 'en
 
 # %% ../nbs/21_classifier.ipynb #c5df1ff3
 import csv, os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path

@@ -345,8 +345,8 @@ def run(self:Recipe,
     "Run a recipe; the same call continues a run that was stopped, and changes nothing in a finished one"
     self.check(config)
     run, team = self.directory(config), [Team()]
-    read = lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
-    ready = lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
+    read = functools.lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
+    ready = functools.lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
     def join(device):
         if self.shared: team[0] = join_team(device)
         return team[0]
