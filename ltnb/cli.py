@@ -87,7 +87,7 @@ def _rank(recipe, config, plain): # of this process among those of torchrun or a
     return rank
 
 # %% ../nbs/99_cli.ipynb #33628c0c
-def execute(recipe, # an instance, such as LDMLR()
+def execute(recipe:Any, # an instance, such as LDMLR()
             config:Config, # its settings
             notebook:str|None=None, # its entry notebook; None calls the recipe without one
             plain:bool=False, # the option: without papermill

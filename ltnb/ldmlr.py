@@ -10,7 +10,7 @@ __all__ = ['CORRECTED_ONLY', 'LDMLR', 'corrected', 'LatentConfig', 'LDMLRConfig'
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.xml import I, Li, P, Ul
 
 from .core import UsageError, nearest
-from .config import auto, limited
+from .config import Config, auto, limited
 from .progress import Progress
 from .runs import Run
 from .priors import class_prior
@@ -63,7 +63,7 @@ class LDMLR(Recipe):
         return rows + (self.ablations(s, clf, f, base, model) if s.cfg.ablate else [])
 
 # %% ../nbs/44_ldmlr.ipynb #3a10d9f5
-def corrected(cfg): return cfg.variant == "corrected"
+def corrected(cfg:Config): return cfg.variant == "corrected"
 def _small(cfg): return cfg.dataset == "digits" and not cfg.features
 def _known(data): return getattr(data, "head", True) is not None # was the encoder trained on these classes?
 def _n(data): return int(np.sum(data.counts))
@@ -160,7 +160,7 @@ class LatentConfig(DataConfig):
             raise UsageError("the published network takes a diff_width that is a multiple of 8 and at most 1000 "
                              f"sample_steps, got {self.diff_width} and {self.sample_steps}.")
 
-
+# %% ../nbs/44_ldmlr.ipynb #33426aad
 CORRECTED_ONLY = ("pull", "kappa", "temperature", "guidance_scale", "syn_weight", "scratch_steps", "scratch_lr",
                   "ablate")
 
@@ -173,7 +173,7 @@ def _by_set(digits, other): # a rule of the set's name, for images
     def rule(cfg, data): return digits if cfg.dataset == "digits" else other
     return _of_images(rule)
 
-
+# %% ../nbs/44_ldmlr.ipynb #57d093fa
 @dataclass(frozen=True)
 class LDMLRConfig(LatentConfig):
     "Settings of LDMLR"
@@ -221,7 +221,7 @@ class LDMLRConfig(LatentConfig):
         "Features from a file are the same for each seed"
         return self.seed if self.features else DataConfig.data_seed(self, seed)
 
-
+# %% ../nbs/44_ldmlr.ipynb #c1652990
 @dataclass(frozen=True)
 class DemoConfig(LDMLRConfig):
     "LDMLR on Digits-LT with five seeds: what `ltnb demo` runs"
@@ -321,7 +321,7 @@ def planned(cfg:"LDMLRConfig", # resolved
 
 # %% ../nbs/44_ldmlr.ipynb #0ac07cb2
 def sampled(s:Stage, # its settings
-            model, # of `feature_generator`
+            model:Any, # of `feature_generator`
             plan:np.ndarray, # (N, 2) rows (class, k)
             f:Features, # frozen features
             base:Head, # of stage 1
@@ -359,7 +359,7 @@ def ablations(self:LDMLR,
               clf:Classifier|None, # the encoder, where there is one
               f:Features, # frozen features
               base:Head, # of stage 1
-              model # of `feature_generator`
+              model:Any # of `feature_generator`
              )->list[dict]: # rows of scores.json, each with the key `ablation`
     "Generate and refit again, with one setting changed at a time"
     rows = []
@@ -397,7 +397,7 @@ def keep(self:LDMLR,
     plot_feature_map(*three, f.class_names, axes=axes)
     save_figure(fig, s.run.path/"figures"/"features.png")
 
-
+# %% ../nbs/44_ldmlr.ipynb #3b6a1676
 @patch
 def verdict(self:LDMLR,
             rows:list[dict] # of scores.json
@@ -405,7 +405,7 @@ def verdict(self:LDMLR,
     "LDMLR against label shift, the best control, and noise"
     return verdict_of(self.split(rows)[0])
 
-
+# %% ../nbs/44_ldmlr.ipynb #480088c8
 @patch
 def heading(self:LDMLR,
             f:Finished # all seeds

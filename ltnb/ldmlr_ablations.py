@@ -9,6 +9,7 @@ __all__ = ['LDMLR_ABLATIONS', 'BANDS_DIFFER', 'how_many', 'which_bands', 'pulls'
 import numpy as np
 
 from .core import UsageError, nearest
+from .config import Config
 from .data import BANDS, bands
 from .latent import planned_counts
 
@@ -17,8 +18,8 @@ LDMLR_ABLATIONS = ("count", "bands", "sample-steps", "width", "guidance", "encod
 BANDS_DIFFER = (" Bands go by training images (many above 100, few below 20). The released code's go by class number "
                 "on CIFAR (few: 7 to 9 of ten, 67 to 99 of a hundred), so rows of one name are other classes there.")
 
-
-def how_many(cfg, # resolved settings of LDMLR
+# %% ../nbs/43_ldmlr_ablations.ipynb #d62b3f9f
+def how_many(cfg:Config, # resolved settings of LDMLR
              counts:np.ndarray # (K,) training items
             )->list[tuple[str, dict]]: # (what is changed and to what, the changes)
     "A share of each class, as published, or the same number of each"
@@ -26,7 +27,7 @@ def how_many(cfg, # resolved settings of LDMLR
     shares = [(f"{r:g} of each class's images", dict(per_class=None, ratio=r)) for r in (.2, 1.)]
     return shares + [(f"{m} a class", dict(per_class=m, ratio=None)) for m in (max(1, n // 10), max(2, n // 3), 3 * n)]
 
-
+# %% ../nbs/43_ldmlr_ablations.ipynb #7e7bd7aa
 def which_bands(counts:np.ndarray # (K,) training items
                )->list[tuple[str, dict]]: # as in `how_many`
     "Only one band, or all but the first"
@@ -34,8 +35,8 @@ def which_bands(counts:np.ndarray # (K,) training items
     only = [(f"{b} only", dict(bands=b)) for b in there]
     return only + ([(f"all but {there[0]}", dict(bands="+".join(there[1:])))] if len(there) > 2 else [])
 
-
-def pulls(cfg # resolved settings of LDMLR
+# %% ../nbs/43_ldmlr_ablations.ipynb #8a796445
+def pulls(cfg:Config # resolved settings of LDMLR
          )->list[tuple[str, dict]]: # as in `how_many`
     "What rare classes are pulled toward"
     out = [("the class alone, scale 2", dict(pull="none", guidance_scale=2.))]
@@ -43,7 +44,7 @@ def pulls(cfg # resolved settings of LDMLR
     return [*out, ("the class alone", dict(pull="none")), ("scale below 1 for rare classes", dict(pull="any class"))]
 
 # %% ../nbs/43_ldmlr_ablations.ipynb #d268479e
-def ablation_settings(cfg, # resolved settings of LDMLR
+def ablation_settings(cfg:Config, # resolved settings of LDMLR
                       counts:np.ndarray # (K,) training items
                      )->list[tuple[str, dict]]: # (what is changed and to what, the changes)
     "The rows that `cfg.ablate` asks for"
@@ -55,7 +56,7 @@ def ablation_settings(cfg, # resolved settings of LDMLR
     rows = [(f"{name}: {label}", changes) for name, those in every.items() if name in asked for label, changes in those]
     return [(label, changes) for label, changes in rows if any(getattr(cfg, k) != v for k, v in changes.items())]
 
-
+# %% ../nbs/43_ldmlr_ablations.ipynb #c5136cb9
 def check_ablations(ablate:str|None, # names joined by commas, or all
                     known:tuple # names that there are
                    ):

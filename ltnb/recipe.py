@@ -6,11 +6,10 @@
 __all__ = ['TAIL', 'PAIRED', 'Stage', 'Answer', 'Answers', 'standard_error', 'Finished', 'Recipe']
 
 # %% ../nbs/33_recipe.ipynb #23a60724
-import contextlib, time
-from contextlib import contextmanager
+import contextlib, functools, time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class Stage:
         "Is this the run's first seed?"
         return self.seed == self.cfg.seed
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self,
               name:str # of the step
              ): # a block
@@ -66,7 +65,7 @@ class Stage:
 @patch
 def once(self:Stage,
          name:str, # of what is found, for the checkpoint's name
-         find, # () -> dict of tensors
+         find:Callable, # () -> dict of tensors
          together:bool=False # all processes take part in finding it
         )->dict[str, torch.Tensor]: # the same in every process
     "What a step found: kept, and never found twice"
@@ -109,7 +108,7 @@ class Answers(dict):
 
     def corrected(self,
                   method:str, # whose prior is taken out
-                  aim=None # (K,) probabilities: also correct to this class prior
+                  aim:Sequence|np.ndarray|None=None # (K,) probabilities: also correct to this class prior
                  )->"Answers": # with a row more, or two
         "The same logits without their prior, and toward a given one"
         a = self[method]
@@ -134,8 +133,8 @@ def rows(self:Answers,
          data:LongTail, # whose test images were asked about
          seed:int, # of the rows
          compared:tuple=("label shift",), # methods that the others are held against
-         aim=None, # (K,) probabilities; each row then says the accuracy to expect under them
-         more=lambda row: {} # what a row gets besides
+         aim:Sequence|np.ndarray|None=None, # (K,) probabilities; each row then says the accuracy to expect under them
+         more:Callable=lambda row: {} # what a row gets besides
         )->list[dict]: # rows of scores.json
     "Score every method"
     truth, out = data.test.labels, []
@@ -346,8 +345,8 @@ def run(self:Recipe,
     "Run a recipe; the same call continues a run that was stopped, and changes nothing in a finished one"
     self.check(config)
     run, team = self.directory(config), [Team()]
-    read = lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
-    ready = lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
+    read = functools.lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
+    ready = functools.lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
     def join(device):
         if self.shared: team[0] = join_team(device)
         return team[0]
@@ -375,7 +374,7 @@ def summary(self:Recipe,
 # %% ../nbs/33_recipe.ipynb #a2ad664a
 @patch
 def notes_of(self:Run,
-             data # a LongTail or Features
+             data:Any # a LongTail or Features
             )->dict: # for config.json
     "What was done to the data on the way: said once, and kept"
     notes = list(getattr(data, "notes", ()))
@@ -388,7 +387,7 @@ def notes_of(self:Run,
 def rows_of(self:Run,
             seed:int, # which seed
             team:Team, # who takes part
-            make # seed -> rows
+            make:Callable # seed -> rows
            )->list[dict]: # none where another process writes
     "The rows of a seed; made once"
     done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
@@ -422,7 +421,7 @@ def tell_seeds(self:Run):
 # %% ../nbs/33_recipe.ipynb #ddc61ee4
 @patch
 def left(self:Run,
-         load, # seed -> data
+         load:Callable, # seed -> data
          team:Team # who takes part
         )->Run: # itself
     "A finished run, with what a kill at its very end left to do"
@@ -437,7 +436,7 @@ def left(self:Run,
 @patch
 def begin(self:Run,
           cfg:Config, # resolved
-          data, # with a `fingerprint()`
+          data:Any, # with a `fingerprint()`
           device:str, # where
           precision:str, # in which number format
           team:Team # who takes part
@@ -456,11 +455,11 @@ def begin(self:Run,
 # %% ../nbs/33_recipe.ipynb #f4a38977
 @patch
 def carry_out(self:Run,
-              load, # seed -> data with a `fingerprint()`
-              resolve, # (config, data) -> config with nothing left open
-              one_seed, # (config, data, seed, device, precision, run) -> rows of scores.json
-              finish, # (run, config, rows, data): figures and report
-              join=None # device -> Team, of recipes that several processes can run
+              load:Callable, # seed -> data with a `fingerprint()`
+              resolve:Callable, # (config, data) -> config with nothing left open
+              one_seed:Callable, # (config, data, seed, device, precision, run) -> rows of scores.json
+              finish:Callable, # (run, config, rows, data): figures and report
+              join:Callable|None=None # device -> Team, of recipes that several processes can run
              )->Run: # finished
     "Run a recipe, or what is left of it; a finished run is left as it is, or gets the seeds that it lacks"
     self.check_same()
