@@ -154,7 +154,7 @@ def other_readings(s:Stage, # its settings and data
     out["nearest mean"] = nearest_mean(f.train, f.train_labels, n_classes=f.n_classes).logits(f.test)
     return Answers({m: Answer(z, s.data.counts) for m, z in out.items()})
 
-
+# %% ../nbs/36_baseline.ipynb #4fe346a1
 def usual_tau(s:Stage, # its data
               clf:Classifier, # trained
               f:Features # its features

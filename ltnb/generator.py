@@ -250,7 +250,7 @@ def image_maker(model:DiffusionModel, # trained
     settings = asdict(replace(how, guidance_scale=float(how.guidance_scale), spacing=spacing))
     return make, settings | dict(precision=where.precision)
 
-
+# %% ../nbs/56_generator.ipynb #415b5679
 def make_images(model:DiffusionModel, # trained
                 plan:np.ndarray|Plan, # (N, 2) rows (class, k)
                 folder:str|Path, # gets shards and manifest
@@ -268,7 +268,7 @@ def make_images(model:DiffusionModel, # trained
     bar.close()
     return made
 
-
+# %% ../nbs/56_generator.ipynb #641d5ad2
 def seen_everything(s:Stage # its settings and data
                    )->Classifier|None: # None without epochs for it, and in processes that do not write
     "A judge who has seen every real image"

@@ -40,14 +40,10 @@ class Stage:
     load: object = None # seed -> the data of another seed, in memory
 
     @property
-    def run(self)->Run: # open
-        "The run directory"
-        return self.where.run
+    def run(self)->Run: return self.where.run # the run directory, open
 
     @property
-    def team(self)->Team: # who takes part
-        "The processes that compute this seed"
-        return self.where.team
+    def team(self)->Team: return self.where.team # the processes that compute this seed
 
     @property
     def first(self)->bool: # its classifier and pictures are kept
@@ -195,27 +191,33 @@ class Recipe:
         "Fill in what depends on the data, and refuse what cannot be run on it"
         return cfg.filled(data)
 
-    def settle(self,
-               cfg:Config, # as given
-               data:LongTail, # what it is run on
-               run:Run, # its directory, perhaps with a run that goes on
-               team:Team # who takes part
-              )->Config: # with nothing left open
-        "`resolve`, and what also depends on this directory or machine"
-        return self.resolve(cfg, data)
+# %% ../nbs/33_recipe.ipynb #123543e5
+@patch
+def settle(self:Recipe,
+           cfg:Config, # as given
+           data:LongTail, # what it is run on
+           run:Run, # its directory, perhaps with a run that goes on
+           team:Team # who takes part
+          )->Config: # with nothing left open
+    "`resolve`, and what also depends on this directory or machine"
+    return self.resolve(cfg, data)
 
-    def seed(self,
-             s:Stage # of one seed
-            )->"Answers|list[dict]": # answers, or rows of scores.json
-        "The method"
-        raise NotImplementedError(f"{type(self).__name__} has no method `seed`.")
 
-    def more(self,
-             s:Stage, # of one seed
-             row:dict # of scores.json
-            )->dict: # more of that row
-        "What only this recipe says of a method"
-        return {}
+@patch
+def seed(self:Recipe,
+         s:Stage # of one seed
+        )->"Answers|list[dict]": # answers, or rows of scores.json
+    "The method"
+    raise NotImplementedError(f"{type(self).__name__} has no method `seed`.")
+
+
+@patch
+def more(self:Recipe,
+         s:Stage, # of one seed
+         row:dict # of scores.json
+        )->dict: # more of that row
+    "What only this recipe says of a method"
+    return {}
 
 # %% ../nbs/33_recipe.ipynb #9c8c6ac0
 @patch
@@ -243,7 +245,7 @@ def verdict(self:Recipe,
     "What the tables say, in words"
     return []
 
-
+# %% ../nbs/33_recipe.ipynb #560bc84e
 @patch
 def lead(self:Recipe,
          f:Finished # all seeds
@@ -318,7 +320,7 @@ def check_inputs(self:Recipe,
     class_prior(getattr(config, "test_prior", None), data.class_names, data.counts)
     self.resolve(config, data)
 
-
+# %% ../nbs/33_recipe.ipynb #df44588c
 @patch
 def score(self:Recipe,
           s:Stage, # of one seed
@@ -337,7 +339,7 @@ def scored(self:Recipe,
     said = self.seed(s)
     return self.score(s, said) if s.team.writes and isinstance(said, Answers) else said
 
-
+# %% ../nbs/33_recipe.ipynb #594f47a1
 @patch
 def run(self:Recipe,
         config:Config # the settings
@@ -359,7 +361,7 @@ def run(self:Recipe,
     def finish(run, cfg, rows, data): self.report(Finished(run, cfg, rows, data))
     return run.carry_out(lambda seed: read(config.data_seed(seed)), settle, one_seed, finish, join)
 
-
+# %% ../nbs/33_recipe.ipynb #07b0931e
 @patch
 def summary(self:Recipe,
             run:Run, # finished
@@ -397,7 +399,7 @@ def rows_of(self:Run,
     team.wait(f"the end of seed {seed}")
     return read_json(done) if team.writes else []
 
-
+# %% ../nbs/33_recipe.ipynb #5576af20
 @patch
 def counted(self:Run,
             cfg:Config # resolved
