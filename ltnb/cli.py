@@ -131,7 +131,8 @@ def run_command(args:list[str] # after `ltnb run`
 def demo_command(args:list[str] # after `ltnb demo`
                 ):
     "ltnb demo: LDMLR and its controls on the bundled Digits-LT, five seeds, in about a minute"
-    from ltnb.ldmlr import LDMLR, DemoConfig
+    from ltnb.ldmlr import LDMLR
+    from ltnb.ldmlr_settings import DemoConfig
     about = ("LDMLR and its controls on Digits-LT (bundled real images), five seeds. "
              "Writes runs/demo-…/report.html.")
     shown = "imb_ratio", "seed", "seeds", "device", "precision", "threads", "out"

@@ -106,26 +106,6 @@ def more(self:DiffuLT,
     "Accuracy of the tail classes"
     return {"tail": float(np.mean([row["per_class"][c] for c in tail_classes(s.data)]))}
 
-# %% ../nbs/64_diffult.ipynb #daece536
-PAIRS = [("generation", "cross-entropy"), ("generation", "equal iterations"), ("generation", "real repeated"),
-         ("aid loss", "generation"), ("aid loss + filter", "aid loss"), ("diffult", "aid loss + filter"),
-         ("diffult", "balanced softmax"), ("diffult", "label shift"), ("diffult + label shift", "balanced softmax"),
-         ("diffult, balanced softmax", "balanced softmax")] # what is held against what, in words
-
-# %% ../nbs/64_diffult.ipynb #4a518eb8
-@patch
-def verdict(self:DiffuLT,
-            rows:list[dict] # of scores.json
-           )->list[str]: # sentences
-    "What the table says, in words"
-    said = []
-    for a, b in PAIRS:
-        d = difference(rows, a, baseline=b) if {a, b} <= set(methods(rows)) else None
-        if d is None: continue
-        how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
-        said.append(f"{a} against {b}: {show_difference(d)} points, {how} (95 % interval over {d.over}).")
-    return said
-
 # %% ../nbs/64_diffult.ipynb #2cf1013e
 @patch
 def check(self:DiffuLT,
@@ -180,6 +160,26 @@ def tables(self:DiffuLT,
     "Accuracies, generators, and what was swept"
     main, swept = self.split(rows)
     return [main_table(main, cfg), generator_table(rows), *([main_table(swept)] if swept else [])]
+
+# %% ../nbs/64_diffult.ipynb #daece536
+PAIRS = [("generation", "cross-entropy"), ("generation", "equal iterations"), ("generation", "real repeated"),
+         ("aid loss", "generation"), ("aid loss + filter", "aid loss"), ("diffult", "aid loss + filter"),
+         ("diffult", "balanced softmax"), ("diffult", "label shift"), ("diffult + label shift", "balanced softmax"),
+         ("diffult, balanced softmax", "balanced softmax")] # what is held against what, in words
+
+# %% ../nbs/64_diffult.ipynb #4a518eb8
+@patch
+def verdict(self:DiffuLT,
+            rows:list[dict] # of scores.json
+           )->list[str]: # sentences
+    "What the table says, in words"
+    said = []
+    for a, b in PAIRS:
+        d = difference(rows, a, baseline=b) if {a, b} <= set(methods(rows)) else None
+        if d is None: continue
+        how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
+        said.append(f"{a} against {b}: {show_difference(d)} points, {how} (95 % interval over {d.over}).")
+    return said
 
 # %% ../nbs/64_diffult.ipynb #27065808
 @patch

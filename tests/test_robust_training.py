@@ -206,9 +206,9 @@ def sizes(monkeypatch):
     "How many images each step of a training has"
     seen, step = [], team.train_step
 
-    def watched(net, optimizer, loss, x, *more):
-        seen.append(len(x))
-        return step(net, optimizer, loss, x, *more)
+    def watched(net, optimizer, loss, shown, *more):
+        seen.append(len(shown[0]))
+        return step(net, optimizer, loss, shown, *more)
 
     everywhere(monkeypatch, "train_step", watched)
     return seen
