@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+from fastcore.basics import patch
 
 from .core import UsageError, nearest
 from .config import Config, auto, limited
@@ -151,24 +152,28 @@ class LatentConfig(DataConfig):
     scratch_lr: float = limited(1e-2, 0) # its learning rate
     ablate: str|None = None # also measure what a setting is worth: names joined by commas, or all
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self.bands.split("+") if self.bands != "all" else ():
-            if name in BANDS: continue
-            raise UsageError(f"{name!r} is not a band (several are joined by '+'). {nearest(name, BANDS)}")
-        check_ablations(self.ablate, LDMLR_ABLATIONS)
-        if self.per_class is not None and self.ratio is not None:
-            raise UsageError("per_class and ratio both say how many features to make: give one of them.")
-        if self.variant == "published": self.check_published()
+# %% ../nbs/43_ldmlr_settings.ipynb #22ecc961
+@patch
+def __post_init__(self:LatentConfig):
+    DataConfig.__post_init__(self)
+    for name in self.bands.split("+") if self.bands != "all" else ():
+        if name in BANDS: continue
+        raise UsageError(f"{name!r} is not a band (several are joined by '+'). {nearest(name, BANDS)}")
+    check_ablations(self.ablate, LDMLR_ABLATIONS)
+    if self.per_class is not None and self.ratio is not None:
+        raise UsageError("per_class and ratio both say how many features to make: give one of them.")
+    if self.variant == "published": self.check_published()
 
-    def check_published(self):
-        "Refuse what the released generator has no use for"
-        for f in (f for f in fields(LatentConfig) if f.name in CORRECTED_ONLY and getattr(self, f.name) != f.default):
-            flag = f.name.replace("_", "-")
-            raise UsageError(f"{f.name} has no meaning in the published variant: leave out --{flag}.")
-        if (self.diff_width or 64) % 8 or (self.sample_steps or 1) > 1000:
-            raise UsageError("the published network takes a diff_width that is a multiple of 8 and at most 1000 "
-                             f"sample_steps, got {self.diff_width} and {self.sample_steps}.")
+
+@patch
+def check_published(self:LatentConfig):
+    "Refuse what the released generator has no use for"
+    for f in (f for f in fields(LatentConfig) if f.name in CORRECTED_ONLY and getattr(self, f.name) != f.default):
+        flag = f.name.replace("_", "-")
+        raise UsageError(f"{f.name} has no meaning in the published variant: leave out --{flag}.")
+    if (self.diff_width or 64) % 8 or (self.sample_steps or 1) > 1000:
+        raise UsageError("the published network takes a diff_width that is a multiple of 8 and at most 1000 "
+                         f"sample_steps, got {self.diff_width} and {self.sample_steps}.")
 
 # %% ../nbs/43_ldmlr_settings.ipynb #33426aad
 CORRECTED_ONLY = ("pull", "kappa", "temperature", "guidance_scale", "syn_weight", "scratch_steps", "scratch_lr",
@@ -208,18 +213,6 @@ class LDMLRConfig(LatentConfig):
         if self.features: self.check_features()
         check_classifier(self)
 
-    def check_features(self):
-        "Refuse settings of images beside a file of features"
-        shared = "seed", "seeds", "device", "precision", "threads"
-        encoder = "arch", "n_epochs", "bs", "mixup", "augment", "encoding"
-        of_images = {*encoder, *DataConfig.__dataclass_fields__} - {*shared}
-        given = [f.name for f in fields(self) if f.name in of_images and getattr(self, f.name) not in (None, f.default)]
-        if given:
-            raise UsageError(f"{given[0]} cannot be used with features: the file {self.features} takes the place of "
-                             f"images and their encoder. Leave out --{given[0].replace('_', '-')}.")
-        if "encoding" in (self.ablate or "").split(","):
-            raise UsageError("the ablation 'encoding' needs images and their encoder, not --features.")
-
     @property
     def source_name(self)->str: # how directory and report call the data
         "The name of the data"
@@ -230,6 +223,20 @@ class LDMLRConfig(LatentConfig):
                  )->int: # of the data
         "Features from a file are the same for each seed"
         return self.seed if self.features else DataConfig.data_seed(self, seed)
+
+# %% ../nbs/43_ldmlr_settings.ipynb #542dee34
+@patch
+def check_features(self:LDMLRConfig):
+    "Refuse settings of images beside a file of features"
+    shared = "seed", "seeds", "device", "precision", "threads"
+    encoder = "arch", "n_epochs", "bs", "mixup", "augment", "encoding"
+    of_images = {*encoder, *DataConfig.__dataclass_fields__} - {*shared}
+    given = [f.name for f in fields(self) if f.name in of_images and getattr(self, f.name) not in (None, f.default)]
+    if given:
+        raise UsageError(f"{given[0]} cannot be used with features: the file {self.features} takes the place of "
+                         f"images and their encoder. Leave out --{given[0].replace('_', '-')}.")
+    if "encoding" in (self.ablate or "").split(","):
+        raise UsageError("the ablation 'encoding' needs images and their encoder, not --features.")
 
 # %% ../nbs/43_ldmlr_settings.ipynb #c1652990
 @dataclass(frozen=True)
