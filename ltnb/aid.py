@@ -9,7 +9,7 @@ __all__ = ['ZONES', 'Extractor', 'check_same_data', 'ExtractorCheck', 'recogniti
 
 # %% ../nbs/60_aid.ipynb #b571d3c7
 import copy, hashlib, json, math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -375,8 +375,8 @@ def _with_zones(drawn # a `Drawn`
 
 # %% ../nbs/60_aid.ipynb #0de4cfa8
 def draw_filtered(folder:str|Path, # of the job; holds all that is drawn
-                  wanted, # (K,) how many to keep of each class
-                  make, # as in `make_synthetic`: rows of a plan -> images, or images and dicts
+                  wanted:Sequence|np.ndarray, # (K,) how many to keep of each class
+                  make:Callable, # as in `make_synthetic`: rows of a plan -> images, or images and dicts
                   model:str, # fingerprint of what makes them
                   extractor:Extractor, # phi_0
                   geometry:Geometry, # and the classes seen with it

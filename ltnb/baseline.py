@@ -10,7 +10,7 @@ __all__ = ['LOSS_OPTIONS', 'Baseline', 'BaselineConfig', 'new_loss', 'fitting', 
 # %% ../nbs/36_baseline.ipynb #88a63187
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -87,6 +87,8 @@ class BaselineConfig(ClassifierConfig):
 
 
 Baseline.config = BaselineConfig
+
+# %% ../nbs/36_baseline.ipynb #18a0b17c
 LOSS_OPTIONS = { # settings that only some losses take
     "logit_adjustment": ("tau",), "focal": ("gamma",), "class_balanced_focal": ("gamma", "beta"),
     "class_balanced": ("beta",), "cross_entropy_drw": ("beta",), "ldam_drw": ("beta",)}
@@ -152,7 +154,7 @@ def other_readings(s:Stage, # its settings and data
     out["nearest mean"] = nearest_mean(f.train, f.train_labels, n_classes=f.n_classes).logits(f.test)
     return Answers({m: Answer(z, s.data.counts) for m, z in out.items()})
 
-
+# %% ../nbs/36_baseline.ipynb #4fe346a1
 def usual_tau(s:Stage, # its data
               clf:Classifier, # trained
               f:Features # its features
@@ -196,7 +198,7 @@ def side_by_side(s:Stage # of one seed
         tell(f"note: side_by_side does not go with {why}: the seeds train one after the other.")
     return not why
 
-
+# %% ../nbs/36_baseline.ipynb #9eeb2687
 def train_together(s:Stage # of one seed
                   ):
     "All seeds that are not done, at once; each one's weights are kept as `trained-seed-S`"
@@ -248,7 +250,7 @@ def moving_statistics(cfg:BaselineConfig # as given
         raise UsageError(f"shifted_bn moves BatchNorm statistics while heads are fitted, but {why}: "
                          "leave out --shifted-bn.")
 
-
+# %% ../nbs/36_baseline.ipynb #eaee3c4e
 @patch
 def check(self:Baseline,
           cfg:BaselineConfig # as given
@@ -290,7 +292,7 @@ def resolve(self:Baseline,
 
 # %% ../nbs/36_baseline.ipynb #0d3053d1
 def plot_training(rows:list[dict], # of metrics.jsonl
-                  ax=None # matplotlib Axes; a new one when left out
+                  ax:Any=None # matplotlib Axes; a new one when left out
                  ): # the Axes
     "Loss of each epoch, and accuracy on held-out images where it was measured"
     if ax is None: _, ax = new_figure()
@@ -340,7 +342,7 @@ def lead(self:Baseline,
     "What was run, and which epoch was read"
     return f"{Recipe.lead(self, f)}; last epoch{' or best on held-out images' if f.cfg.patience else ''}"
 
-
+# %% ../nbs/36_baseline.ipynb #961fbda0
 @patch
 def sections(self:Baseline,
              f:Finished # all seeds

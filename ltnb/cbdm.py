@@ -19,7 +19,7 @@ CB_SPACES = ("prediction", "noise")
 
 
 def cbdm_prior(cb_label:str, # a name of `CB_LABELS`
-               counts # (K,) training images
+               counts:np.ndarray|list # (K,) training images
               )->torch.Tensor: # (K + 1,) probabilities of y', the null class last
     "From where CBDM draws the other class"
     if cb_label not in CB_LABELS:

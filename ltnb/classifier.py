@@ -20,7 +20,8 @@ from torch import nn
 
 from . import __version__
 from .core import (FORMAT, DataError, UsageError, atomic_write, autocast, check_format, choose_device,
-                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text, write_json)
+                       choose_precision, load_tensors, nearest, one_line, read_json, save_tensors, valid_text,
+                       write_json)
 from .threads import reading_threads
 from .labels import unique_names
 from .folders import Photographs, image_suffixes

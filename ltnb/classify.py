@@ -133,12 +133,12 @@ def mixed(data:LongTail, # real images
 
 
 def trained_answer(s:Stage, # as in `classify`, and so the rest
-                   made:Synthetic|None,
-                   weight:float,
-                   name:str,
-                   loss:str,
-                   augment:str|None,
-                   epochs:float
+                   made:Synthetic|None, # images beside the real ones
+                   weight:float, # omega of the made ones
+                   name:str, # of the stage
+                   loss:str, # a name of `LOSSES`
+                   augment:str|None, # policy; None: the one of the settings
+                   epochs:float # share of the settings' epochs
                   )->tuple[torch.Tensor, torch.Tensor]: # (M, K) test logits, scaled; (K,) counts whose prior they carry
     "One training, read at its end"
     cfg, (schedule, warmup), n = s.cfg, usual_schedule(s.cfg), max(round(s.cfg.n_epochs * epochs), 1)
@@ -156,7 +156,7 @@ def trained_answer(s:Stage, # as in `classify`, and so the rest
 def keep_classifier(s:Stage, # whose run keeps it
                     clf:Classifier, # trained
                     method:str, # whose answers it gives
-                    prior, # (K,) counts whose prior its logits carry
+                    prior:torch.Tensor|np.ndarray|list, # (K,) counts whose prior its logits carry
                     shifted:bool=True # take that prior out of its answers
                    ):
     "Save a classifier as the run's `model`"

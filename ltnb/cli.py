@@ -87,7 +87,7 @@ def _rank(recipe, config, plain): # of this process among those of torchrun or a
     return rank
 
 # %% ../nbs/99_cli.ipynb #33628c0c
-def execute(recipe, # an instance, such as LDMLR()
+def execute(recipe:Any, # an instance, such as LDMLR()
             config:Config, # its settings
             notebook:str|None=None, # its entry notebook; None calls the recipe without one
             plain:bool=False, # the option: without papermill
@@ -131,7 +131,8 @@ def run_command(args:list[str] # after `ltnb run`
 def demo_command(args:list[str] # after `ltnb demo`
                 ):
     "ltnb demo: LDMLR and its controls on the bundled Digits-LT, five seeds, in about a minute"
-    from ltnb.ldmlr import LDMLR, DemoConfig
+    from ltnb.ldmlr import LDMLR
+    from ltnb.ldmlr_settings import DemoConfig
     about = ("LDMLR and its controls on Digits-LT (bundled real images), five seeds. "
              "Writes runs/demo-…/report.html.")
     shown = "imb_ratio", "seed", "seeds", "device", "precision", "threads", "out"

@@ -250,7 +250,7 @@ def help_of(config_class:type[Config] # whose fields
     from fastcore.docments import docments
     known, said = {f.name: f for f in fields(config_class)}, {}
     for c in reversed(config_class.__mro__):
-        if hasattr(c, "__dataclass_fields__"): said |= {k: v for k, v in docments(c).items() if v}
+        if hasattr(c, "__dataclass_fields__"): said |= {k: " ".join(v.split()) for k, v in docments(c).items() if v}
     says = {k: f" (default: {f.metadata['says']})" for k, f in known.items() if f.metadata.get("says")}
     return {k: said.get(k, "") + says.get(k, "") for k in known if k in said or k in says}
 

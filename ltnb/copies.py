@@ -8,11 +8,13 @@ __all__ = ['near_copies', 'flag_copies', 'copy_threshold', 'copies']
 # %% ../nbs/32_copies.ipynb #4d79669f
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .core import UsageError
+from .data import ImageSet
 from .synthetic import Synthetic, add_scores
 
 # %% ../nbs/32_copies.ipynb #a60ea5b5
@@ -71,10 +73,10 @@ def _embedded(x, # items
     return torch.cat(parts) if parts else torch.empty(0, 1)
 
 # %% ../nbs/32_copies.ipynb #4654d5b7
-def near_copies(made_items, # (N, ...) uint8 images or float features: tensor, array, `ShardItems`
-                real_items, # (M, ...) training items of the same shape: tensor, array, `ImageFiles`
-                made_labels=None, # (N,) classes: then only the item's own class is searched
-                real_labels=None, # (M,) classes of the training items
+def near_copies(made_items:Any, # (N, ...) uint8 images or float features: tensor, array, `ShardItems`
+                real_items:Any, # (M, ...) training items of the same shape: tensor, array, `ImageFiles`
+                made_labels:np.ndarray|list|None=None, # (N,) classes: then only the item's own class is searched
+                real_labels:np.ndarray|list|None=None, # (M,) classes of the training items
                 embed:Callable|None=None, # (n, ...) tensor of items -> (n, d) features; those of all are held in memory
                 device:str="cpu" # where the products are computed
                )->dict[str, tuple]: # "pixel", "feature" -> (N,) distance, (N,) position in `real_items`
@@ -96,8 +98,8 @@ def near_copies(made_items, # (N, ...) uint8 images or float features: tensor, a
 
 # %% ../nbs/32_copies.ipynb #e8cd7818
 def flag_copies(folder:str|Path, # of a finished job that made images
-                train, # ImageSet with the real images
-                test=None, # ImageSet for the leak check
+                train:ImageSet, # ImageSet with the real images
+                test:ImageSet|None=None, # ImageSet for the leak check
                 embed:Callable|None=None, # (n, C, H, W) uint8 tensor -> (n, d) features
                 device:str="cpu" # where distances are computed
                )->Synthetic: # opened, with `pixel_distance`, `nearest_id`, perhaps `feature_distance` and `leak`
@@ -117,8 +119,8 @@ def flag_copies(folder:str|Path, # of a finished job that made images
     return add_scores(folder, score)
 
 # %% ../nbs/32_copies.ipynb #19057306
-def copy_threshold(real_items, # (M, ...) training images
-                   held_out, # (n, ...) real images that no model saw
+def copy_threshold(real_items:Any, # (M, ...) training images
+                   held_out:Any, # (n, ...) real images that no model saw
                    share:float=0.95, # of held-out images that are farther from training images
                    embed:Callable|None=None, # (n, ...) tensor -> (n, d) features
                    device:str="cpu" # where distances are computed

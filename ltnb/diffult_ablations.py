@@ -10,6 +10,7 @@ __all__ = ['DIFFULT_ABLATIONS', 'PUBLISHED', 'DIFFERENCES', 'GENERATOR_COLUMNS',
 # %% ../nbs/63_diffult_ablations.ipynb #36a04386
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -277,7 +278,7 @@ def classes_table(rows:list[dict] # of classes-seed-S.json
 # %% ../nbs/63_diffult_ablations.ipynb #acef811c
 def plot_classes(rows:list[dict], # of classes-seed-S.json
                  data_counts:np.ndarray, # (K,) training images
-                 axes # two Axes
+                 axes:Any # two Axes
                 ): # the Axes
     "Zones of what was drawn, and accuracy before and after, from head to tail"
     order = np.argsort(-np.asarray(data_counts), kind="stable")

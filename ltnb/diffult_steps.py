@@ -75,7 +75,7 @@ def tail_classes(data:LongTail # images
 # %% ../nbs/62_diffult_steps.ipynb #f44105c6
 def images_wanted(cfg:DiffuLTConfig, # resolved
                   data:LongTail, # images
-                  only=None # class numbers, None for those that cfg fills up
+                  only:np.ndarray|None=None # class numbers, None for those that cfg fills up
                  )->np.ndarray: # (K,)
     "How many images of each class are to be made"
     only = tail_classes(data) if only is None and cfg.fill == "tail" else only
@@ -124,7 +124,7 @@ def draw(s:Stage, # its settings and data
          model:DiffusionModel, # trained
          eye:Eye, # of step 1
          folder:str|Path, # gets shards and manifest
-         only=None # class numbers, None for all
+         only:np.ndarray|None=None # class numbers, None for all
         )->Filtered: # all that was made, and what the filter keeps
     "Fill the classes up, drop what is out of distribution, draw again"
     cfg, where = s.cfg, replace(s.where, compiled=s.cfg.compiled)
@@ -248,7 +248,7 @@ def image_generator(s:Stage, # its settings and data
                     eye:Eye, # of step 1
                     judge:Classifier|None=None, # who has seen everything
                     loss:AIDLoss|None=None, # of step 3; None leaves it out
-                    only=None, # class numbers to make, None for all
+                    only:np.ndarray|None=None, # class numbers to make, None for all
                     train:ImageSet|None=None, # instead of the training images
                     **more # instead of what cfg says, such as cb_tau=0 for DDPM
                    )->Made: # the model, its images, and what describes them

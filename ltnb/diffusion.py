@@ -8,7 +8,7 @@ __all__ = ['UNETS', 'build_unet', 'nudge', 'Denoising', 'check_diffusion', 'on_d
 
 # %% ../nbs/51_diffusion.ipynb #e59516a5
 import copy, hashlib, math, shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from .core import (FORMAT, DataError, LtnbError, UsageError, atomic_write, check
                        nearest, os_error, read_json, seeded, write_json)
 from .config import spread
 from .progress import Progress
+from .runs import Run
 from .batches import power_indices
 from .augment import flip as flip_half
 from .team import Where, dropout_seeded
@@ -268,7 +269,7 @@ def _nothing(model, batch, noise, prediction, t): # an extra loss that does not 
     return prediction.new_zeros(())
 
 
-def counting(extra_losses, # functions of (model, batch, noise, prediction, t) -> scalar
+def counting(extra_losses:Sequence[Callable], # functions of (model, batch, noise, prediction, t) -> scalar
              step:int, # from 0
              n_steps:int # and how many
             )->list: # as many functions
@@ -276,10 +277,10 @@ def counting(extra_losses, # functions of (model, batch, noise, prediction, t) -
     return [f if step >= getattr(f, "after", 0.) * n_steps else _nothing for f in extra_losses]
 
 
-def log_steps(t:_Training,
+def log_steps(t:_Training, # its state
               values:list, # losses since the last look, taken out
               step:int, # how many are done
-              writer=None # a Run
+              writer:Run|None=None # a Run
              ):
     "Check and log what was trained since the last look"
     mean = torch.stack(values).mean(0).tolist()
@@ -322,8 +323,8 @@ def train_diffusion(images:np.ndarray, # (N, C, H, W) uint8
                     n_classes:int, # K
                     how:Denoising|None=None, # network, steps, what is predicted
                     where:Where|None=None, # device, format, run and team; its name is the stage's: diffusion if empty
-                    extra_losses=(), # functions of (model, batch, noise, prediction, t) -> scalar
-                    class_names=None, # K names
+                    extra_losses:Sequence[Callable]=(), # functions of (model, batch, noise, prediction, t) -> scalar
+                    class_names:Sequence[str]|None=None, # K names
                     on_sample:Callable|None=None, # (step, DiffusionModel) -> None, called every `sample_every` steps
                     **changes # fields of `Denoising` or `Where`
                    )->DiffusionModel: # on the CPU

@@ -7,7 +7,7 @@ __all__ = ['ItemScore', 'check_measured', 'score_items', 'draws_needed', 'Drawn'
 
 # %% ../nbs/37_draw.ipynb #51521d3b
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -47,8 +47,8 @@ class ItemScore:
         return row["scores"].get(f"{self.name}_by") == self.by
 
 # %% ../nbs/37_draw.ipynb #da3a4e9c
-def check_measured(rows, # of a manifest
-                   score:ItemScore,
+def check_measured(rows:Iterable[dict], # of a manifest
+                   score:ItemScore, # that is asked for
                    folder:str|Path # for the message
                   ):
     "Refuse scores of another origin"
@@ -60,7 +60,7 @@ def check_measured(rows, # of a manifest
 
 
 def score_items(folder:str|Path, # of a finished job
-                score:ItemScore
+                score:ItemScore # that is asked for
                )->Synthetic: # opened, with the scores in its manifest
     "Measure the items that have not been measured yet"
     made = Synthetic.open(folder)
@@ -152,7 +152,7 @@ def _candidates(wanted, # (K,) how many to keep of each class
 
 # %% ../nbs/37_draw.ipynb #0de4cfa8
 def draw_until(folder:str|Path, # of the job; holds all that is drawn
-               wanted, # (K,) how many to keep of each class
+               wanted:Sequence|np.ndarray, # (K,) how many to keep of each class
                make:Callable, # as in `make_synthetic`: rows of a plan -> images, or images and dicts
                model:str, # fingerprint of what makes them
                score:ItemScore, # measured of each item

@@ -241,7 +241,7 @@ def _near_copies(c): # lines on what `look_for_copies` found
 
 
 def describe(facts:dict, # of `generate`
-             class_names, # K names
+             class_names:tuple, # K names
              out:str|Path # the folder
             )->str: # some lines
     "What `ltnb generate` prints"

@@ -9,16 +9,17 @@ __all__ = ['GeneratorConfig', 'DiffusionConfig', 'load_small', 'resolve_generato
 
 # %% ../nbs/56_generator.ipynb #18318798
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
 from .core import DataError, choose_device, read_json, read_jsonl
-from .config import auto, limited, spread
+from .config import Config, auto, limited, spread
 from .progress import Progress, tell
 from .runs import Run
 from .data import ImageSet, LongTail
@@ -27,7 +28,7 @@ from .sources import DataConfig, load_data
 from .pictures import figure_names, new_figure, save_figure, show_images
 from .report import Figure
 from .team import Team, Where, in_memory_together
-from .jobs import Job, make_plan
+from .jobs import Job, Plan, make_plan
 from .synthetic import Synthetic, make_synthetic
 from .recipe import TAIL, Finished, Recipe, Stage
 from .noise import OBJECTIVES, build_objective
@@ -41,7 +42,7 @@ from .memory import check_side, device_memory, fit_memory, kept_share, training_
 def _schedule(cfg, data): return OBJECTIVES[cfg.objective].default_schedule
 def _spacing(cfg, data): return sampler_spacing(cfg.sampler)
 
-
+# %% ../nbs/56_generator.ipynb #e63b6b38
 @dataclass(frozen=True)
 class GeneratorConfig(DataConfig):
     "Settings of an image diffusion model and of its sampler"
@@ -82,7 +83,7 @@ class GeneratorConfig(DataConfig):
 
 def _quarter(cfg, data): return max(cfg.n_steps // 4, 1)
 
-
+# %% ../nbs/56_generator.ipynb #97a1b08f
 @dataclass(frozen=True)
 class DiffusionConfig(GeneratorConfig):
     "Settings of `ltnb run diffusion`"
@@ -120,7 +121,7 @@ def resolve_generator(cfg:GeneratorConfig, # as given
     return cfg
 
 # %% ../nbs/56_generator.ipynb #f2112fe3
-def settled(resolve, # (config, data) -> config with nothing left open
+def settled(resolve:Callable, # (config, data) -> config with nothing left open
             cfg:GeneratorConfig, # as given
             data:LongTail, # images
             run:Run, # its directory
@@ -213,8 +214,8 @@ def train_model(cfg:GeneratorConfig, # resolved
                 seed:int, # which seed
                 where:Where|None=None, # device, format, run, team and the stage's name; compiled as cfg says
                 train:ImageSet|None=None, # instead of data.train
-                extra_losses=(), # of `train_diffusion`; CBDM comes last, where cfg asks for it
-                on_sample=None, # of `train_diffusion`
+                extra_losses:Sequence[Callable]=(), # of `train_diffusion`; CBDM comes last, where cfg asks for it
+                on_sample:Callable|None=None, # of `train_diffusion`
                 **changes # instead of what cfg says: its cb_..., fields of `Denoising` or `Where`
                )->DiffusionModel: # on the CPU
     "A diffusion model with the settings of a config"
@@ -229,7 +230,7 @@ def train_model(cfg:GeneratorConfig, # resolved
                            on_sample, **changes)
 
 # %% ../nbs/56_generator.ipynb #6acda411
-def sampling_of(cfg # with sampler, sample_steps, guidance_scale and spacing, such as a `GeneratorConfig`
+def sampling_of(cfg:Config # with sampler, sample_steps, guidance_scale and spacing, such as a `GeneratorConfig`
                )->Sampling:
     "How a config has its images made"
     return Sampling(cfg.sampler, cfg.sample_steps, cfg.guidance_scale, cfg.spacing)
@@ -249,9 +250,9 @@ def image_maker(model:DiffusionModel, # trained
     settings = asdict(replace(how, guidance_scale=float(how.guidance_scale), spacing=spacing))
     return make, settings | dict(precision=where.precision)
 
-
+# %% ../nbs/56_generator.ipynb #415b5679
 def make_images(model:DiffusionModel, # trained
-                plan, # (N, 2) rows (class, k)
+                plan:np.ndarray|Plan, # (N, 2) rows (class, k)
                 folder:str|Path, # gets shards and manifest
                 how:Sampling|None=None, # sampler, steps, guidance
                 where:Where|None=None, # where; its name is that of the progress
@@ -267,7 +268,7 @@ def make_images(model:DiffusionModel, # trained
     bar.close()
     return made
 
-
+# %% ../nbs/56_generator.ipynb #641d5ad2
 def seen_everything(s:Stage # its settings and data
                    )->Classifier|None: # None without epochs for it, and in processes that do not write
     "A judge who has seen every real image"
@@ -277,7 +278,7 @@ def seen_everything(s:Stage # its settings and data
 
 def images_of(s:Stage, # its settings and run
               model:DiffusionModel, # trained
-              plan # (N, 2) rows (class, k)
+              plan:np.ndarray|Plan # (N, 2) rows (class, k)
              )->Synthetic: # of one seed
     "The images that are judged"
     where = replace(s.where, name=f"seed {s.seed}: sample", compiled=s.cfg.compiled)
@@ -306,7 +307,7 @@ def sample_grid(model:DiffusionModel, # trained, or on its way
         ax.text(-2, (i + .5) * side, label, ha="right", va="center", fontsize=8, fontfamily=family)
     save_figure(fig, path)
 
-
+# %% ../nbs/56_generator.ipynb #54b0b13b
 def looks(s:Stage # its settings and run
          ): # function of (step, model), or None for seeds without pictures
     "Pictures of samples while the first seed trains"
@@ -314,7 +315,7 @@ def looks(s:Stage # its settings and run
     def look(step, model): sample_grid(model, s.cfg, s.run.path/"figures"/f"samples-{step:06d}.png", s.where)
     return look
 
-
+# %% ../nbs/56_generator.ipynb #0d5fab63
 @patch
 def keep(self:Diffusion,
          s:Stage, # of the first seed
@@ -327,7 +328,7 @@ def keep(self:Diffusion,
 # %% ../nbs/56_generator.ipynb #5b23623d
 def plot_judged(rows:list[dict], # of scores.json
                 counts:np.ndarray, # (K,) training images
-                axes # two Axes
+                axes:Any # two Axes
                ): # the Axes
     "Recognised and copied images, class by class, from head to tail"
     order = np.argsort(-np.asarray(counts), kind="stable")
@@ -343,9 +344,9 @@ def plot_judged(rows:list[dict], # of scores.json
     if axes[1].get_legend_handles_labels()[0]: axes[1].legend(frameon=False, fontsize=8)
     return axes
 
-
+# %% ../nbs/56_generator.ipynb #e6c68edd
 def plot_loss(metrics:list[dict], # rows of metrics.jsonl
-              ax, # matplotlib Axes
+              ax:Any, # matplotlib Axes
               stage:str="diffusion" # whose loss
              ): # the Axes
     "The loss of a diffusion model"
@@ -373,7 +374,7 @@ def verdict(self:Diffusion,
     "The table speaks for itself"
     return []
 
-
+# %% ../nbs/56_generator.ipynb #ad5e6261
 @patch
 def heading(self:Diffusion,
             f:Finished # all seeds
@@ -387,7 +388,7 @@ _JUDGED = ("Recognised: per cent of the images in which a classifier trained on 
            "Distance: Fréchet distance to the test images in the judge's features, which compares with nothing outside "
            "this table.")
 
-
+# %% ../nbs/56_generator.ipynb #69a873a8
 @patch
 def sections(self:Diffusion,
              f:Finished # all seeds

@@ -11,14 +11,15 @@ import hashlib, json, os, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import (FORMAT, LtnbError, UsageError, check_format, os_error, plain, read_jsonl, save_tensors, stable_seed,
-                       write_jsonl)
+from .core import (FORMAT, LtnbError, UsageError, check_format, os_error, plain, read_jsonl, save_tensors,
+                       stable_seed, write_jsonl)
 from .runs import lock_file, show_differences, unlock_file
 from .team import Team
 
@@ -26,7 +27,7 @@ from .team import Team
 _MOST = 10**6 # items of one class, so that ids sort like (class, k)
 
 
-def make_plan(per_class # (K,) how many items to make of each class
+def make_plan(per_class:np.ndarray|list # (K,) how many items to make of each class
              )->np.ndarray: # (N, 2) rows (class, k), sorted
     "One row an item to be made; negative numbers are a `UsageError`"
     m = np.asarray(per_class)
@@ -48,7 +49,7 @@ _BLOCK = 256
 
 
 def draw_items(key:tuple, # what the draw is for: model, settings
-               plan, # (N, 2) rows (class, k), or a `Plan`
+               plan:"np.ndarray|Plan", # (N, 2) rows (class, k), or a `Plan`
                draw:Callable # (generator, n, class) -> (n, ...) array
               )->np.ndarray: # (N, ...), a row an item
     "Random numbers that depend on the item, not on its batch"
@@ -65,7 +66,7 @@ def draw_items(key:tuple, # what the draw is for: model, settings
 
 # %% ../nbs/30_jobs.ipynb #569f8827
 def item_noise(key:tuple, # what the noise is for
-               plan, # (N, 2) rows (class, k), or a `Plan`
+               plan:"np.ndarray|Plan", # (N, 2) rows (class, k), or a `Plan`
                shape:tuple # of one item
               )->torch.Tensor: # (N, *shape) float32, standard normal
     "Start noise of a diffusion sampler"
@@ -141,7 +142,7 @@ def ids(self:Plan
 
 @patch
 def take(self:Plan,
-         index # positions, or a mask
+         index:Any # positions, or a mask
         )->Plan:
     "Some of the rows"
     return Plan({n: v[index] for n, v in self.columns.items()})
@@ -171,7 +172,7 @@ def fingerprint(self:Plan
     return hashlib.blake2b(json.dumps(self.description, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/30_jobs.ipynb #e3770d6d
-def as_plan(plan # (N, 2) rows (class, k), sorted; or a `Plan` in any order
+def as_plan(plan:np.ndarray|Plan|list # (N, 2) rows (class, k), sorted; or a `Plan` in any order
            )->Plan: # sorted
     "The plan, if it can be made"
     if isinstance(plan, Plan): plan = plan.in_order()
@@ -269,13 +270,13 @@ def job_list(folder:str|Path # of a job, begun or not
 @dataclass(frozen=True, eq=False)
 class JobFolder:
     "A plan, and the shards that hold it"
-    folder: Path
+    folder: Path # where all of it is
     header: dict # what all items share
     shards: list # the cut of each shard
     plan: Plan # what is asked for
     owner: np.ndarray # (N,) shard of each item
 
-    def path(self, s:int)->Path: return self.folder/f"shard-{s:05d}.safetensors"
+    def path(self, s:int)->Path: return self.folder/f"shard-{s:05d}.safetensors" # of shard s
 
 
 def _refuse(folder, differ):
@@ -300,7 +301,7 @@ def _made_way(folder, # of another job, or with items and no list
 
 # %% ../nbs/30_jobs.ipynb #8668c421
 def open_job(folder:str|Path, # made where it is missing
-             plan, # as `as_plan` takes it
+             plan:np.ndarray|Plan|list, # as `as_plan` takes it
              model:str, # fingerprint of what makes the items
              job:Job # its shard_size cuts what is new
             )->JobFolder:

@@ -9,6 +9,7 @@ __all__ = ['train_judge', 'Judge', 'references', 'judged_table', 'weighed', 'rec
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 
 from .config import spread
@@ -119,8 +120,8 @@ def judged_table(rows:list[dict] # of scores.json
     return lines
 
 # %% ../nbs/54_judge.ipynb #426c90f0
-def weighed(shares, # (K,) NaN where nothing was seen
-            weights # (K,)
+def weighed(shares:np.ndarray, # (K,) NaN where nothing was seen
+            weights:np.ndarray # (K,)
            )->float:
     "The mean over what was seen, by what is wanted"
     shares, weights = np.asarray(shares, dtype=float), np.asarray(weights, dtype=float)
@@ -129,7 +130,7 @@ def weighed(shares, # (K,) NaN where nothing was seen
 
 
 def recognised_shares(judge:Classifier|None, # who has seen everything
-                      images, # (N, C, H, W) uint8
+                      images:np.ndarray|torch.Tensor, # (N, C, H, W) uint8
                       labels:np.ndarray, # (N,) the classes that were asked for
                       wanted:np.ndarray, # (K,) weights
                       data:LongTail, # whose bands

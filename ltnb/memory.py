@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from .core import LtnbError, UsageError, choose_precision, device_type
+from .config import Config
 from .files import free_memory
 from .data import LongTail
 from .sources import DATASETS
@@ -43,7 +44,7 @@ def activation_bytes(unet:str, # a name of `UNETS`
     return n, sum(p.numel() for p in net.parameters())
 
 # %% ../nbs/55_memory.ipynb #ddbcc060
-def training_bytes(cfg, # settings of a diffusion model, with unet and diff_bs
+def training_bytes(cfg:Config, # settings of a diffusion model, with unet and diff_bs
                    shape:tuple, # (C, H, W)
                    n_classes:int, # K
                    share:float=1. # of `kept_share`
@@ -54,7 +55,7 @@ def training_bytes(cfg, # settings of a diffusion model, with unet and diff_bs
     return round(cfg.diff_bs * each * passes * share * 1.25 + 20 * weights) # a quarter for gradients on their way
 
 
-def kept_share(cfg, # settings of a diffusion model
+def kept_share(cfg:Config, # settings of a diffusion model
                device:str # "cpu" or "cuda"
               )->float: # bytes kept on one device, against fp32 on one
     "Half in bf16 on a CPU; on a GPU, where norms stay in fp32, four fifths, of a batch that its processes share"
@@ -72,7 +73,7 @@ def device_memory(device:str # "cpu" or "cuda"
     return torch.cuda.mem_get_info(device)[0] if device_type(device) == "cuda" else free_memory()
 
 
-def smaller_and_smaller(cfg, # settings of a diffusion model, as given
+def smaller_and_smaller(cfg:Config, # settings of a diffusion model, as given
                         side:int # pixels of the images
                        )->list: # the same settings with unet and diff_bs, from the usual choice down
     "Networks and batches that can be tried"
@@ -85,7 +86,7 @@ def smaller_and_smaller(cfg, # settings of a diffusion model, as given
     return [replace(cfg, unet=u, diff_bs=b) for u in unets for b in batches(u)]
 
 
-def fit_memory(cfg, # with `unet` and `diff_bs` as given, None where they may be chosen
+def fit_memory(cfg:Config, # with `unet` and `diff_bs` as given, None where they may be chosen
                data:LongTail, # images
                free:int|None, # bytes; None asks for nothing smaller than usual
                share:float=1. # of `kept_share`
@@ -106,7 +107,7 @@ MAX_SIDE = 64 # pixels: beyond these, models of pixels are no use at a budget th
 
 
 def check_side(side:int, # pixels along the longer side
-               cfg # settings of a diffusion model, as given; a `unet` of its own is taken at its word
+               cfg:Config # settings of a diffusion model, as given; a `unet` of its own is taken at its word
               ):
     "Refuse images that pixel diffusion cannot make"
     if side <= MAX_SIDE or cfg.unet is not None: return

@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
         self.stride, self.pad = stride, (n_out - n_in) // 2
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor)->torch.Tensor: # (B, n_in, H, W) -> (B, n_out, H / stride, W / stride)
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1: x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(x + y)
@@ -63,14 +63,15 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
-    def forward(self, x): return self.fc(self.features(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.fc(self.features(x)) # (B, C, H, W) -> (B, K)
 
 # %% ../nbs/20_models.ipynb #5b6b144e
 class Halve(nn.MaxPool2d):
     "2 x 2 max pooling, which leaves a side of one pixel as it is"
 
     def __init__(self): super().__init__(2)
-    def forward(self, x): return F.max_pool2d(x, [min(2, n) for n in x.shape[2:]])
+    def forward(self, x:torch.Tensor)->torch.Tensor: # (B, C, H, W) -> (B, C, H / 2, W / 2)
+        return F.max_pool2d(x, [min(2, n) for n in x.shape[2:]])
 
 
 class ConvNet(nn.Module):
@@ -91,7 +92,7 @@ class ConvNet(nn.Module):
         "What the head sees"
         return self.body(x).mean((2, 3))
 
-    def forward(self, x): return self.fc(self.features(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.fc(self.features(x)) # (B, C, H, W) -> (B, K)
 
 # %% ../nbs/20_models.ipynb #828a5f66
 class LinearNet(nn.Module):
@@ -110,7 +111,7 @@ class LinearNet(nn.Module):
         "What the head sees"
         return x
 
-    def forward(self, x): return self.fc(x)
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.fc(x) # (B, d) -> (B, K)
 
 # %% ../nbs/20_models.ipynb #5638050c
 class Backbone(nn.Module):
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
         "What the head sees"
         return self.body(x)
 
-    def forward(self, x): return self.fc(self.features(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.fc(self.features(x)) # (B, C, H, W) -> (B, K)
 
 # %% ../nbs/20_models.ipynb #b45fd9da
 def _imagenet(block, # a name in torchvision's resnet
@@ -186,7 +187,7 @@ class CosineHead(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale))) # saved with the weights
         self.weight = nn.Parameter(F.normalize(torch.randn(n_classes, n_features), dim=1))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor)->torch.Tensor: # (B, d) -> (B, K)
         cos = cosines(x, self.weight)
         return self.scale.to(cos) * cos
 
@@ -207,7 +208,7 @@ class WCDASHead(nn.Module):
         raw = 0. if s is None else s - 1 + math.log(-math.expm1(1 - s)) # softplus, inverted
         self.raw_s = nn.Parameter(torch.tensor(raw), requires_grad=s is None)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor)->torch.Tensor: # (B, d) -> (B, K)
         far = (1 - cosines(x, self.weight)).clamp_min(0)
         gamma = self.gamma.to(far)
         g, rest = gamma.sigmoid(), (-gamma).sigmoid() # rest = 1 - g, without cancellation

@@ -8,6 +8,7 @@ __all__ = ['NOISE_SCHEDULES', 'OBJECTIVES', 'noise_ratios', 'betas', 'per_image'
 
 # %% ../nbs/50_noise.ipynb #dc002103
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,14 @@ class Objective:
         self.ratios, self._tables = noise_ratios(self.schedule), {}
 
     def __repr__(self): return f"{self.name}|{self.schedule}"
-    def enter(self, x:torch.Tensor, t:torch.Tensor)->torch.Tensor: return x # what the network sees of x_t
     def share(self, t:torch.Tensor)->torch.Tensor: return t / len(self.ratios) # (B,) t / T
+
+    def enter(self,
+              x:torch.Tensor, # (B, C, H, W) x_t
+              t:torch.Tensor # (B,) times
+             )->torch.Tensor: # (B, C, H, W)
+        "What the network sees of x_t"
+        return x
 
     def draw(self,
              u:torch.Tensor # (B,) uniform numbers; one can be rounded to 1
@@ -103,6 +110,34 @@ def scales(self:Objective,
     alpha = (1 + r**2).rsqrt()
     return alpha, r * alpha
 
+# %% ../nbs/50_noise.ipynb #107ec21f
+@patch
+def target(self:Objective,
+           x0:torch.Tensor, # (B, C, H, W) clean images
+           noise:torch.Tensor, # (B, C, H, W) epsilon
+           t:torch.Tensor # (B,) times
+          )->torch.Tensor: # (B, C, H, W)
+    "What the network should predict"
+    raise NotImplementedError
+
+
+@patch
+def x0(self:Objective,
+       p:torch.Tensor, # (B, C, H, W) prediction
+       x:torch.Tensor, # (B, C, H, W) x_t
+       t:torch.Tensor # (B,) times
+      )->torch.Tensor: # (B, C, H, W)
+    "The clean image that a prediction means"
+    raise NotImplementedError
+
+
+@patch
+def weight(self:Objective,
+           t:torch.Tensor # (B,) times
+          )->torch.Tensor: # (B,)
+    "The weight of the squared errors"
+    raise NotImplementedError
+
 # %% ../nbs/50_noise.ipynb #583f7bc4
 @patch
 def noise(self:Objective,
@@ -119,14 +154,14 @@ class Eps(Objective):
     "Predict the noise (Ho et al., 2020)"
     name = "eps"
 
-    def target(self, x0, noise, t): return noise # (B, C, H, W), as of all objectives
+    def target(self, x0, noise, t): return noise
     def noise(self, p, x, t): return p
 
-    def x0(self, p, x, t): # (B, C, H, W) the clean image that a prediction means
+    def x0(self, p, x, t):
         alpha, sigma = self.scales(t)
         return (x - sigma * p) / alpha
 
-    def weight(self, t): # (B,) of the squared errors
+    def weight(self, t):
         snr = self.ratio(t) ** -2
         return snr.clamp(max=self.min_snr) / snr if self.min_snr else torch.ones_like(snr)
 
@@ -170,7 +205,7 @@ class EDM(Objective):
     def share(self, t): # rank of sigma among those of the training
         return torch.special.ndtr((4 * t - self.p_mean) / self.p_std)
 
-    def constants(self, t): # c_skip, c_out, c_in, (B, 1, 1, 1) each
+    def constants(self, t:torch.Tensor)->tuple: # c_skip, c_out, c_in, (B, 1, 1, 1) each
         sigma, d = per_image(self.ratio(t)), self.sigma_data
         total = sigma**2 + d**2
         return d**2 / total, sigma * d * total.rsqrt(), total.rsqrt()
@@ -275,7 +310,7 @@ def noisy_batch(objective:Objective, # which times, how much noise
 # %% ../nbs/50_noise.ipynb #c13c7a32
 def diffusion_loss(model:NoiseModel, # in training mode
                    batch:NoisyBatch, # of `noisy_batch`
-                   extra_losses=() # functions of (model, batch, noise, prediction, t) -> scalar
+                   extra_losses:Sequence[Callable]=() # functions of (model, batch, noise, prediction, t) -> scalar
                   )->torch.Tensor: # (1 + number of extra losses,): add them up and call backward
     "Weighted mean squared error of the prediction, and what is asked for beside it"
     p, o = model(batch.x, batch.t, batch.seen), model.objective

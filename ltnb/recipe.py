@@ -6,11 +6,10 @@
 __all__ = ['TAIL', 'PAIRED', 'Stage', 'Answer', 'Answers', 'standard_error', 'Finished', 'Recipe']
 
 # %% ../nbs/33_recipe.ipynb #23a60724
-import contextlib, time
-from contextlib import contextmanager
+import contextlib, functools, time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,21 +40,17 @@ class Stage:
     load: object = None # seed -> the data of another seed, in memory
 
     @property
-    def run(self)->Run: # open
-        "The run directory"
-        return self.where.run
+    def run(self)->Run: return self.where.run # the run directory, open
 
     @property
-    def team(self)->Team: # who takes part
-        "The processes that compute this seed"
-        return self.where.team
+    def team(self)->Team: return self.where.team # the processes that compute this seed
 
     @property
     def first(self)->bool: # its classifier and pictures are kept
         "Is this the run's first seed?"
         return self.seed == self.cfg.seed
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self,
               name:str # of the step
              ): # a block
@@ -66,7 +61,7 @@ class Stage:
 @patch
 def once(self:Stage,
          name:str, # of what is found, for the checkpoint's name
-         find, # () -> dict of tensors
+         find:Callable, # () -> dict of tensors
          together:bool=False # all processes take part in finding it
         )->dict[str, torch.Tensor]: # the same in every process
     "What a step found: kept, and never found twice"
@@ -109,7 +104,7 @@ class Answers(dict):
 
     def corrected(self,
                   method:str, # whose prior is taken out
-                  aim=None # (K,) probabilities: also correct to this class prior
+                  aim:Sequence|np.ndarray|None=None # (K,) probabilities: also correct to this class prior
                  )->"Answers": # with a row more, or two
         "The same logits without their prior, and toward a given one"
         a = self[method]
@@ -134,8 +129,8 @@ def rows(self:Answers,
          data:LongTail, # whose test images were asked about
          seed:int, # of the rows
          compared:tuple=("label shift",), # methods that the others are held against
-         aim=None, # (K,) probabilities; each row then says the accuracy to expect under them
-         more=lambda row: {} # what a row gets besides
+         aim:Sequence|np.ndarray|None=None, # (K,) probabilities; each row then says the accuracy to expect under them
+         more:Callable=lambda row: {} # what a row gets besides
         )->list[dict]: # rows of scores.json
     "Score every method"
     truth, out = data.test.labels, []
@@ -196,27 +191,33 @@ class Recipe:
         "Fill in what depends on the data, and refuse what cannot be run on it"
         return cfg.filled(data)
 
-    def settle(self,
-               cfg:Config, # as given
-               data:LongTail, # what it is run on
-               run:Run, # its directory, perhaps with a run that goes on
-               team:Team # who takes part
-              )->Config: # with nothing left open
-        "`resolve`, and what also depends on this directory or machine"
-        return self.resolve(cfg, data)
+# %% ../nbs/33_recipe.ipynb #123543e5
+@patch
+def settle(self:Recipe,
+           cfg:Config, # as given
+           data:LongTail, # what it is run on
+           run:Run, # its directory, perhaps with a run that goes on
+           team:Team # who takes part
+          )->Config: # with nothing left open
+    "`resolve`, and what also depends on this directory or machine"
+    return self.resolve(cfg, data)
 
-    def seed(self,
-             s:Stage # of one seed
-            )->"Answers|list[dict]": # answers, or rows of scores.json
-        "The method"
-        raise NotImplementedError(f"{type(self).__name__} has no method `seed`.")
 
-    def more(self,
-             s:Stage, # of one seed
-             row:dict # of scores.json
-            )->dict: # more of that row
-        "What only this recipe says of a method"
-        return {}
+@patch
+def seed(self:Recipe,
+         s:Stage # of one seed
+        )->"Answers|list[dict]": # answers, or rows of scores.json
+    "The method"
+    raise NotImplementedError(f"{type(self).__name__} has no method `seed`.")
+
+
+@patch
+def more(self:Recipe,
+         s:Stage, # of one seed
+         row:dict # of scores.json
+        )->dict: # more of that row
+    "What only this recipe says of a method"
+    return {}
 
 # %% ../nbs/33_recipe.ipynb #9c8c6ac0
 @patch
@@ -244,7 +245,7 @@ def verdict(self:Recipe,
     "What the tables say, in words"
     return []
 
-
+# %% ../nbs/33_recipe.ipynb #560bc84e
 @patch
 def lead(self:Recipe,
          f:Finished # all seeds
@@ -319,7 +320,7 @@ def check_inputs(self:Recipe,
     class_prior(getattr(config, "test_prior", None), data.class_names, data.counts)
     self.resolve(config, data)
 
-
+# %% ../nbs/33_recipe.ipynb #df44588c
 @patch
 def score(self:Recipe,
           s:Stage, # of one seed
@@ -338,7 +339,7 @@ def scored(self:Recipe,
     said = self.seed(s)
     return self.score(s, said) if s.team.writes and isinstance(said, Answers) else said
 
-
+# %% ../nbs/33_recipe.ipynb #594f47a1
 @patch
 def run(self:Recipe,
         config:Config # the settings
@@ -346,8 +347,8 @@ def run(self:Recipe,
     "Run a recipe; the same call continues a run that was stopped, and changes nothing in a finished one"
     self.check(config)
     run, team = self.directory(config), [Team()]
-    read = lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
-    ready = lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
+    read = functools.lru_cache(maxsize=1)(lambda seed: self.load(config, seed))
+    ready = functools.lru_cache(maxsize=1)(lambda data: self.ready(data, team[0]))
     def join(device):
         if self.shared: team[0] = join_team(device)
         return team[0]
@@ -360,7 +361,7 @@ def run(self:Recipe,
     def finish(run, cfg, rows, data): self.report(Finished(run, cfg, rows, data))
     return run.carry_out(lambda seed: read(config.data_seed(seed)), settle, one_seed, finish, join)
 
-
+# %% ../nbs/33_recipe.ipynb #07b0931e
 @patch
 def summary(self:Recipe,
             run:Run, # finished
@@ -375,7 +376,7 @@ def summary(self:Recipe,
 # %% ../nbs/33_recipe.ipynb #a2ad664a
 @patch
 def notes_of(self:Run,
-             data # a LongTail or Features
+             data:Any # a LongTail or Features
             )->dict: # for config.json
     "What was done to the data on the way: said once, and kept"
     notes = list(getattr(data, "notes", ()))
@@ -388,7 +389,7 @@ def notes_of(self:Run,
 def rows_of(self:Run,
             seed:int, # which seed
             team:Team, # who takes part
-            make # seed -> rows
+            make:Callable # seed -> rows
            )->list[dict]: # none where another process writes
     "The rows of a seed; made once"
     done = self.path/"checkpoints"/f"scores-seed-{seed}.json"
@@ -398,7 +399,7 @@ def rows_of(self:Run,
     team.wait(f"the end of seed {seed}")
     return read_json(done) if team.writes else []
 
-
+# %% ../nbs/33_recipe.ipynb #5576af20
 @patch
 def counted(self:Run,
             cfg:Config # resolved
@@ -422,7 +423,7 @@ def tell_seeds(self:Run):
 # %% ../nbs/33_recipe.ipynb #ddc61ee4
 @patch
 def left(self:Run,
-         load, # seed -> data
+         load:Callable, # seed -> data
          team:Team # who takes part
         )->Run: # itself
     "A finished run, with what a kill at its very end left to do"
@@ -437,7 +438,7 @@ def left(self:Run,
 @patch
 def begin(self:Run,
           cfg:Config, # resolved
-          data, # with a `fingerprint()`
+          data:Any, # with a `fingerprint()`
           device:str, # where
           precision:str, # in which number format
           team:Team # who takes part
@@ -456,11 +457,11 @@ def begin(self:Run,
 # %% ../nbs/33_recipe.ipynb #f4a38977
 @patch
 def carry_out(self:Run,
-              load, # seed -> data with a `fingerprint()`
-              resolve, # (config, data) -> config with nothing left open
-              one_seed, # (config, data, seed, device, precision, run) -> rows of scores.json
-              finish, # (run, config, rows, data): figures and report
-              join=None # device -> Team, of recipes that several processes can run
+              load:Callable, # seed -> data with a `fingerprint()`
+              resolve:Callable, # (config, data) -> config with nothing left open
+              one_seed:Callable, # (config, data, seed, device, precision, run) -> rows of scores.json
+              finish:Callable, # (run, config, rows, data): figures and report
+              join:Callable|None=None # device -> Team, of recipes that several processes can run
              )->Run: # finished
     "Run a recipe, or what is left of it; a finished run is left as it is, or gets the seeds that it lacks"
     self.check_same()

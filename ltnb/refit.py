@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'CONTROLS', 'TwoStarts', 'fit_heads', 'base_head', 'refit'
            'score_rows']
 
 # %% ../nbs/42_refit.ipynb #33ee85f4
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ def fit_heads(f:Features, # real features
               labels:np.ndarray, # (M,) their classes
               how:TwoStarts, # weight, steps and rates
               seed:int, # of the order
-              progress=lambda n: None # told 1 after each step
+              progress:Callable=lambda n: None # told 1 after each step
              )->dict[str, Head]: # "label shift" and "scratch", the two starts
     "The same fit from two starts"
     x, y, w = mix(f.train, f.train_labels, items, labels, how.syn_weight)
@@ -100,7 +101,7 @@ CONTROLS = tuple(m for m in METHODS if m != "cross-entropy" and "ldmlr" not in m
 
 def read_heads(base:Head, # of stage 1
                heads:dict, # (source, start) -> head
-               test_prior=None # (K,) probabilities; what removes the prior is then also read with these added
+               test_prior:Sequence|np.ndarray|None=None # (K,) probabilities that are also corrected to
               )->dict: # (method, start) -> function that gives (M, K) logits
     "What each method says of the test features; a method without a start has only one"
     said = {("cross-entropy", None): base.logits, ("label shift", None): base.corrected}
@@ -159,7 +160,7 @@ def score_rows(f:Features, # real features
                heads:dict, # (source, start) -> head
                seed:int, # of the rows
                shown:tuple=METHODS, # rows to make
-               test_prior=None # (K,) probabilities; each row then says the accuracy to expect under them
+               test_prior:Sequence|np.ndarray|None=None # (K,) probabilities; rows then say the accuracy under them
               )->list[dict]: # rows of scores.json
     "All rows of one seed"
     read = Read(f, read_heads(base, heads, test_prior), seed)

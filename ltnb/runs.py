@@ -15,8 +15,9 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .core import (DataError, LtnbError, UsageError, check_format, check_output, cpu_flags, device_type, load_tensors,
-                       os_error, plain, read_json, read_jsonl, save_tensors, tf32_in_use, write_json, write_jsonl)
+from .core import (DataError, LtnbError, UsageError, check_format, check_output, cpu_flags, device_type,
+                       load_tensors, os_error, plain, read_json, read_jsonl, save_tensors, tf32_in_use, write_json,
+                       write_jsonl)
 from .config import Config
 from .progress import tell
 

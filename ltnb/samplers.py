@@ -16,7 +16,7 @@ from torch import nn
 from .core import UsageError, generator, nearest
 from .config import spread
 from .team import Where
-from .jobs import item_noise
+from .jobs import Plan, item_noise
 from .noise import NoiseModel, Objective, betas, noise_ratios, per_image
 from .diffusion import DiffusionModel, on_device
 
@@ -93,7 +93,7 @@ def _check_plan(plan, n_classes, how, bs):
 
 # %% ../nbs/52_samplers.ipynb #f2587346
 def sample_images(model:DiffusionModel, # trained
-                  plan, # (N, 2) rows (class, k), or a `Plan`
+                  plan:np.ndarray|Plan, # (N, 2) rows (class, k), or a `Plan`
                   how:Sampling|None=None, # sampler, steps, guidance
                   where:Where|None=None, # where, and in which number format
                   seed:int=0, # change the noise for another set

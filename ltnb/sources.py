@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
-from .config import auto, Config, limited, spread
+from .config import Config, auto, limited, spread
 from .labels import UNUSED_CLASS, read_class_names, read_text
 from .listings import Columns, listed_files, read_parts
 from .folders import (Photographs, drawn_parts, find_split, image_suffixes, photographs_in, scan, split_parts,
@@ -64,14 +64,7 @@ def _torchvision(name, # of a set of torchvision
         raise DataError(f"{name} under {root!r} cannot be read or downloaded ({e}).") from e
 
 
-def _in_memory(cls, # LongTail
-               name, # of a set of torchvision with a test part
-               root, # its folder
-               imb_ratio, # of the cut
-               seed, # of the cut
-               download, # fetch what is missing
-               cut # more settings of it
-              ): # the set, cut
+def _in_memory(cls, name, root, imb_ratio, seed, download, cut): # a set of torchvision with a test part, cut
     def read(kind): return [kind(root, train=train, download=download) for train in (True, False)]
     sets = []
     for p in _torchvision(name, root, read):

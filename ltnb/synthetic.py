@@ -10,7 +10,7 @@ __all__ = ['write_rows', 'ManifestRows', 'failed_rows', 'file_stamp', 'ShardItem
 import json, os, re
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ _text = json.JSONEncoder(ensure_ascii=False).encode # of what is plain already
 
 
 def write_rows(path:str|Path, # the file
-               rows # dicts that are plain already, as they come
+               rows:Iterable[dict] # dicts that are plain already, as they come
               ):
     "Write the rows of a manifest, atomically"
     with atomic_write(path) as f: f.writelines(_text(r) + "\n" for r in rows)
@@ -315,7 +315,7 @@ def open(cls:Synthetic,
 # %% ../nbs/31_synthetic.ipynb #109a4735
 @work_is_kept()
 def make_synthetic(folder:str|Path, # gets shards.jsonl, shard-*.safetensors, manifest.jsonl, perhaps failed.jsonl
-                   plan, # (N, 2) rows (class, k), sorted; or a `Plan`
+                   plan:np.ndarray|Plan|list, # (N, 2) rows (class, k), sorted; or a `Plan`
                    make:Callable, # rows of the plan -> (n, ...) tensor, or (tensor, list of n dicts for the manifest)
                    model:str, # fingerprint of what makes them
                    job:Job|None=None, # how; with attempts > 1, `make` also takes attempt=1, 2, ...
@@ -420,9 +420,9 @@ def write_png(made:Synthetic, # uint8 images of 1 or 3 channels
 
 # %% ../nbs/31_synthetic.ipynb #ca32e755
 def mix(real:torch.Tensor, # (N, ...) real items
-        real_labels, # (N,) their classes
+        real_labels:torch.Tensor|np.ndarray|list, # (N,) their classes
         made:torch.Tensor|ShardItems, # (M, ...) made items
-        made_labels, # (M,) their classes
+        made_labels:torch.Tensor|np.ndarray|list, # (M,) their classes
         syn_weight:float=1. # omega
        )->tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # items, int64 labels, float32 weights, real ones first
     "Real and made items as one weighted set"

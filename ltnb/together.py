@@ -36,7 +36,7 @@ class Stack(nn.Module):
         for k, v in weights.items(): self.register_parameter(k.replace(".", "|"), nn.Parameter(v.detach().clone()))
         for k, v in buffers.items(): self.register_buffer(k.replace(".", "|"), v.clone())
 
-    def forward(self, x): # (S, B, C, H, W) -> (S, B, K)
+    def forward(self, x:torch.Tensor): # (S, B, C, H, W) -> (S, B, K)
         state = {self.names[k]: v for k, v in (*self.named_parameters(), *self.named_buffers())}
         def one(state, x): return torch.func.functional_call(self._base[0], state, (x,))
         return torch.func.vmap(one, randomness="different")(state, x)

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tokenize
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,13 +106,15 @@ class Parameter:
     where: str  # latent.train_latent
     name: str
     typed: bool
-    documented: bool  # a comment on a line that no other parameter is on
+    documented: bool  # a comment on its own lines or right above, or where a base class has the parameter
 
 
 def _comments(source):
-    "Line numbers that end in a comment"
+    "Line numbers that end in a comment; of a comment that has lines of its own, the line below them too"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0] for t in tokens if t.type == tokenize.COMMENT and len(t.string.strip("# ")) > 0}
+    said = [t for t in tokens if t.type == tokenize.COMMENT and len(t.string.strip("# ")) > 0]
+    alone = {t.start[0] for t in said if t.line.lstrip().startswith("#")}
+    return {t.start[0] for t in said} | {n + 1 for n in alone}
 
 
 def _end(arg, default):
@@ -144,14 +146,44 @@ def _of_class(where, node, commented):
         elif isinstance(item, ast.AnnAssign) and "dataclass" in _decorators(node):
             kind, name = ast.unparse(item.annotation), item.target.id
             if not kind.startswith("ClassVar") and not name.startswith("_"):
-                yield Parameter(where, name, True, item.end_lineno in commented)
+                own = commented & set(range(item.lineno, item.end_lineno + 1))
+                yield Parameter(where, name, True, bool(own))
 
 
 DUNDERS = ("__init__", "__call__")
 
 
-def parameters(module, source):
-    "Every public parameter of a module"
+def _bases():
+    "Class -> names of its base classes, of all modules"
+    classes = [n for s in modules().values() for n in ast.parse(s).body if isinstance(n, ast.ClassDef)]
+    return {n.name: [b.id for b in n.bases if isinstance(b, ast.Name)] for n in classes}
+
+
+def _above(name, bases):
+    "All base classes of a class"
+    return [c for b in bases.get(name, ()) for c in (b, *_above(b, bases))]
+
+
+def parameters():
+    """Module -> its public parameters; what overrides a method need not repeat what the base class says
+
+    A method has its base's parameters, typed and documented there, if they have the same names.
+    """
+    found = {module: list(_parameters(module, source)) for module, source in modules().items()}
+    bases, said = (
+        _bases(),
+        {tuple(p.where.split(".")[1:]) + (p.name,) for ps in found.values() for p in ps if p.typed and p.documented},
+    )
+
+    def again(p):
+        _, *owner, method = p.where.split(".")
+        return bool(owner) and any((c, method, p.name) in said for c in _above(owner[0], bases))
+
+    return {m: [replace(p, typed=True, documented=True) if again(p) else p for p in ps] for m, ps in found.items()}
+
+
+def _parameters(module, source):
+    "Every public parameter of a module, as written"
     commented = _comments(source)
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

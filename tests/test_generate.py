@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
         if stage == "save":
             m.setattr(diffusion, "write_json", stop)
         if stage == "sample":
-            m.setattr("ltnb.jobs._Job.finish", stop)
+            m.setattr("ltnb.jobs.JobFolder.finish", stop)
         if stage == "judge":
             everywhere(m, "references", stop)
         with pytest.raises(Stop):

@@ -33,7 +33,7 @@ from ltnb.latent import (
 )
 from ltnb.latent import planned_counts
 from ltnb.ldmlr import LDMLR, LDMLRConfig, encoded, run
-from ltnb.ldmlr_ablations import LDMLR_ABLATIONS, ablation_settings
+from ltnb.ldmlr_settings import LDMLR_ABLATIONS, ablation_settings
 from ltnb.losses import effective_counts, label_shift
 from ltnb.models import ResNet, build_model
 from ltnb.classifier import Classifier, encode, pixel_stats

@@ -164,4 +164,4 @@ def test_stored_outputs(path, cells):
 
 def test_parameters_cell_only_where_it_belongs(path, cells):
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == (1 if re.match(r"6\d_run_", path.stem) else 0)
+    assert len(tagged) == (1 if re.match(r"9\d_run_", path.stem) else 0)

@@ -369,4 +369,4 @@ def test_open_settings_say_their_rule():
 
 def test_the_usual_recipe_reads_sets_of_images():
     data = Recipe().load(DataConfig(), 0)
-    assert data.name and Recipe().resolve(DataConfig(), data) == DataConfig() and Recipe.shared
+    assert data.name and Recipe().resolve(DataConfig(), data) == DataConfig(imb_ratio=100.0) and Recipe.shared

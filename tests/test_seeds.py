@@ -18,7 +18,7 @@ from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.diffult import DiffuLTConfig
 from ltnb.generator import DiffusionConfig
-from ltnb.ldmlr import DemoConfig, LDMLRConfig
+from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
 HERE = dict(device="cpu", precision="fp32")
