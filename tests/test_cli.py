@@ -24,7 +24,7 @@ def tree(path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_cell_config_and_flags_are_equal(name):
-    _, config_class = RECIPES[name].load()
+    config_class = RECIPES[name].load().config
     cells = [
         c
         for c in json.loads(entry_notebook(RECIPES[name].notebook).read_text())["cells"]

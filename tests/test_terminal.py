@@ -168,9 +168,9 @@ def test_names_of_a_parameters_cell():
         Toy.from_cell({"n_epoch": 3})
     with pytest.raises(UsageError, match="whole number"):
         Toy.from_cell({"n_epochs": "3"})
-    for name in cli.RECIPES.values():
-        cells = json.loads(cli.entry_notebook(name.notebook).read_text())["cells"]
-        assert any(f"{name.config}.from_cell(globals())" in "".join(c["source"]) for c in cells)
+    for entry in cli.RECIPES.values():
+        cells = json.loads(cli.entry_notebook(entry.notebook).read_text())["cells"]
+        assert any(f"{entry.load().config.__name__}.from_cell(globals())" in "".join(c["source"]) for c in cells)
 
 
 COMMAND = """
