@@ -177,6 +177,38 @@ def main(capsys):
     return call
 
 
+LONG = (  # what begins first, so that no worker waits for it at the end: CPU seconds fall down this list
+    "test_diffult.py",
+    "test_team.py",
+    "test_cli.py",
+    "test_generate.py",
+    "test_seeds.py",
+    "test_diffusion.py",
+    "test_synthetic.py",
+    "test_wheel.py",
+    "test_data.py",
+    "test_terminal.py",
+)
+LESSONS = ("51_", "56_", "57_", "60_", "61_", "62_", "64_", "41_", "44_", "28_", "29_", "52_", "53_", "21_", "26_")
+PROCESSES = {"demo", "wheel", "through_papermill"}  # fixtures that start whole processes
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first, then lessons, the long ones first; what builds on a whole process is marked so"
+
+    def place(item):
+        file, lesson = item.path.name, getattr(item, "callspec", None)
+        if file == "test_notebooks.py" and "path" in (lesson.params if lesson else ()):
+            name = lesson.params["path"].stem
+            return 1, next((i for i, n in enumerate(LESSONS) if name.startswith(n)), len(LESSONS))
+        return (0, LONG.index(file)) if file in LONG else (2, 0)
+
+    items.sort(key=place)  # stable: tests of a file keep their order
+    for item in items:
+        if PROCESSES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow_process)
+
+
 def pytest_xdist_make_scheduler(config, log):
     "A file's tests stay in one worker, where they share its fixtures; every notebook may go to either"
     from xdist.scheduler import LoadScopeScheduling

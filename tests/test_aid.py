@@ -870,6 +870,7 @@ np.save(f"{sys.argv[1]}-{team.rank}.npy", f.at)
 """
 
 
+@pytest.mark.slow_process
 def test_two_processes_draw_the_same(tmp_path, data):
     from conftest import ROOT
 

@@ -24,7 +24,7 @@ def tree(path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_cell_config_and_flags_are_equal(name):
-    _, config_class = RECIPES[name].load()
+    config_class = RECIPES[name].load().config
     cells = [
         c
         for c in json.loads(entry_notebook(RECIPES[name].notebook).read_text())["cells"]
@@ -200,6 +200,7 @@ def test_files_hold_no_time_host_or_path(demo):
         assert str(out) not in text and not re.search(r"\d{4}-\d\d-\d\d|seconds|\btime|hostname", text)
 
 
+@pytest.mark.slow_process
 def test_finished_run_is_printed_and_unchanged(demo):
     out, first, _ = demo
     before = tree(out)
@@ -241,6 +242,7 @@ def test_papermill_and_plain_write_the_same_files(through_papermill, tmp_path, m
         assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
 
 
+@pytest.mark.slow_process
 def test_finished_notebook_run_is_unchanged(through_papermill):
     out, _, _, env = through_papermill
     before = tree(out)
@@ -248,6 +250,7 @@ def test_finished_notebook_run_is_unchanged(through_papermill):
     assert again.returncode == 0 and "label shift" in again.stdout and tree(out) == before
 
 
+@pytest.mark.slow_process
 def test_killed_command_is_continued_at_once(tmp_path):
     "SIGKILL of the command while its kernel works; the same command right after takes over"
     args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "60", "--out", "run"]
@@ -262,6 +265,7 @@ def test_killed_command_is_continued_at_once(tmp_path):
     assert (tmp_path / "run" / "scores.json").exists() and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow_process
 def test_papermill_alone(tmp_path):
     "papermill nbs/92_run_ldmlr.ipynb out.ipynb -p n_epochs 1 works too"
     values = ["-p", "n_epochs", "1", "-p", "n_steps", "50", "-p", "per_class", "20"]
@@ -381,6 +385,7 @@ def test_a_default_that_depends_on_the_data_is_one_line(tmp_path, monkeypatch, c
         ToyConfig(n_epochs=0)
 
 
+@pytest.mark.slow_process
 def test_the_package_gives_what_is_used_most_and_imports_it_late():
     code = (
         "import sys, ltnb\n"

@@ -75,6 +75,7 @@ def test_torn_last_line_is_dropped_and_a_torn_middle_named(tmp_path):
         read_jsonl(tmp_path / "m.jsonl")
 
 
+@pytest.mark.slow_process
 def test_seeds_do_not_depend_on_the_process():
     code = "from ltnb.core import stable_seed; print(stable_seed(7, 'epoch', 3))"
     for hash_seed in ("0", "1"):
@@ -121,6 +122,7 @@ def test_other_data_is_not_continued(tmp_path):
             run.start(Toy(), "cpu", "fp32", train="bbbb")
 
 
+@pytest.mark.slow_process
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
         "import time; from ltnb.runs import lock_file\n"
@@ -153,6 +155,7 @@ def test_torn_checkpoint_is_skipped_by_name(tmp_path, capsys):
     assert "stage.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow_process
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
     code = (

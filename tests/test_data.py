@@ -179,6 +179,7 @@ def test_cut_that_would_empty_a_class(tmp_path):
         LongTail.npz(tmp_path / "a.npz", imb_ratio=100)
 
 
+@pytest.mark.slow_process
 def test_real_cifar(tmp_path):
     "The pack beside the project, through the layout that users have"
     out = tmp_path / "c.npz"

@@ -565,6 +565,7 @@ if team.writes: m.save(sys.argv[1])
 """
 
 
+@pytest.mark.slow_process
 def test_two_processes_train_the_same_model(tmp_path, monkeypatch, data):
     from conftest import ROOT
 

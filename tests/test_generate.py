@@ -201,6 +201,7 @@ def ltnb(*args, **env):
     )
 
 
+@pytest.mark.slow_process
 def test_killed_twice_and_resumed(tmp_path, trained):
     "The command is killed at random moments; the manifest has the same bytes as that of an undisturbed one"
     args = [
@@ -238,6 +239,7 @@ def test_killed_twice_and_resumed(tmp_path, trained):
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow_process
 def test_two_processes_share_a_plan(tmp_path, trained):
     args = ["--model", trained.path, "--per-class", "20", "--shard-size", "16", "--quiet"]
     one = ltnb("generate", *args, "--out", tmp_path / "one")
@@ -259,6 +261,7 @@ def test_two_processes_share_a_plan(tmp_path, trained):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+@pytest.mark.slow_process
 def test_two_processes_train_one_model(tmp_path, trained):
     done = subprocess.run(
         [

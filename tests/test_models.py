@@ -283,6 +283,7 @@ def test_load_classifier(tmp_path):
         ltnb.load(tmp_path / "run")
 
 
+@pytest.mark.slow_process
 def test_the_package_has_load_without_torch():
     code = "import ltnb, sys; assert callable(ltnb.load) and 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

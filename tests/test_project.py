@@ -88,6 +88,7 @@ def test_links_resolve():
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+@pytest.mark.slow_process
 def test_site_pages_can_be_processed(tmp_path):
     "What `nbdev-docs` does before it calls Quarto, in a copy"
     import shutil
@@ -123,6 +124,7 @@ def test_imports_run_one_way():
                     assert rooms[room] < number, f"{name} imports {room}"
 
 
+@pytest.mark.slow_process
 @pytest.mark.parametrize("code", ["import ltnb", "import ltnb.core", "import ltnb.cli"])
 def test_light_imports(code):
     "No torch, no matplotlib, no network; the time is that of a whole interpreter"
@@ -134,6 +136,7 @@ def test_light_imports(code):
     assert float(done.stdout) < 1
 
 
+@pytest.mark.slow_process
 def test_heavy_imports_touch_no_state():
     probe = (
         "import torch, numpy as np; s = torch.random.get_rng_state(); n = np.random.get_state()[1].copy()\n"

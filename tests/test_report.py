@@ -86,6 +86,7 @@ def browse(path, picture=None):
     return [line for line in done.stderr.split("\n") if ":CONSOLE" in line]
 
 
+@pytest.mark.slow_process
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the report was not opened in a browser")
 def test_report_in_a_browser(demo, tmp_path):
     (tmp_path / "broken.html").write_text("<script>console.error('seen'); missing()</script>")

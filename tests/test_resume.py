@@ -142,6 +142,7 @@ def start(path):
     )
 
 
+@pytest.mark.slow_process
 def test_sigkill_anywhere(whole, tmp_path):
     "Kill the command again and again at random moments of its work; the files are those of the undisturbed run"
     rng, path, kills = random.Random(0), tmp_path / "run", 0

@@ -166,6 +166,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow_process
 def test_a_small_dev_shm_and_a_killed_parent(tmp_path):
     "Batches of 3 MB with 1 MB of /dev/shm, as in a container; and workers end with a parent that was killed"
     from PIL import Image
@@ -328,6 +329,7 @@ for arch, side, n in (("resnet8", 4, 7), ("convnet", 8, 5)):
 """
 
 
+@pytest.mark.slow_process
 def test_two_processes_share_a_small_last_batch():
     "Three images for two processes are too few where maps have one pixel; where they are larger, one may get none"
     with socket.socket() as s:

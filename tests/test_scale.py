@@ -171,6 +171,7 @@ print(json.dumps(grown))
 """
 
 
+@pytest.mark.slow_process
 def test_memory_with_many_classes():
     "40,000 features of 4,000 classes: a table of all logits has 640 MB, one of all pairs of classes 128 MB in int64"
     done = subprocess.run(

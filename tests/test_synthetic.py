@@ -437,6 +437,7 @@ def test_full_disk(tmp_path, monkeypatch, left):
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+@pytest.mark.slow_process
 def test_a_real_full_disk(tmp_path):
     "The system's own file size limit, in the middle of a shard"
     code = (
@@ -773,6 +774,7 @@ def start(folder, rank=0, world=1):
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent)
 
 
+@pytest.mark.slow_process
 def test_sigkill(tmp_path):
     "Two processes share a plan; one is killed, then both, and the files are those of a job that nobody disturbed"
     one, two = start(tmp_path / "a"), start(tmp_path / "a", 1, 2)
@@ -826,6 +828,7 @@ print(json.dumps(facts))
 """
 
 
+@pytest.mark.slow_process
 def test_350000_items_in_flat_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LARGE, str(tmp_path)],

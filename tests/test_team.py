@@ -262,6 +262,7 @@ def two(tmp_path_factory):
     return [read_json(folder / f"{r}.json") for r in (0, 1)], [out for out, _ in ends], [p.returncode for p in both]
 
 
+@pytest.mark.slow_process
 def test_every_process_ends_with_the_state_of_the_first(two):
     "With BatchNorm, dropout, averages, and the best epoch on held-out images"
     (first, other), *_ = two
@@ -269,12 +270,14 @@ def test_every_process_ends_with_the_state_of_the_first(two):
         assert first[name] == other[name], name
 
 
+@pytest.mark.slow_process
 def test_two_killed_processes_go_on_bit_for_bit(two):
     (first, other), *_ = two
     for name in ("plain", "averaged", "best", "ordered"):
         assert first[f"{name}, cut"] == other[f"{name}, cut"] == first[name], name
 
 
+@pytest.mark.slow_process
 def test_each_process_decodes_its_part(two, tmp_path):
     (first, other), *_ = two
     assert first["decoded"] + other["decoded"] == 22, "two epochs of 11"
@@ -285,6 +288,7 @@ def test_each_process_decodes_its_part(two, tmp_path):
     assert first["ready"] == other["ready"] == [False, False, True], "the first one says whether they fit"
 
 
+@pytest.mark.slow_process
 def test_one_process_trains_what_two_train_on_photographs(two):
     from ltnb.models import build_model
     from ltnb.classifier import Classifier
@@ -297,6 +301,7 @@ def test_one_process_trains_what_two_train_on_photographs(two):
     assert total == pytest.approx(two[0][0]["files"], rel=1e-6) and int(pixels.sum()) == two[0][0]["pixels"]
 
 
+@pytest.mark.slow_process
 def test_an_error_in_one_process_is_a_sentence_in_the_other(two):
     _, (first, other), codes = two
     assert "b.png cannot be read." in other and "rank 1 of 2 processes has stopped: b.png cannot be read." in first
@@ -330,6 +335,7 @@ def ids(path):
     return {r["id"] for r in read_jsonl(path / "manifest.jsonl")}
 
 
+@pytest.mark.slow_process
 def test_diffult_with_two_processes_ends(diffult):
     "BatchNorm's statistics are those of half a batch, so numbers differ; files, rows and what is made do not"
     one, two = diffult
@@ -344,6 +350,7 @@ def test_diffult_with_two_processes_ends(diffult):
         assert wanted and wanted <= made[0] | made[1] and {i[:5] for i in made[0]} == {i[:5] for i in made[1]}
 
 
+@pytest.mark.slow_process
 def test_what_two_processes_kept_is_one_model(diffult):
     from ltnb.aid import Extractor
     from ltnb.diffusion import DiffusionModel

@@ -168,9 +168,9 @@ def test_names_of_a_parameters_cell():
         Toy.from_cell({"n_epoch": 3})
     with pytest.raises(UsageError, match="whole number"):
         Toy.from_cell({"n_epochs": "3"})
-    for name in cli.RECIPES.values():
-        cells = json.loads(cli.entry_notebook(name.notebook).read_text())["cells"]
-        assert any(f"{name.config}.from_cell(globals())" in "".join(c["source"]) for c in cells)
+    for entry in cli.RECIPES.values():
+        cells = json.loads(cli.entry_notebook(entry.notebook).read_text())["cells"]
+        assert any(f"{entry.load().config.__name__}.from_cell(globals())" in "".join(c["source"]) for c in cells)
 
 
 COMMAND = """
@@ -210,6 +210,7 @@ def wait_for(condition, seconds=60):
     assert condition()
 
 
+@pytest.mark.slow_process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_puts_everything_away(tmp_path, number):
     before = set(os.listdir("/tmp"))
@@ -226,6 +227,7 @@ def test_a_signal_puts_everything_away(tmp_path, number):
     assert not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.slow_process
 def test_bars_fit_a_terminal_that_changes(tmp_path):
     "Through papermill: 60 columns, then 20"
     ours, theirs = pty.openpty()
@@ -262,6 +264,7 @@ def sh(command, cwd=None):
     return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow_process
 @pytest.mark.parametrize(
     "command, code",
     [
@@ -282,6 +285,7 @@ def test_streams_that_are_closed(tmp_path, command, code):
     assert ("disk is full" in done.stderr) == (code == 1)
 
 
+@pytest.mark.slow_process
 def test_python_m_takes_nothing_from_the_working_folder(tmp_path):
     "But for `types`, which `python -m` itself may import before any code of ours: the command `ltnb` does not"
     done = sh("ltnb data --imb-ratio 20", traps(tmp_path / "here", without=("types",)))

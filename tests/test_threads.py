@@ -345,6 +345,7 @@ def test_an_environment_of_an_earlier_version(bare, tmp_path, text, number):
     assert idle(tmp_path, seeds=2)["number"] == number
 
 
+@pytest.mark.slow_process
 def test_through_the_kernel(tmp_path):
     "The variables reach the kernel before torch, but for those of the user"
     args = ["run", "baseline", "--n-epochs", "1", "--heads", "false", "--device", "cpu", "--threads", "2"]
@@ -367,6 +368,7 @@ def test_through_the_kernel(tmp_path):
     assert cell["execution_count"], "it ran, before torch was imported"
 
 
+@pytest.mark.slow_process
 def test_a_notebook_of_ones_own():
     "`import ltnb` and its recipes change no variable; `start_threads` does, and says what torch has read of it"
     code = """

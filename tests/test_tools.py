@@ -75,6 +75,7 @@ def test_folder_to_csv(photos, trained, main, tmp_path):
     assert all(abs(float(r["dark"]) + float(r["light"]) - 1) < 1e-4 for r in rows)
 
 
+@pytest.mark.slow_process
 def test_load_in_python(photos, trained):
     clf, data = ltnb.load(trained), LongTail.folder(photos, image_size=12)
     probs = clf.predict(data.test.images)

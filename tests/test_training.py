@@ -542,6 +542,7 @@ def processes(n, out, *more):
     )
 
 
+@pytest.mark.slow_process
 def test_two_processes_train_what_one_trains(tmp_path):
     "The same global batch without batch statistics: weights within 1e-5 after two epochs; one process writes"
     for n in (1, 2):
@@ -565,6 +566,7 @@ def test_several_processes_need_plain(main, monkeypatch):
     assert "one process" in main("run", "ldmlr", "--plain")[2]
 
 
+@pytest.mark.slow_process
 def test_sigkill_of_the_command(tmp_path):
     "SIGKILL at random moments, then the same command: the files of an undisturbed run"
     args = [
