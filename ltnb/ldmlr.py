@@ -190,8 +190,8 @@ def keep(self:LDMLR,
         clf.net.fc.bias.copy_(head.bias)
     keep_classifier(s, clf, "ldmlr + label shift", head.counts)
     fig, axes = new_figure(9, 3, 3)
-    three = (f.train, f.train_labels), (made.items, made.labels), (f.test, f.test_labels)
-    plot_feature_map(*three, f.class_names, axes=axes)
+    real, unseen = (f.train, f.train_labels), (f.test, f.test_labels)
+    plot_feature_map(real, (made.items, made.labels), unseen, f.class_names, axes=axes)
     save_figure(fig, s.run.path/"figures"/"features.png")
 
 # %% ../nbs/44_ldmlr.ipynb #3b6a1676
@@ -210,7 +210,8 @@ def lead(self:LDMLR,
     "What was run"
     seeds = f"{f.cfg.seeds} seeds" if f.cfg.seeds > 1 else "One seed"
     one = " of generator and head; one encoder" if f.cfg.features else ""
-    return f"{seeds}{one}; {len(f.data.counts)} classes, {int(np.sum(f.data.counts))} training items; {f.cfg.variant} form"
+    n, k = int(np.sum(f.data.counts)), len(f.data.counts)
+    return f"{seeds}{one}; {k} classes, {n} training items; {f.cfg.variant} form"
 
 # %% ../nbs/44_ldmlr.ipynb #3b1a06a8
 _ABOUT = P(f"{PAIRED} A dash is a band without classes, or a method that fits no head. The column ", I("all, argmax"),
