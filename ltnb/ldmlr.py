@@ -231,8 +231,7 @@ def sections(self:LDMLR,
     alt = "Test accuracy of each class for cross-entropy, label shift and LDMLR"
     return [("What it says", said), ("The table", _ABOUT, table(rows)), *ablated_section(ablated),
             ("The long tail", f"Training items per class, seed {f.cfg.seed}.", TAIL), *starts_section(rows),
-            ("Accuracy per class, before and after", drawn_and_not(rows, SHOWN),
-             Figure("per_class", alt, classes)),
+            ("Accuracy per class, before and after", drawn_and_not(rows, SHOWN), Figure("per_class", alt, classes)),
             ("Real and generated features", pca, maps)]
 
 # %% ../nbs/44_ldmlr.ipynb #d289f77d
