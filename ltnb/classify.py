@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSS_HEADS', 'usual_arch', 'ClassifierConfig', 'check_classifier', 'usual_schedule', 'new_classifier', 'train',
-           'OverBatch', 'classify', 'mixed', 'trained_answer', 'keep_classifier']
+           'OverBatch', 'classify', 'mixed', 'trained_answer', 'aim_of', 'keep_classifier']
 
 # %% ../nbs/34_classify.ipynb #5289424a
 from dataclasses import dataclass
@@ -153,6 +153,12 @@ def trained_answer(s:Stage, # as in `classify`, and so the rest
     return clf.logits(s.data.test.images, **where).float() * the_loss.scale, the_loss.prior.cpu()
 
 # %% ../nbs/34_classify.ipynb #068c5df7
+def aim_of(s:Stage # its settings and data
+          )->np.ndarray|None: # (K,) probabilities
+    "The class prior that answers are also corrected to, if there is one"
+    return class_prior(s.cfg.test_prior, s.data.class_names, s.data.counts)
+
+
 def keep_classifier(s:Stage, # whose run keeps it
                     clf:Classifier, # trained
                     method:str, # whose answers it gives
@@ -160,7 +166,7 @@ def keep_classifier(s:Stage, # whose run keeps it
                     shifted:bool=True # take that prior out of its answers
                    ):
     "Save a classifier as the run's `model`"
-    aim, more = class_prior(s.cfg.test_prior, s.data.class_names, s.data.counts), {}
+    aim, more = aim_of(s), {}
     if shifted: clf.log_prior = log_prior(prior).tolist()
     if aim is not None:
         clf.log_prior = (log_prior(prior) - log_prior(aim)).tolist()

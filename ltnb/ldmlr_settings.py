@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LDMLR_ABLATIONS', 'BANDS_DIFFER', 'CORRECTED_ONLY', 'how_many', 'which_bands', 'pulls', 'ablation_settings',
-           'check_ablations', 'corrected', 'LatentConfig', 'LDMLRConfig', 'DemoConfig']
+           'check_ablations', 'check_bands', 'corrected', 'LatentConfig', 'LDMLRConfig', 'DemoConfig', 'refitting',
+           'planned', 'ablated_section']
 
 # %% ../nbs/43_ldmlr_settings.ipynb #01e18a32
 from dataclasses import dataclass, fields
@@ -18,8 +19,12 @@ from .core import UsageError, nearest
 from .config import Config, auto, limited
 from .data import BANDS, bands
 from .sources import DataConfig, usual_ratio
+from .report import table
+from .heads import Features
+from .jobs import make_plan
 from .classify import check_classifier
 from .latent import planned_counts
+from .refit import TwoStarts
 
 # %% ../nbs/43_ldmlr_settings.ipynb #29a235af
 LDMLR_ABLATIONS = ("count", "bands", "sample-steps", "width", "guidance", "encoding")
@@ -72,6 +77,15 @@ def check_ablations(ablate:str|None, # names joined by commas, or all
     for name in (ablate or "all").split(",") if ablate not in (None, "all") else ():
         if name not in known:
             raise UsageError(f"{name!r} is not an ablation (several are joined by ','). {nearest(name, known)}")
+
+
+def check_bands(names:str, # joined by +, or all
+                counts:np.ndarray # (K,) training items
+               ):
+    "Refuse bands that no class of this set belongs to"
+    if names == "all" or planned_counts(counts, 1, None, names).any(): return
+    there = ", ".join(b for b in BANDS if len(bands(counts)[b]))
+    raise UsageError(f"bands={names!r} names no class of this set: its bands are {there}.")
 
 # %% ../nbs/43_ldmlr_settings.ipynb #3a10d9f5
 def corrected(cfg:Config): return cfg.variant == "corrected"
@@ -244,3 +258,25 @@ class DemoConfig(LDMLRConfig):
     "LDMLR on Digits-LT with five seeds: what `ltnb demo` runs"
     recipe: ClassVar[str] = "demo"
     seeds: int = 5 # how many seeds
+
+# %% ../nbs/43_ldmlr_settings.ipynb #5ec70002
+def refitting(cfg:LDMLRConfig # resolved
+             )->TwoStarts: # weight, steps and rates
+    "How its heads are fitted"
+    return TwoStarts(cfg.syn_weight, cfg.head_steps, cfg.head_lr, cfg.scratch_steps, cfg.scratch_lr)
+
+
+def planned(cfg:LDMLRConfig, # resolved
+            f:Features # frozen features
+           )->np.ndarray: # (N, 2) rows (class, k)
+    "What to make"
+    return make_plan(planned_counts(f.counts, cfg.per_class, cfg.ratio, cfg.bands))
+
+# %% ../nbs/43_ldmlr_settings.ipynb #5ec70003
+def ablated_section(rows:list[dict] # of scores.json, those of ablations
+                   )->list[tuple]: # none where there are none
+    "The section of a report on ablations"
+    if not rows: return []
+    note = BANDS_DIFFER * any(r["method"].startswith("bands") for r in rows)
+    about = f"One setting changed at a time; each row is read with the effective prior removed.{note}"
+    return [("What each setting is worth", about, table(rows))]

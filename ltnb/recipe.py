@@ -182,7 +182,7 @@ class Recipe:
               team:Team # who takes part
              )->LongTail: # decoded, where it fits into memory
         "The data as the steps want it; what cannot be read is an error now"
-        return ready_together(data, team)
+        return ready_together(data, team) if isinstance(data, LongTail) else data
 
     def resolve(self,
                 cfg:Config, # as given

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CONTROLS', 'TwoStarts', 'fit_heads', 'base_head', 'refit', 'decoupled_heads', 'read_heads', 'Read',
-           'score_rows']
+           'score_rows', 'starts_section']
 
 # %% ../nbs/42_refit.ipynb #33ee85f4
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ import torch
 
 from .progress import Progress
 from .metrics import expected_accuracy, paired_over_images, score
+from .pictures import plot_starts
+from .report import Figure
 from .losses import effective_counts, log_prior
 from .heads import Features, Head, by_rows, fit_head
 from .decoupled import crt, lws, tau_norm
@@ -168,3 +170,16 @@ def score_rows(f:Features, # real features
     rows = [read.row(m) for m in shown if {(m, None), (m, "label shift")} & set(read.right)]
     for r in rows if test_prior is not None else (): r["expected"] = expected_accuracy(r["per_class"], test_prior)
     return rows
+
+# %% ../nbs/42_refit.ipynb #5ec70001
+_STARTS = ("Fitted from scratch, a head shows what its extra features are worth. Started from label shift, with few "
+           "steps, it can stay near label shift whatever it is fed.")
+
+
+def starts_section(rows:list[dict] # of scores.json
+                  )->list[tuple]: # none where heads have one start only
+    "The section of a report on two starts"
+    if not any("scratch_all" in r for r in rows): return []
+    def draw(ax): plot_starts(rows, ax=ax)
+    alt = "Accuracy of heads fitted from scratch and started from label shift"
+    return [("Two starts", _STARTS, Figure("starts", alt, draw))]
