@@ -210,7 +210,8 @@ def lead(self:LDMLR,
     "What was run"
     seeds = f"{f.cfg.seeds} seeds" if f.cfg.seeds > 1 else "One seed"
     one = " of generator and head; one encoder" if f.cfg.features else ""
-    return f"{seeds}{one}; {len(f.data.counts)} classes, {int(np.sum(f.data.counts))} training items; {f.cfg.variant} form"
+    n = int(np.sum(f.data.counts))
+    return f"{seeds}{one}; {len(f.data.counts)} classes, {n} training items; {f.cfg.variant} form"
 
 # %% ../nbs/44_ldmlr.ipynb #3b1a06a8
 _ABOUT = P(f"{PAIRED} A dash is a band without classes, or a method that fits no head. The column ", I("all, argmax"),
