@@ -39,6 +39,7 @@ RECIPES = {
             cap=1.0,
             pipelines=False,
             aid_kappa=1.0,
+            judge_epochs=1,
         ),
     ),
 }
