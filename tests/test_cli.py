@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,7 +374,7 @@ def test_a_default_that_depends_on_the_data_is_one_line(tmp_path, monkeypatch, c
     add_settings(parser := Parser("ltnb run toy"), ToyConfig)
     assert says in " ".join(parser.format_help().split())
     entry = cli.Entry("toy", "toy", "ToyConfig", 99, "a toy")
-    monkeypatch.setattr(cli.Entry, "load", lambda self: (None, ToyConfig))
+    monkeypatch.setattr(cli.Entry, "load", lambda self: SimpleNamespace(config=ToyConfig))
     monkeypatch.setattr(cli, "RECIPES", {"toy": entry})
     cli.list_command([])
     assert says in capsys.readouterr().out
