@@ -279,9 +279,9 @@ def zone_shares(ratio:Sequence|np.ndarray, # (N,) d_i / d_f
 
 # %% ../nbs/60_aid.ipynb #9aac5bf7
 def _check_scored(folder, # of the job, for the message
-                 rows, # of its manifest
-                 by:str # fingerprint of a geometry
-                )->None:
+                  rows, # of its manifest
+                  by:str # fingerprint of a geometry
+                 )->None:
     "Refuse scores of another geometry"
     other = next((b for r in rows if (b := r["scores"].get("aid_by")) not in (None, by)), None)
     if other:

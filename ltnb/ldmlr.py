@@ -107,9 +107,9 @@ def flawed(s:Stage, # its settings and data
 
 # %% ../nbs/44_ldmlr.ipynb #6f7a9712
 def feature_generator(s:Stage, # its settings
-              f:Features, # frozen features
-              name:str="" # of the checkpoints; empty: the usual one
-             ): # a LatentModel, or a PublishedModel
+                      f:Features, # frozen features
+                      name:str="" # of the checkpoints; empty: the usual one
+                     ): # a LatentModel, or a PublishedModel
     "Train the model of the features"
     cfg, train = s.cfg, train_latent if s.cfg.variant == "corrected" else train_published
     size = {"width": cfg.diff_width} if cfg.variant == "corrected" else {"dim": cfg.diff_width}

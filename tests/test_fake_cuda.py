@@ -373,7 +373,7 @@ def test_the_recipe_samples_where_it_runs(variant, monkeypatch, tmp_path):
     f = Features(FEATURES, y, FEATURES, y, tuple("abcd"), a_head())
     given = LDMLRConfig(variant=variant, n_steps=2, sample_steps=3, diff_width=16, features="x.npz")
     cfg, seen = LDMLR().resolve(given, f), []
-    model, plan = ldmlr.generator(Stage(cfg, f, 0, Where()), f), planned(cfg, f)
+    model, plan = ldmlr.feature_generator(Stage(cfg, f, 0, Where()), f), planned(cfg, f)
     model.net.register_forward_pre_hook(lambda net, args: seen.append(args[0].device.type))
 
     def sample(device):
