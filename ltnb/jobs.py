@@ -49,7 +49,7 @@ _BLOCK = 256
 
 
 def draw_items(key:tuple, # what the draw is for: model, settings
-               plan:"np.ndarray|Plan", # (N, 2) rows (class, k), or a `Plan`
+               plan:np.ndarray, # (N, 2) rows (class, k), or a `Plan`
                draw:Callable # (generator, n, class) -> (n, ...) array
               )->np.ndarray: # (N, ...), a row an item
     "Random numbers that depend on the item, not on its batch"
@@ -66,7 +66,7 @@ def draw_items(key:tuple, # what the draw is for: model, settings
 
 # %% ../nbs/30_jobs.ipynb #569f8827
 def item_noise(key:tuple, # what the noise is for
-               plan:"np.ndarray|Plan", # (N, 2) rows (class, k), or a `Plan`
+               plan:np.ndarray, # (N, 2) rows (class, k), or a `Plan`
                shape:tuple # of one item
               )->torch.Tensor: # (N, *shape) float32, standard normal
     "Start noise of a diffusion sampler"

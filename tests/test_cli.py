@@ -363,9 +363,9 @@ def test_a_default_that_depends_on_the_data_is_one_line(tmp_path, monkeypatch, c
     "Its words in the help and in `ltnb list`, its value in `filled`, its limits: all from the field"
     from ltnb import cli
 
-    (tmp_path / "toy_recipe.py").write_text(TOY)
+    (tmp_path / "toy_of_the_test.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
-    from toy_recipe import ToyConfig
+    from toy_of_the_test import ToyConfig
 
     says = "passes over the training set (default: 80 for digits, else 200)"
     helps = help_of(ToyConfig)
