@@ -132,7 +132,8 @@ def draw(s:Stage, # its settings and data
     how = dict(keep=tuple(cfg.keep.split("+")), cap=cfg.cap, class_names=s.data.class_names)
     job = dict(seed=s.seed, settings=settings, attempts=3)
     wanted = images_wanted(cfg, s.data, only)
-    return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, where=where, **how, **job)
+    seen = replace(where, precision="fp32") # as the classes themselves were measured
+    return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, where=seen, **how, **job)
 
 # %% ../nbs/62_diffult_steps.ipynb #8f7bb202
 def describe_real(s:Stage, # its settings and data

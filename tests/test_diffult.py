@@ -446,3 +446,23 @@ def test_a_budget_below_what_the_images_take(cfg, data, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path):
     assert run(DiffuLTConfig(**QUICK, device="cuda", compiled=False, out=str(tmp_path / "run"))).finished
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_are_made_in_the_run_s_precision_and_measured_in_that_of_the_classes(precision, monkeypatch):
+    seen = {}
+
+    def image_maker(model, how, where, seed):
+        seen["made"] = where.precision
+        return None, {}
+
+    def draw_filtered(*args, where, **how):
+        seen["measured"] = where.precision
+
+    monkeypatch.setattr(diffult_steps, "image_maker", image_maker)
+    monkeypatch.setattr(diffult_steps, "draw_filtered", draw_filtered)
+    data = LongTail.digits()
+    cfg = DiffuLT().resolve(DiffuLTConfig(dataset="digits", precision=precision), data)
+    stage = Stage(cfg, data, 0, Where(precision=precision))
+    draw(stage, SimpleNamespace(fingerprint="m"), Eye(None, None, None), "folder")
+    assert seen == {"made": precision, "measured": "fp32"}
