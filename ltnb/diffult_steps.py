@@ -116,8 +116,7 @@ class Made:
     @property
     def everything(self)->Synthetic: # as many of each class as are wanted, good or bad
         "What there is without a filter: the first images of each class"
-        wanted = {d["class"]: d["wanted"] for d in self.drawn.classes}
-        return self.drawn.made.where(lambda r: r["k"] < wanted.get(r["class"], 0))
+        return self.drawn.unfiltered
 
 # %% ../nbs/62_diffult_steps.ipynb #686c93e1
 def draw(s:Stage, # its settings and data

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from .core import UsageError
+from .core import UsageError, stable_seed
 from .config import spread
 from .team import Team
 from .jobs import Job, Plan, as_plan, make_plan
@@ -181,3 +182,37 @@ def draw_until(folder:str|Path, # of the job; holds all that is drawn
         if team.told("whether they are enough", all(m <= n for m, n in zip(enough(), size, strict=True))):
             return Drawn(made, *team.told("what is kept", _summary(made, size, wanted, passed)))
     return Drawn(Synthetic(torch.empty(0), []), np.zeros(0, np.int64), [])
+
+# %% ../nbs/37_draw.ipynb #028e3037
+@patch(as_prop=True)
+def unfiltered(self:Drawn
+              )->Synthetic: # as many of each class as are wanted, good or bad
+    "What there is without a filter: the first items of each class"
+    wanted = {d["class"]: d["wanted"] for d in self.classes}
+    return self.made.where(lambda r: r["k"] < wanted.get(r["class"], 0))
+
+
+@patch
+def by_lot(self:Drawn,
+           seed:int # of the lot
+          )->Synthetic: # as many of each class as were kept, among as many as were drawn
+    "The filter that throws dice"
+    k, at = np.array([r["k"] for r in self.made.manifest], dtype=np.int64), [np.zeros(0, np.int64)]
+    for d in self.classes:
+        own = np.flatnonzero((self.made.labels == d["class"]) & (k < d["drawn"]))
+        chosen = np.random.default_rng(stable_seed("lot", seed, d["class"])).permutation(own)[:d["kept"]]
+        at.append(np.sort(chosen))
+    return self.made.take(np.concatenate(at))
+
+
+@patch
+def topped_up(self:Drawn,
+              name:str # of a score: the higher, the better
+             )->Synthetic: # what is kept, and the best of the rest
+    "Classes of which too few passed, filled up"
+    y, value = self.made.labels, np.array([r["scores"][name] for r in self.made.manifest], dtype=float)
+    rest, at = np.setdiff1d(np.arange(len(y)), self.at), [self.at]
+    for d in self.classes:
+        own = rest[y[rest] == d["class"]]
+        at.append(own[np.argsort(-value[own], kind="stable")][:d["wanted"] - d["kept"]])
+    return self.made.take(np.sort(np.concatenate(at)))
