@@ -218,7 +218,7 @@ def draw(s:Stage, # its settings and data
     with s.timed(f"images of {what}"):
         return draw_until(folder, wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
 
-# %% ../nbs/79_chatdiff.ipynb #44ab717f
+# %% ../nbs/79_chatdiff.ipynb #b1a16c74
 def real_alone(s:Stage # its settings and data
               )->Answers: # method -> Answer
     "Every row that needs no generator"
@@ -231,7 +231,7 @@ def by_labels(s:Stage, # its settings and data
              )->Answers: # method -> Answer
     "What do words add over labels? The class-conditional model with the same budget; none beside a pipeline"
     if s.cfg.pipeline: return Answers()
-    where = replace(s.where, name="generation", compiled=s.cfg.compiled)
+    where = replace(s.where, name="labels", compiled=s.cfg.compiled)
     with s.timed("generation"):
         model, plan = train_model(s.cfg, s.data, s.seed, where), make_plan(images_wanted(s.cfg, s.data))
         folder = s.run.path/"made"/f"generation-seed-{s.seed}"
@@ -437,14 +437,14 @@ def made_table(rows:list[dict] # of scores.json
         if m in methods(rows): lines.append([m, *(cell(k, values(rows, m, k)) for k in MADE)])
     return lines
 
-# %% ../nbs/79_chatdiff.ipynb #b08c7c78
+# %% ../nbs/79_chatdiff.ipynb #3bbb4e27
 def words_table(rows:list[dict] # of classes-seed-S.json
                )->list[list[str]]: # a header and a line a class
     "Class by class: asked, drawn, kept, judged, before and after, and one of the prompts"
     def share(x): return "–" if x is None or x != x else f"{x:.0%}"
     def count(x): return "–" if x is None else f"{x:,}"
-    heads = ["class", "training images", "wanted", "drawn", "kept", "recognised of kept", "before", "after", "", "a prompt"]
-    lines = [heads]
+    numbers = "training images", "wanted", "drawn", "kept", "recognised of kept", "before", "after"
+    lines = [["class", *numbers, "", "a prompt"]]
     for r in rows:
         numbers = [count(r[k]) for k in ("images", "wanted", "drawn", "kept")]
         lines.append([r["class"], *numbers, *(share(r[k]) for k in ("judged", "before", "after")),
