@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'fitted', 'prepared', 'Clip', 'text_embeddings', 'class_embeddings', 'quick_gelu_of', 'warn_of_activation',
-           'offline', 'from_hub', 'open_clip_model', 'texts_of', 'encode_set', 'zero_shot_accuracy']
+           'offline', 'from_hub', 'open_clip_model', 'texts_of', 'encode_set', 'zero_shot_accuracy', 'is_clip',
+           'encode_with_clip']
 
-# %% ../nbs/74_clip.ipynb #aa914425
+# %% ../nbs/74_clip.ipynb #900a81d8
 import contextlib, hashlib, json, logging, os, warnings, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -22,10 +23,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from . import __version__
-from .core import (FORMAT, DataError, LtnbError, UsageError, autocast, check_format, nearest, plain, read_json,
-                       save_tensors, write_json)
-from .progress import tell
+from .core import (FORMAT, DataError, LtnbError, UsageError, autocast, check_format, choose_device,
+                       choose_precision, nearest, plain, read_json, save_tensors, write_json)
+from .progress import Progress, tell
+from .threads import computing_threads
 from .data import ImageSet, LongTail
+from .sources import DataConfig, load_data
 from .team import Where
 from .heads import Features
 from .knowledge import Knowledge, knowledge_of
@@ -357,7 +360,7 @@ def open_clip_model(name:str, # NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, local-dir:
     cfg, model = from_hub(get, name, download)
     with offline(): return Clip.of(model, open_clip.get_tokenizer(name), cfg, name)
 
-# %% ../nbs/74_clip.ipynb #afc1a625
+# %% ../nbs/74_clip.ipynb #9960619f
 def texts_of(data:LongTail, # whose classes
              dataset:str="", # its name, for the knowledge that is shipped
              path:str|None=None # a file of knowledge
@@ -368,16 +371,17 @@ def texts_of(data:LongTail, # whose classes
         if path is not None: raise
         return [[f"a photo of a {str(n).replace('_', ' ')}"] for n in data.class_names]
 
-
+# %% ../nbs/74_clip.ipynb #753d90ba
 def encode_set(clip:Clip, # a model
                data:LongTail, # its images
                texts:Sequence[Sequence[str]], # K lists of texts
                where:Where|None=None, # device and precision
+               bs:int=256, # images at a time
                progress:Callable=lambda n: None # told the number of images after each batch
               )->tuple[Features, dict[str, np.ndarray]]: # and arrays: train_zero_shot, test_zero_shot, clip
     "A set as CLIP features, and the cosines of all images with all classes"
     t = text_embeddings(clip, texts, where)
-    z = [clip.images(s, where, progress=progress) for s in (data.train, data.test)]
+    z = [clip.images(s, where, bs, progress) for s in (data.train, data.test)]
     y = [torch.from_numpy(s.labels) for s in (data.train, data.test)]
     scores = {f"{part}_zero_shot": (own @ t.T).numpy() for part, own in zip(("train", "test"), z, strict=True)}
     return Features(z[0], y[0], z[1], y[1], data.class_names), scores | {"clip": np.array(clip.id)}
@@ -388,3 +392,27 @@ def zero_shot_accuracy(scores:np.ndarray|torch.Tensor, # (N, K) cosines
                       )->float:
     "In how many images the nearest class is the right one"
     return float((np.asarray(scores).argmax(1) == np.asarray(labels)).mean())
+
+# %% ../nbs/74_clip.ipynb #5e6a0d36
+def is_clip(arch:str|None # as typed
+           )->bool:
+    "Does `ltnb encode --arch` name a CLIP model?"
+    return bool(arch) and arch.startswith("clip:")
+
+
+def encode_with_clip(config:DataConfig # also arch, knowledge, bs, pretrained: settings of `ltnb encode`
+                    )->tuple[Features, dict[str, np.ndarray]]: # as `encode_set`
+    "What `ltnb encode --arch clip:NAME` does; the model is opened before the data"
+    if not config.pretrained: raise UsageError("--pretrained false is for networks of timm, not for clip:NAME.")
+    if config.knowledge is not None and not os.path.isfile(config.knowledge):
+        raise UsageError(f"--knowledge {config.knowledge} is no file.")
+    clip = open_clip_model(config.arch.removeprefix("clip:"), config.download)
+    device, data = choose_device(config.device), load_data(config, config.seed)
+    for note in data.notes if not Progress.quiet else (): tell(f"note: {note}")
+    where = Where(device, choose_precision(config.precision, device))
+    texts, bar = texts_of(data, config.dataset, config.knowledge), Progress("encode", len(data.train) + len(data.test))
+    with computing_threads(config.threads): found = encode_set(clip, data, texts, where, config.bs, bar.step)
+    bar.close()
+    right = zero_shot_accuracy(found[1]["test_zero_shot"], data.test.labels)
+    print(f"zero-shot accuracy on the test images: {right:.1%} (chance: {1 / data.n_classes:.1%}), with {clip.id}")
+    return found
