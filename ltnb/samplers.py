@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'SPACINGS', 'Sampling', 'sampler_spacing', 'build_scheduler', 'sample_batch', 'sample_rows',
-           'sample_images']
+           'check_sampling', 'sample_images']
 
 # %% ../nbs/52_samplers.ipynb #a97489db
 import math
@@ -98,7 +98,12 @@ def sample_rows(model:NoiseModel, # in evaluation mode
     return torch.where(whole, ((x + 1) * 127.5).round().clamp(0, 255), 0).to(torch.uint8).cpu()
 
 # %% ../nbs/52_samplers.ipynb #8c981bf8
-def _check_plan(plan, n_classes, how, bs):
+def check_sampling(plan:np.ndarray, # (N, 2) rows (class, k)
+                   n_classes:int, # K
+                   how:Sampling, # steps and guidance
+                   bs:int=1 # images at a time
+                  ):
+    "Refuse rows that a model does not know, and steps that lead nowhere"
     if len(plan) and not 0 <= plan[:, 0].min() <= plan[:, 0].max() < n_classes:
         raise UsageError(f"the plan asks for class {plan[:, 0].max()}, the model knows {n_classes}: 0 to "
                          f"{n_classes - 1}.")
@@ -120,7 +125,7 @@ def sample_images(model:DiffusionModel, # trained
     "Generate the items of a plan"
     how, where = spread(changes, how or Sampling(), where or Where())
     plan = np.asarray(plan, dtype=np.int64).reshape(-1, 2)
-    _check_plan(plan, model.n_classes, how, bs)
+    check_sampling(plan, model.n_classes, how, bs)
     how = replace(how, spacing=sampler_spacing(how.sampler, how.spacing)) # an error even where there is nothing to do
     key, device = ("diffusion", model.fingerprint, seed, attempt), where.device
     if net is None: net = on_device(model.unet, device, compiled=False)
