@@ -8,7 +8,7 @@ __all__ = ['WHAT', 'PAIRS', 'MADE', 'ChatDiff', 'ChatDiffConfig', 'what_is_known
            'trained_on', 'by_words', 'kept_of', 'class_facts', 'rule_facts', 'picture_kept', 'plot_clip_scores',
            'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #10357841
+# %% ../nbs/79_chatdiff.ipynb #f3e4a2ad
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,7 @@ from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
 from .classify import (ClassifierConfig, aim_of, check_classifier, classify, keep_classifier, new_classifier)
 from .controls import controls
 from .draw import Drawn, ItemScore, draw_until
+from .samplers import sampler_spacing
 from .judge import Judge
 from .generator import (GeneratorConfig, SmallImages, denoising_of, make_images, resolve_generator, sampling_of,
                             seen_everything, train_model)
@@ -72,9 +73,10 @@ class ChatDiff(SmallImages):
         if s.first: self.keep(s, eye, painter, drawn)
         return rows
 
-# %% ../nbs/79_chatdiff.ipynb #41eee099
+# %% ../nbs/79_chatdiff.ipynb #9c7bfb17
 def _largest(cfg, data): return int(data.counts.max())
 def _sampler(cfg, data): return "own" if cfg.pipeline else "dpm++"
+def _spacing(cfg, data): return None if cfg.sampler == "own" else sampler_spacing(cfg.sampler)
 def _steps(cfg, data): return 30 if cfg.pipeline else 20
 def _guidance(cfg, data): return 7.5 if cfg.pipeline else 2.
 
@@ -94,6 +96,8 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     sample_steps: int = auto(_steps, "20; 30 for a pipeline", low=1, high=1000) # steps of the sampler
     guidance_scale: float = auto( # 1 for none; above 1: nearer to the words
         _guidance, "2; 7.5 for a pipeline", low=0)
+    # which noise levels the sampler visits
+    spacing: Literal["karras", "trailing"] = auto(_spacing, "karras for dpm++ and heun, else trailing; own for own")
     # fill each class up to so many
     target_per_class: int = auto(_largest, "the size of the largest class", low=1, high=10**6 - 1)
     fill: Literal["all", "tail"] = "all" # fill up every class, or only the tail
