@@ -34,7 +34,7 @@ from .heads import Features
 from .knowledge import Knowledge, knowledge_of
 from .prompts import class_texts
 
-# %% ../nbs/74_clip.ipynb #7af27da0
+# %% ../nbs/74_clip.ipynb #65c78b72
 def fitted(x:torch.Tensor, # (B, C, H, W) uint8
            size:tuple, # (height, width)
            mode:str="shortest", # which side is fitted: shortest (the rest is cut off), longest (padded), squash
@@ -47,7 +47,8 @@ def fitted(x:torch.Tensor, # (B, C, H, W) uint8
     if mode == "squash": side = [to_h, to_w]
     else:
         by = (max if mode == "shortest" else min)(to_h / h, to_w / w)
-        side = [max(round(h * by), 1), max(round(w * by), 1)]
+        whole = int if mode == "shortest" and to_h == to_w else round # as open_clip does it
+        side = [max(whole(h * by + 1e-9), 1), max(whole(w * by + 1e-9), 1)]
     how = InterpolationMode.BILINEAR if interpolation == "bilinear" else InterpolationMode.BICUBIC
     if side != [h, w]: x = tv.resize(x, side, how, antialias=True)
     if mode == "longest" and side != [to_h, to_w]: # half on each side
@@ -156,6 +157,43 @@ def class_embeddings(clip:Clip, # a model
     "What the model understands by each class"
     return text_embeddings(clip, [class_texts(k) for k in known], where)
 
+# %% ../nbs/74_clip.ipynb #5e9fcf97
+QUICK = ("openai", "metaclip", "dfn") # families that were trained with QuickGELU, for the most part
+_OPENAI = {"input_resolution", "context_length", "vocab_size"} # what only OpenAI's own files hold beside the weights
+
+
+def _openai_state(path): # the weights of a file of OpenAI's own kind; None for any other file
+    if str(path).endswith(".safetensors"): return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            zipped = zipfile.is_zipfile(path)
+            scripted = zipped and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
+            if scripted: state = torch.jit.load(path, map_location="cpu").state_dict()
+            else: state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception: return None # open_clip says what is wrong with it
+    if not isinstance(state, dict) or not _OPENAI & set(state): return None
+    return {k: v.float() for k, v in state.items() if k not in _OPENAI}
+
+# %% ../nbs/74_clip.ipynb #84a2d234
+def quick_gelu_of(name:str, # of an architecture of open_clip
+                  weights:str # a tag of open_clip, or a file
+                 )->bool|None: # None where nothing says it
+    "Were these weights trained with QuickGELU?"
+    import open_clip
+    known = open_clip.get_pretrained_cfg(name.removesuffix("-quickgelu"), weights)
+    if known: return bool(known.get("quick_gelu", False))
+    return True if os.path.isfile(weights) and _openai_state(weights) else None
+
+
+def warn_of_activation(name:str, # of a folder or a file
+                       cfg:dict # model_cfg
+                      ):
+    "Say so where weights look as if they wanted the other activation"
+    if cfg.get("quick_gelu") or not any(w in name.lower() for w in QUICK): return
+    tell(f"warning: {name} sounds like weights that were trained with QuickGELU, and its settings say GELU: scores "
+         "would be shifted. Set \"quick_gelu\": true in its model_cfg, or name the architecture with -quickgelu.")
+
 # %% ../nbs/74_clip.ipynb #8b89971a
 @patch
 def save(self:Clip,
@@ -170,6 +208,19 @@ def save(self:Clip,
     if hasattr(self.tokenizer, "save_pretrained"): self.tokenizer.save_pretrained(folder)
     about = {"format": FORMAT, "ltnb": __version__, "name": self.name, "fingerprint": self.fingerprint}
     write_json(folder/"ltnb.json", {**about, **more})
+
+# %% ../nbs/74_clip.ipynb #639c0a75
+@contextlib.contextmanager
+def offline()->Iterator[None]: # a block
+    "Inside, Hugging Face's libraries read what is on this machine, say little, and reach for no network"
+    from huggingface_hub import constants
+    before, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.CRITICAL)
+    try: yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.disable(level)
 
 # %% ../nbs/74_clip.ipynb #95b81d95
 def _built(kind, name, **how): # what open_clip makes of a name: model and tokenizer, or a DataError
@@ -224,57 +275,7 @@ def load(cls:Clip,
                         "ltnb.json describes. Restore it, or train it again.")
     return clip
 
-# %% ../nbs/74_clip.ipynb #5e9fcf97
-QUICK = ("openai", "metaclip", "dfn") # families that were trained with QuickGELU, for the most part
-_OPENAI = {"input_resolution", "context_length", "vocab_size"} # what only OpenAI's own files hold beside the weights
-
-
-def _openai_state(path): # the weights of a file of OpenAI's own kind; None for any other file
-    if str(path).endswith(".safetensors"): return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            zipped = zipfile.is_zipfile(path)
-            scripted = zipped and any("/code/" in n for n in zipfile.ZipFile(path).namelist())
-            if scripted: state = torch.jit.load(path, map_location="cpu").state_dict()
-            else: state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except Exception: return None # open_clip says what is wrong with it
-    if not isinstance(state, dict) or not _OPENAI & set(state): return None
-    return {k: v.float() for k, v in state.items() if k not in _OPENAI}
-
-# %% ../nbs/74_clip.ipynb #84a2d234
-def quick_gelu_of(name:str, # of an architecture of open_clip
-                  weights:str # a tag of open_clip, or a file
-                 )->bool|None: # None where nothing says it
-    "Were these weights trained with QuickGELU?"
-    import open_clip
-    known = open_clip.get_pretrained_cfg(name.removesuffix("-quickgelu"), weights)
-    if known: return bool(known.get("quick_gelu", False))
-    return True if os.path.isfile(weights) and _openai_state(weights) else None
-
-
-def warn_of_activation(name:str, # of a folder or a file
-                       cfg:dict # model_cfg
-                      ):
-    "Say so where weights look as if they wanted the other activation"
-    if cfg.get("quick_gelu") or not any(w in name.lower() for w in QUICK): return
-    tell(f"warning: {name} sounds like weights that were trained with QuickGELU, and its settings say GELU: scores "
-         "would be shifted. Set \"quick_gelu\": true in its model_cfg, or name the architecture with -quickgelu.")
-
-# %% ../nbs/74_clip.ipynb #e4318484
-@contextlib.contextmanager
-def offline()->Iterator[None]: # a block
-    "Inside, Hugging Face's libraries read what is on this machine, say little, and reach for no network"
-    from huggingface_hub import constants
-    before, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
-    constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.CRITICAL)
-    try: yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        logging.disable(level)
-
-
+# %% ../nbs/74_clip.ipynb #18ec010d
 def _reach_hub(what, seconds=5.): # an error at once where the hub cannot be reached
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE: raise UsageError(f"{what} is not on this machine, and HF_HUB_OFFLINE is set.")
@@ -330,12 +331,13 @@ def _named(name, weights, download): # a model of open_clip's list, with a tag o
     if state: _fill(model, state, f"{name} with {weights}")
     return Clip.of(model, tokenizer, cfg, f"{name}:{weights if known else Path(weights).name}")
 
-# %% ../nbs/74_clip.ipynb #f88ea88b
+# %% ../nbs/74_clip.ipynb #fe55f5be
 def _activation(name, weights): # QuickGELU? as the weights say, else as the name says; a difference is told
     asked, told = name.endswith("-quickgelu"), quick_gelu_of(name, weights)
     if told is None and not asked: warn_of_activation(Path(weights).name, {})
     if told is None or told == asked: return asked
-    tell(f"note: {Path(weights).name} was trained with {'QuickGELU' if told else 'GELU'}, which is used, whatever {name} says.")
+    kind = "QuickGELU" if told else "GELU"
+    tell(f"note: {Path(weights).name} was trained with {kind}, which is used, whatever {name} says.")
     return told
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KNOWN_FLOORS', 'RULES', 'confusable', 'clip_values', 'score_id', 'clip_score', 'quantile_by_class',
            'calibrated_thresholds', 'Thresholds', 'measure_thresholds', 'lot', 'keep_rule', 'check_scored', 'kept_by',
-           'clip_column', 'acceptance', 'acceptance_warnings', 'marks_of', 'acceptance_table', 'compare_rules',
-           'rules_table', 'recognised', 'sweep', 'ranking', 'plot_sweep']
+           'clip_column', 'acceptance', 'acceptance_warnings', 'marks_of', 'acceptance_table', 'shares_by_class',
+           'compare_rules', 'rules_table', 'recognised', 'sweep', 'ranking', 'plot_sweep']
 
-# %% ../nbs/76_discriminator.ipynb #e170e029
+# %% ../nbs/76_discriminator.ipynb #29892166
 import hashlib, json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from .team import Where
 from .synthetic import Synthetic
 from .copies import copies
 from .draw import ItemScore
+from .judge import weighed
 from .knowledge import Knowledge
 from .prompts import NOT_OBJECTS, class_texts
 from .clip import Clip, class_embeddings
@@ -289,7 +290,17 @@ def acceptance_table(made:Synthetic, # with scores
         lines.append([str(class_names[c]), *images, *numbers, *marked, "below 10 %" if share < .1 else ""])
     return lines
 
-# %% ../nbs/76_discriminator.ipynb #6d52bfb5
+# %% ../nbs/76_discriminator.ipynb #937b5c34
+def shares_by_class(right:np.ndarray, # (N,) bool
+                    at:np.ndarray, # (N,) bool: which items
+                    labels:np.ndarray, # (N,)
+                    n_classes:int # K
+                   )->float: # NaN where there are none
+    "The share of a mark, every class by what was made of it: a rule that merely drops hard classes gains nothing"
+    made = np.bincount(labels, minlength=n_classes)
+    return weighed(acceptance(right[at], labels[at], n_classes), made)
+
+
 def compare_rules(made:Synthetic, # with scores
                   rules:dict[str, Callable], # name -> rule
                   n_classes:int, # K
@@ -298,14 +309,15 @@ def compare_rules(made:Synthetic, # with scores
                  )->list[dict]: # a row a rule
     "All rules on the same images"
     y, marks, out = made.labels, marks_of(made, limit), []
-    def share(v, at): return float(v[at].mean()) if at.any() else float("nan")
     for name, rule in rules.items():
         kept = kept_by(made, rule)
         by_class = acceptance(kept, y, n_classes)
-        row = {"rule": name, "kept": int(kept.sum()), "acceptance": share(kept, np.ones(len(kept), bool)),
+        row = {"rule": name, "kept": int(kept.sum()), "acceptance": float(kept.mean()),
                "lowest": float(np.nanmin(by_class)), "below": int((by_class < .1).sum())}
-        if right is not None: row |= {"recognised_kept": share(right, kept), "recognised_dropped": share(right, ~kept)}
-        out.append(row | {k: share(v, kept) for k, v in marks.items()})
+        if right is not None:
+            row |= {"recognised_kept": shares_by_class(right, kept, y, n_classes),
+                    "recognised_dropped": shares_by_class(right, ~kept, y, n_classes)}
+        out.append(row | {k: float(v[kept].mean()) if kept.any() else float("nan") for k, v in marks.items()})
     return out
 
 
@@ -319,7 +331,7 @@ def rules_table(rows:list[dict] # of `compare_rules`
     def text(k, v): return str(v) if isinstance(v, int) else "–" if np.isnan(v) else f"{v:.1%}"
     return [["rule", *(heads[k] for k in shown)], *([r["rule"], *(text(k, r[k]) for k in shown)] for r in rows)]
 
-# %% ../nbs/76_discriminator.ipynb #20dfe6a6
+# %% ../nbs/76_discriminator.ipynb #3be97a3b
 def recognised(judge:Classifier, # who has seen every real image
                made:Synthetic, # images
                device:str="cpu" # where
@@ -330,30 +342,34 @@ def recognised(judge:Classifier, # who has seen every real image
 
 def sweep(value:np.ndarray, # (N,) a score: the higher, the better
           right:np.ndarray, # (N,) bool of `recognised`
-          n:int=50 # thresholds
-         )->dict[str, np.ndarray]: # threshold, kept (shares), recognised_kept, recognised_dropped -> (n,)
-    "What a judge says of what is kept and of what is dropped, over thresholds"
-    value, right = np.asarray(value, dtype=float), np.asarray(right, dtype=bool)
-    limits = np.unique(np.quantile(value, np.linspace(0, 1, n)))
-    kept = value[None] >= limits[:, None]
-    m, hits = kept.sum(1), (kept & right).sum(1)
-    rest, missed = len(value) - m, right.sum() - hits
-    def share(a, b): return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
-    return {"threshold": limits, "kept": m / len(value), "recognised_kept": share(hits, m),
-            "recognised_dropped": share(missed, rest)}
+          labels:np.ndarray, # (N,)
+          n:int=30 # thresholds
+         )->dict[str, np.ndarray]: # kept (share of each class), recognised_kept, recognised_dropped -> (n,)
+    "What a judge says of what is kept and of what is dropped, while each class keeps its best share"
+    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
+    k, shares = int(y.max()) + 1, np.linspace(1, 0, n, endpoint=False)
+    out = {"kept": shares, "recognised_kept": np.empty(n), "recognised_dropped": np.empty(n)}
+    for i, share in enumerate(shares):
+        kept = value >= calibrated_thresholds(value, y, k, 1 - share, least=1)[y]
+        out["recognised_kept"][i] = shares_by_class(right, kept, y, k)
+        out["recognised_dropped"][i] = shares_by_class(right, ~kept, y, k)
+    return out
 
 
 def ranking(value:np.ndarray, # (N,) a score: the higher, the better
-            right:np.ndarray # (N,) bool of `recognised`
-           )->float: # 0.5: no better than a lot; 1: every recognised image is above every other
-    "How often a recognised image scores higher than one that is not: the area under the ROC curve"
+            right:np.ndarray, # (N,) bool of `recognised`
+            labels:np.ndarray # (N,)
+           )->float: # 0.5: no better than a lot; 1: every recognised image of a class is above every other of it
+    "How often a recognised image scores higher than another of its class: the area under the ROC curve, mean of classes"
     from sklearn.metrics import roc_auc_score
-    right = np.asarray(right, dtype=bool)
-    return float(roc_auc_score(right, value)) if 0 < right.sum() < len(right) else float("nan")
+    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
+    parts = [y == c for c in np.unique(y)]
+    areas = [roc_auc_score(right[p], value[p]) for p in parts if 0 < right[p].sum() < p.sum()]
+    return float(np.mean(areas)) if areas else float("nan")
 
-# %% ../nbs/76_discriminator.ipynb #c6bd6e54
+# %% ../nbs/76_discriminator.ipynb #d488c183
 def plot_sweep(curves:dict[str, dict], # name of a score -> of `sweep`
-               right:np.ndarray, # (N,) bool of `recognised`: the share of all is the floor
+               floor:float, # share that is recognised of all: what a random rule keeps
                ax:Any=None # matplotlib Axes; a new one when left out
               )->Any: # the Axes
     "Recognised of kept (line) and of dropped (dashed) over the share that is kept; a random rule is the flat line"
@@ -361,7 +377,7 @@ def plot_sweep(curves:dict[str, dict], # name of a score -> of `sweep`
     for (name, d), color in zip(curves.items(), LINE_COLORS[1:], strict=False):
         ax.plot(d["kept"], d["recognised_kept"], color=color, label=f"{name}: kept")
         ax.plot(d["kept"], d["recognised_dropped"], color=color, ls="--", lw=1, label="dropped")
-    ax.axhline(np.mean(right), color="0.6", lw=1.4, label="random: both")
-    ax.set(xlabel="share of the images that is kept", ylabel="recognised by the judge", xlim=(0, 1), ylim=(0, 1.02))
+    ax.axhline(floor, color="0.6", lw=1.4, label="random: both")
+    ax.set(xlabel="share of each class that is kept", ylabel="recognised by the judge", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(frameon=False, fontsize=7, ncols=2)
     return ax
