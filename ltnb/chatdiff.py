@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHAT', 'PAIRS', 'MADE', 'ChatDiff', 'ChatDiffConfig', 'what_is_known', 'Discriminator', 'small_clip', 'discriminator',
            'rules', 'Painter', 'text_painter', 'draw', 'real_alone', 'by_labels', 'trained_on', 'by_words', 'kept_of',
-           'class_facts', 'rule_facts', 'picture_kept', 'plot_clip_scores', 'made_table', 'words_table', 'run']
+           'class_facts', 'rule_facts', 'plot_clip_scores', 'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #85476120
+# %% ../nbs/79_chatdiff.ipynb #02751cae
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,7 @@ from .runs import Run
 from .data import LongTail
 from .sources import load_data
 from .metrics import methods, values
-from .pictures import figure_names, new_figure, plot_distribution, plot_per_class, save_figure, show_images
+from .pictures import plot_distribution, plot_per_class
 from .report import Figure, table, verdict_on_pairs
 from .losses import effective_counts
 from .team import Team
@@ -46,12 +46,12 @@ from .discriminator import (RULES, Thresholds, acceptance, clip_score, compare_r
 from .text2image import TextToImage, model_folder, pipeline_class, text_maker
 from .text_diffusion import text_image_maker, train_text_diffusion
 
-# %% ../nbs/79_chatdiff.ipynb #56971227
+# %% ../nbs/79_chatdiff.ipynb #7b85ea41
 class ChatDiff(SmallImages):
     "What a language model knows, drawn and judged; a reconstruction, with every control"
     title = "ChatDiff (reconstruction)"
-    compared = ("cross-entropy", "label shift", "balanced softmax", "real repeated", "generation", "name only",
-                "shuffled knowledge", "knowledge", "random filter")
+    compared = ("cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "generation",
+                "name only", "shuffled knowledge", "knowledge", "random filter")
 
     def seed(self,
              s:Stage # of one seed
@@ -212,7 +212,7 @@ def draw(s:Stage, # its settings and data
     with s.timed(f"images of {what}"):
         return draw_until(folder, wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
 
-# %% ../nbs/79_chatdiff.ipynb #b1a16c74
+# %% ../nbs/79_chatdiff.ipynb #98e8ade8
 def real_alone(s:Stage # its settings and data
               )->Answers: # method -> Answer
     "Every row that needs no generator"
@@ -230,18 +230,20 @@ def by_labels(s:Stage, # its settings and data
         model, plan = train_model(s.cfg, s.data, s.seed, where), make_plan(images_wanted(s.cfg, s.data))
         folder = s.run.path/"made"/f"generation-seed-{s.seed}"
         made = make_images(model, plan, folder, sampling_of(s.cfg), where, seed=s.seed)
-    return Answers({"generation": trained_on(s, made, "generation", judge.facts(made) if judge else {})})
+    return Answers({"generation": trained_on(s, made, "generation", len(made), judge)})
 
-# %% ../nbs/79_chatdiff.ipynb #4abb24a6
+# %% ../nbs/79_chatdiff.ipynb #f0fa53e8
 def trained_on(s:Stage, # its settings and data
                made:Synthetic, # beside the real images
                method:str, # the row
-               facts:dict # that its row says
+               drawn:int, # how many were drawn for them
+               judge:Judge|None # None where another process writes
               )->Answer:
-    "Step 5: a classifier on real and made images"
+    "Step 5: a classifier on real and made images, and what is said of these"
+    facts = {"drawn": drawn, "kept": len(made)} | (judge.facts(made) if judge else {})
     return replace(classify(s, made, s.cfg.syn_weight, method.replace(" ", "-")), facts=facts)
 
-# %% ../nbs/79_chatdiff.ipynb #3a25dd3b
+# %% ../nbs/79_chatdiff.ipynb #c35cd34f
 def by_words(s:Stage, # its settings and data
              drawn:dict, # words -> Drawn
              judge:Judge|None # None where another process writes
@@ -251,9 +253,8 @@ def by_words(s:Stage, # its settings and data
     sets = {what: drawn[what].unfiltered for what in WHAT} | {"random filter": dice, "chatdiff": kept_of(s, full)}
     said = Answers()
     for method, made in sets.items():
-        drew = sum(d["drawn"] for d in full.classes) if method not in WHAT else len(made)
-        number = {"drawn": drew, "kept": len(made)}
-        said[method] = trained_on(s, made, method, number | (judge.facts(made) if judge else {}))
+        drew = len(made) if method in WHAT else sum(d["drawn"] for d in full.classes)
+        said[method] = trained_on(s, made, method, drew, judge)
     return said
 
 
@@ -296,7 +297,7 @@ def rule_facts(s:Stage, # its settings and data
     asked["random"] = keep_rule("random", n_classes=s.data.n_classes, share=np.nan_to_num(share), seed=s.seed)
     return compare_rules(full.made, asked, s.data.n_classes, right)
 
-# %% ../nbs/79_chatdiff.ipynb #a544faec
+# %% ../nbs/79_chatdiff.ipynb #a2a5c69a
 @patch
 def keep(self:ChatDiff,
          s:Stage, # of the first seed
@@ -313,27 +314,7 @@ def keep(self:ChatDiff,
     made = kept_of(s, drawn["knowledge"])
     counts = effective_counts(s.data.counts, made.counts(s.data.n_classes), s.cfg.syn_weight)
     keep_classifier(s, clf, "chatdiff + label shift", counts)
-    picture_kept(s, drawn["knowledge"])
-
-# %% ../nbs/79_chatdiff.ipynb #57cb1dbd
-def picture_kept(s:Stage, # its data and run
-                 full:Drawn, # knowledge, with the rule
-                 n:int=8 # images of each kind
-                ):
-    "A picture: a row a class, kept on the left, dropped on the right"
-    blank = np.full(s.data.train.images.shape[1:], 255, np.uint8)
-    shown, dropped = np.argsort(-s.data.counts, kind="stable")[:20], np.setdiff1d(np.arange(len(full.made)), full.at)
-    def some(at, c):
-        own = at[full.made.labels[at] == c][:n]
-        return [*np.asarray(full.made.take(own).items[:]), *[blank] * (n - len(own))]
-    images = [x for c in shown for x in [*some(full.at, c), blank, *some(dropped, c)]]
-    fig, ax = new_figure(n + 2.5, len(shown) * .5 + .4)
-    show_images(np.stack(images), n_cols=2 * n + 1, ax=ax)
-    ax.set_title("kept" + " " * 60 + "dropped", fontsize=9)
-    names, family = figure_names([s.data.class_names[c] for c in shown])
-    for i, name in enumerate(names):
-        ax.text(-2, (i + .5) * (blank.shape[1] + 1), name, ha="right", va="center", fontsize=8, fontfamily=family)
-    save_figure(fig, s.run.path/"figures"/"kept.png")
+    drawn["knowledge"].picture(s.data, s.run.path/"figures"/"kept.png")
 
 # %% ../nbs/79_chatdiff.ipynb #6dab9653
 def plot_clip_scores(run:Run, # finished

@@ -18,6 +18,8 @@ from fastcore.basics import patch
 
 from .core import UsageError, stable_seed
 from .config import spread
+from .data import LongTail
+from .pictures import figure_names, new_figure, save_figure, show_images
 from .team import Team
 from .jobs import Job, Plan, as_plan, make_plan
 from .synthetic import Synthetic, add_scores, made_rows, make_synthetic
@@ -216,3 +218,28 @@ def topped_up(self:Drawn,
         own = rest[y[rest] == d["class"]]
         at.append(own[np.argsort(-value[own], kind="stable")][:d["wanted"] - d["kept"]])
     return self.made.take(np.sort(np.concatenate(at)))
+
+# %% ../nbs/37_draw.ipynb #1cda6edb
+@patch
+def picture(self:Drawn, # images
+            data:LongTail, # whose classes
+            path:str|Path, # a .png file
+            n:int=8, # images of each kind
+            k:int=20 # classes at most, from head to tail
+           ):
+    "A row a class: kept on the left, dropped on the right"
+    shown, rest = np.argsort(-data.counts, kind="stable")[:k], np.setdiff1d(np.arange(len(self.made)), self.at)
+    blank = np.full(self.made.items[:1].shape[1:], 255, np.uint8)
+    def some(at, c):
+        own = at[self.made.labels[at] == c][:n]
+        return [*np.asarray(self.made.take(own).items[:]), *[blank] * (n - len(own))]
+    images = [x for c in shown for x in (*some(self.at, c), blank, *some(rest, c))]
+    fig, ax = new_figure(n + 2.5, len(shown) * .5 + .4)
+    show_images(np.stack(images), n_cols=2 * n + 1, ax=ax)
+    step = blank.shape[2] + 1
+    for x, text in ((n / 2, "kept"), (n * 1.5 + 1, "dropped")): ax.text(x * step, -2, text, ha="center", fontsize=9)
+    names, family = figure_names([data.class_names[c] for c in shown])
+    for i, name in enumerate(names):
+        at = (i + .5) * (blank.shape[1] + 1)
+        ax.text(-2, at, name, ha="right", va="center", fontsize=8, fontfamily=family)
+    save_figure(fig, path)
