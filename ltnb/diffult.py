@@ -24,7 +24,7 @@ from .team import Team, Where
 from .recipe import PAIRED, TAIL, Answers, Finished, Recipe, Stage
 from .classify import aim_of, check_classifier, keep_classifier, new_classifier
 from .controls import controls
-from .generator import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
+from .generator_steps import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
 from .aid_loss import AIDScale
 from .diffult_steps import (DiffuLTConfig, Eye, Made, aid_loss, describe_real, extractor, image_generator,
                                 images_wanted, tail_classes, usual_scale, with_images)

@@ -26,7 +26,7 @@ from .copies import copies, copy_threshold, flag_copies
 from .recipe import Answers, Stage
 from .classify import ClassifierConfig, classify, new_classifier, train
 from .diffusion import DiffusionModel
-from .generator import GeneratorConfig, image_maker, sampling_of, train_model
+from .generator_steps import GeneratorConfig, image_maker, sampling_of, train_model
 from .judge import recognised_shares, weighed
 from .aid import ZONES, Extractor, Filtered, Geometry, check_extractor, class_geometry, draw_filtered, zone_shares
 from .aid_loss import ALPHA, AIDLoss, AIDScale, balanced_alpha, calibrate, gradient_balance

@@ -28,7 +28,7 @@ from ltnb.diffult_ablations import (
     published,
 )
 from ltnb.diffult_steps import DiffuLTConfig, Eye, Made, draw, extractor, tail_classes, with_images
-from ltnb.generator import train_model
+from ltnb.generator_steps import train_model
 from ltnb.losses import effective_counts
 from ltnb.progress import Progress
 from ltnb.recipe import Answer, Answers, Stage

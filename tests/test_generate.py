@@ -17,7 +17,8 @@ from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
 from ltnb.judge import Judge, references, train_judge
-from ltnb.generator import Diffusion, DiffusionConfig, make_images, run, train_model
+from ltnb.generator_steps import make_images, train_model
+from ltnb.generator import Diffusion, DiffusionConfig, run
 from ltnb.generate import GenerateConfig, describe, find_model, generate, plan_images
 from ltnb.jobs import make_plan
 from ltnb.synthetic import Synthetic
