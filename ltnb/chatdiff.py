@@ -7,7 +7,7 @@ __all__ = ['WHAT', 'PAIRS', 'MADE', 'ChatDiff', 'ChatDiffConfig', 'what_is_known
            'rules', 'Painter', 'text_painter', 'draw', 'real_alone', 'by_labels', 'trained_on', 'by_words', 'kept_of',
            'class_facts', 'rule_facts', 'plot_clip_scores', 'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #02751cae
+# %% ../nbs/79_chatdiff.ipynb #a1212fe6
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -34,8 +34,8 @@ from .controls import controls
 from .draw import Drawn, ItemScore, draw_until
 from .samplers import sampler_spacing
 from .judge import Judge
-from .generator import (GeneratorConfig, SmallImages, denoising_of, make_images, resolve_generator, sampling_of,
-                            seen_everything, train_model)
+from .generator_steps import (GeneratorConfig, SmallImages, denoising_of, make_images, resolve_generator,
+                                  sampling_of, seen_everything, train_model)
 from .diffult_steps import images_wanted
 from .knowledge import Knowledge, knowledge_of, read_knowledge, write_knowledge
 from .prompts import prompt_plan
