@@ -116,6 +116,9 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
 # %% ../nbs/79_chatdiff.ipynb #4b7544f3
 ChatDiff.config = ChatDiffConfig
 
+# %% ../nbs/79_chatdiff.ipynb #1931f2a0
+WHAT = ("name only", "shuffled knowledge", "knowledge") # which words are drawn
+
 # %% ../nbs/79_chatdiff.ipynb #0433bb14
 def what_is_known(s:Stage # its settings and data
                  )->list[Knowledge]: # of each class
@@ -192,9 +195,6 @@ def text_painter(s:Stage, # its settings and data
         model = train_text_diffusion(train.images, train.labels, texts, eye.clip, how, where, s.data.class_names)
         make, settings = text_image_maker(model, sampling_of(cfg), where, s.seed)
     return Painter(make, settings, model.fingerprint, model)
-
-# %% ../nbs/79_chatdiff.ipynb #1931f2a0
-WHAT = ("name only", "shuffled knowledge", "knowledge") # which words are drawn
 
 # %% ../nbs/79_chatdiff.ipynb #01879a24
 def draw(s:Stage, # its settings and data
