@@ -779,6 +779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ltnb.knowledge.check_tokens': ('knowledge.html#check_tokens', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.clip_tokenizer': ('knowledge.html#clip_tokenizer', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.knowledge_of': ('knowledge.html#knowledge_of', 'ltnb/knowledge.py'),
+                                'ltnb.knowledge.knowledge_table': ('knowledge.html#knowledge_table', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.longest_prompt': ('knowledge.html#longest_prompt', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.prompt_text': ('knowledge.html#prompt_text', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.read_knowledge': ('knowledge.html#read_knowledge', 'ltnb/knowledge.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'SHIPPED', 'LIMITS', 'Knowledge', 'with_article', 'prompt_text', 'clip_tokenizer', 'token_count',
-           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'longest_prompt',
-           'check_knowledge']
+           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'knowledge_table',
+           'longest_prompt', 'check_knowledge']
 
 # %% ../nbs/70_knowledge.ipynb #62abc134
 import re
@@ -194,6 +194,16 @@ def knowledge_of(dataset:str, # whose classes they are
     names = {k.name: c for c, k in zip(class_names, found, strict=True)}
     def own(k): return [names[n] for n in k.confused_with if n in names] # the other classes are not in the data
     return [k.model_copy(update={"name": names[k.name], "confused_with": own(k)}) for k in found]
+
+# %% ../nbs/70_knowledge.ipynb #9e973c72
+def knowledge_table(known:Sequence[Knowledge], # of classes
+                    n:int=2 # features and scenes that are shown
+                   )->list[list[str]]: # a header and a line a class
+    "What is known, at a glance"
+    def some(texts): return "; ".join(texts[:n]) + (f" (+{len(texts) - n})" if len(texts) > n else "")
+    lines = [["class", "called", "kind", "features", "scenes", "confused with"]]
+    return lines + [[k.name, k.called, k.hypernym, some(k.features), some(k.scenes), ", ".join(k.confused_with)]
+                    for k in known]
 
 # %% ../nbs/70_knowledge.ipynb #e2eefe45
 LIMITS = {"features": (5, 8), "scenes": (8, 12), "views": (4, 6), "confused_with": (0, 5)} # field -> least, most
