@@ -773,7 +773,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ltnb.knowledge._refuse_lost': ('knowledge.html#_refuse_lost', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge._repeated': ('knowledge.html#_repeated', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge._schema': ('knowledge.html#_schema', 'ltnb/knowledge.py'),
-                                'ltnb.knowledge._texts': ('knowledge.html#_texts', 'ltnb/knowledge.py'),
+                                'ltnb.knowledge._texts_of': ('knowledge.html#_texts_of', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge._with_guess': ('knowledge.html#_with_guess', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.check_knowledge': ('knowledge.html#check_knowledge', 'ltnb/knowledge.py'),
                                 'ltnb.knowledge.check_tokens': ('knowledge.html#check_tokens', 'ltnb/knowledge.py'),
