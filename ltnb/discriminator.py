@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN_FLOORS', 'RULES', 'confusable', 'clip_values', 'score_id', 'clip_score', 'quantile_by_class',
            'calibrated_thresholds', 'Thresholds', 'measure_thresholds', 'lot', 'keep_rule', 'check_scored', 'kept_by',
-           'clip_column', 'acceptance', 'acceptance_warnings', 'marks_of', 'acceptance_table', 'shares_by_class',
-           'compare_rules', 'rules_table', 'recognised', 'sweep', 'ranking', 'plot_sweep']
+           'clip_column', 'acceptance', 'acceptance_warnings', 'marks_of', 'acceptance_table', 'recognised',
+           'shares_by_class', 'compare_rules', 'rules_table', 'sweep', 'ranking', 'plot_sweep']
 
 # %% ../nbs/76_discriminator.ipynb #29892166
 import hashlib, json
@@ -33,7 +33,7 @@ from .knowledge import Knowledge
 from .prompts import NOT_OBJECTS, class_texts
 from .clip import Clip, class_embeddings
 
-# %% ../nbs/76_discriminator.ipynb #e8b1f7ae
+# %% ../nbs/76_discriminator.ipynb #040980db
 def confusable(known:Sequence[Knowledge] # of K classes
               )->torch.Tensor: # (K, K) bool: row c marks the classes that c is confused with
     "Which classes a class is held against; all others where nothing is known"
@@ -45,7 +45,7 @@ def confusable(known:Sequence[Knowledge] # of K classes
         if not rivals: out[c] = torch.arange(len(known)) != c
     return out
 
-
+# %% ../nbs/76_discriminator.ipynb #490e6fc6
 def clip_values(z:torch.Tensor, # (N, d) images, of length one
                 labels:Sequence|np.ndarray, # (N,) the classes that were asked for
                 classes:torch.Tensor, # (K, d) of `class_embeddings`
@@ -188,7 +188,7 @@ def _queries(n_classes, cosine, tau, share, seed): # name of a rule -> (scores o
             "contrast": lambda s, r: s["clip_object"] > 0,
             "random": lambda s, r: lot(seed, r) < share[r["class"]]}
 
-# %% ../nbs/76_discriminator.ipynb #bee5496a
+# %% ../nbs/76_discriminator.ipynb #8e857dea
 def keep_rule(rule:str, # a name of `RULES`
               *,
               n_classes:int, # K
@@ -210,7 +210,7 @@ def keep_rule(rule:str, # a name of `RULES`
         return bool(query(s, row))
     return kept
 
-
+# %% ../nbs/76_discriminator.ipynb #8daaec2a
 def check_scored(row:dict, # of a manifest
                  by:str|None=None # of `score_id`; None: of any model
                 ):
@@ -221,7 +221,7 @@ def check_scored(row:dict, # of a manifest
         raise UsageError(f"thresholds of the model {by} do not fit scores by {found}: measure them with the same model "
                          "and the same texts.")
 
-# %% ../nbs/76_discriminator.ipynb #dc3b2849
+# %% ../nbs/76_discriminator.ipynb #1f666594
 def kept_by(made:Synthetic, # with scores
             rule:Callable # of `keep_rule`
            )->np.ndarray: # (N,) bool
@@ -237,7 +237,7 @@ def clip_column(made:Synthetic, # with scores
     for r in rows: check_scored(r)
     return np.array([r["scores"][name] for r in rows], dtype=float)
 
-
+# %% ../nbs/76_discriminator.ipynb #3f0b3054
 def acceptance(kept:np.ndarray, # (N,) bool
                labels:np.ndarray, # (N,)
                n_classes:int # K
@@ -260,7 +260,7 @@ def acceptance_warnings(kept:np.ndarray, # (N,) bool
     return [f"less than {least:.0%} pass of {', '.join(low)}: the class's name or texts may be ambiguous, or the "
             "generator does not know it; look at the images, and at `ltnb know --check`."]
 
-# %% ../nbs/76_discriminator.ipynb #35059120
+# %% ../nbs/76_discriminator.ipynb #508e1e44
 def marks_of(made:Synthetic, # perhaps with the marks of `flag_copies`
              limit:float|dict|None=None # of `copy_threshold`
             )->dict[str, np.ndarray]: # "copies", "leaks" -> (N,) bool, where they were looked for
@@ -270,7 +270,7 @@ def marks_of(made:Synthetic, # perhaps with the marks of `flag_copies`
     if rows and all("leak" in r["scores"] for r in rows): out["leaks"] = np.array([r["scores"]["leak"] for r in rows])
     return out
 
-
+# %% ../nbs/76_discriminator.ipynb #ff6d6b3a
 def acceptance_table(made:Synthetic, # with scores
                      kept:np.ndarray, # (N,) bool
                      class_names:Sequence[str], # K names
@@ -289,6 +289,83 @@ def acceptance_table(made:Synthetic, # with scores
         marked = [str((own & kept & v).sum()) for v in marks.values()]
         lines.append([str(class_names[c]), *images, *numbers, *marked, "below 10 %" if share < .1 else ""])
     return lines
+
+# %% ../nbs/76_discriminator.ipynb #e98614b0
+def recognised(judge:Classifier, # who has seen every real image
+               made:Synthetic, # images
+               device:str="cpu" # where
+              )->np.ndarray: # (N,) bool
+    "In which images a judge sees the class that was asked for"
+    return judge.predict(np.asarray(made.items[:]), device=device).argmax(1) == made.labels
+
+# %% ../nbs/76_discriminator.ipynb #0e4b0406
+def shares_by_class(right:np.ndarray, # (N,) bool
+                    at:np.ndarray, # (N,) bool: which items
+                    labels:np.ndarray, # (N,)
+                    n_classes:int # K
+                   )->float: # NaN where there are none
+    "The share of a mark, every class by what was made of it: a rule that merely drops hard classes gains nothing"
+    made = np.bincount(labels, minlength=n_classes)
+    return weighed(acceptance(right[at], labels[at], n_classes), made)
+
+# %% ../nbs/76_discriminator.ipynb #ae1d2a16
+def compare_rules(made:Synthetic, # with scores
+                  rules:dict[str, Callable], # name -> rule
+                  n_classes:int, # K
+                  right:np.ndarray|None=None, # (N,) bool: does a judge see the class that was asked for?
+                  limit:float|dict|None=None # of `copy_threshold`
+                 )->list[dict]: # a row a rule
+    "All rules on the same images"
+    y, marks, out = made.labels, marks_of(made, limit), []
+    for name, rule in rules.items():
+        kept = kept_by(made, rule)
+        by_class = acceptance(kept, y, n_classes)
+        row = {"rule": name, "kept": int(kept.sum()), "acceptance": float(kept.mean()),
+               "lowest": float(np.nanmin(by_class)), "below": int((by_class < .1).sum())}
+        if right is not None:
+            row |= {"recognised_kept": shares_by_class(right, kept, y, n_classes),
+                    "recognised_dropped": shares_by_class(right, ~kept, y, n_classes)}
+        out.append(row | {k: float(v[kept].mean()) if kept.any() else float("nan") for k, v in marks.items()})
+    return out
+
+# %% ../nbs/76_discriminator.ipynb #5da893f6
+def rules_table(rows:list[dict] # of `compare_rules`
+               )->list[list[str]]: # for `render`
+    "All rules side by side"
+    heads = {"kept": "kept", "acceptance": "acceptance", "lowest": "lowest class", "below": "classes below 10 %",
+             "recognised_kept": "recognised of kept", "recognised_dropped": "of dropped", "copies": "copies of kept",
+             "leaks": "leaks of kept"}
+    shown = [k for k in heads if k in rows[0]]
+    def text(k, v): return str(v) if isinstance(v, int) else "–" if np.isnan(v) else f"{v:.1%}"
+    return [["rule", *(heads[k] for k in shown)], *([r["rule"], *(text(k, r[k]) for k in shown)] for r in rows)]
+
+# %% ../nbs/76_discriminator.ipynb #a43eeff0
+def sweep(value:np.ndarray, # (N,) a score: the higher, the better
+          right:np.ndarray, # (N,) bool of `recognised`
+          labels:np.ndarray, # (N,)
+          n:int=30 # thresholds
+         )->dict[str, np.ndarray]: # kept (share of each class), recognised_kept, recognised_dropped -> (n,)
+    "What a judge says of what is kept and of what is dropped, while each class keeps its best share"
+    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
+    k, shares = int(y.max()) + 1, np.linspace(1, 0, n, endpoint=False)
+    out = {"kept": shares, "recognised_kept": np.empty(n), "recognised_dropped": np.empty(n)}
+    for i, share in enumerate(shares):
+        kept = value >= calibrated_thresholds(value, y, k, 1 - share, least=1)[y]
+        out["recognised_kept"][i] = shares_by_class(right, kept, y, k)
+        out["recognised_dropped"][i] = shares_by_class(right, ~kept, y, k)
+    return out
+
+
+def ranking(value:np.ndarray, # (N,) a score: the higher, the better
+            right:np.ndarray, # (N,) bool of `recognised`
+            labels:np.ndarray # (N,)
+           )->float: # 0.5: no better than a lot; 1: within a class, every recognised image is above every other
+    "How often a recognised image scores higher than one that is not, of its class: the mean area under the ROC curve"
+    from sklearn.metrics import roc_auc_score
+    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
+    parts = [y == c for c in np.unique(y)]
+    areas = [roc_auc_score(right[p], value[p]) for p in parts if 0 < right[p].sum() < p.sum()]
+    return float(np.mean(areas)) if areas else float("nan")
 
 # %% ../nbs/76_discriminator.ipynb #937b5c34
 def shares_by_class(right:np.ndarray, # (N,) bool
@@ -330,42 +407,6 @@ def rules_table(rows:list[dict] # of `compare_rules`
     shown = [k for k in heads if k in rows[0]]
     def text(k, v): return str(v) if isinstance(v, int) else "–" if v is None or np.isnan(v) else f"{v:.1%}"
     return [["rule", *(heads[k] for k in shown)], *([r["rule"], *(text(k, r[k]) for k in shown)] for r in rows)]
-
-# %% ../nbs/76_discriminator.ipynb #3be97a3b
-def recognised(judge:Classifier, # who has seen every real image
-               made:Synthetic, # images
-               device:str="cpu" # where
-              )->np.ndarray: # (N,) bool
-    "In which images a judge sees the class that was asked for"
-    return judge.predict(np.asarray(made.items[:]), device=device).argmax(1) == made.labels
-
-
-def sweep(value:np.ndarray, # (N,) a score: the higher, the better
-          right:np.ndarray, # (N,) bool of `recognised`
-          labels:np.ndarray, # (N,)
-          n:int=30 # thresholds
-         )->dict[str, np.ndarray]: # kept (share of each class), recognised_kept, recognised_dropped -> (n,)
-    "What a judge says of what is kept and of what is dropped, while each class keeps its best share"
-    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
-    k, shares = int(y.max()) + 1, np.linspace(1, 0, n, endpoint=False)
-    out = {"kept": shares, "recognised_kept": np.empty(n), "recognised_dropped": np.empty(n)}
-    for i, share in enumerate(shares):
-        kept = value >= calibrated_thresholds(value, y, k, 1 - share, least=1)[y]
-        out["recognised_kept"][i] = shares_by_class(right, kept, y, k)
-        out["recognised_dropped"][i] = shares_by_class(right, ~kept, y, k)
-    return out
-
-
-def ranking(value:np.ndarray, # (N,) a score: the higher, the better
-            right:np.ndarray, # (N,) bool of `recognised`
-            labels:np.ndarray # (N,)
-           )->float: # 0.5: no better than a lot; 1: every recognised image of a class is above every other of it
-    "How often a recognised image scores higher than another of its class: the area under the ROC curve, mean of classes"
-    from sklearn.metrics import roc_auc_score
-    value, right, y = np.asarray(value, dtype=float), np.asarray(right, dtype=bool), np.asarray(labels)
-    parts = [y == c for c in np.unique(y)]
-    areas = [roc_auc_score(right[p], value[p]) for p in parts if 0 < right[p].sum() < p.sum()]
-    return float(np.mean(areas)) if areas else float("nan")
 
 # %% ../nbs/76_discriminator.ipynb #d488c183
 def plot_sweep(curves:dict[str, dict], # name of a score -> of `sweep`
