@@ -336,7 +336,7 @@ def rules_table(rows:list[dict] # of `compare_rules`
              "recognised_kept": "recognised of kept", "recognised_dropped": "of dropped", "copies": "copies of kept",
              "leaks": "leaks of kept"}
     shown = [k for k in heads if k in rows[0]]
-    def text(k, v): return str(v) if isinstance(v, int) else "–" if np.isnan(v) else f"{v:.1%}"
+    def text(k, v): return str(v) if isinstance(v, int) else "–" if v is None or np.isnan(v) else f"{v:.1%}"
     return [["rule", *(heads[k] for k in shown)], *([r["rule"], *(text(k, r[k]) for k in shown)] for r in rows)]
 
 # %% ../nbs/76_discriminator.ipynb #a43eeff0
