@@ -367,47 +367,6 @@ def ranking(value:np.ndarray, # (N,) a score: the higher, the better
     areas = [roc_auc_score(right[p], value[p]) for p in parts if 0 < right[p].sum() < p.sum()]
     return float(np.mean(areas)) if areas else float("nan")
 
-# %% ../nbs/76_discriminator.ipynb #937b5c34
-def shares_by_class(right:np.ndarray, # (N,) bool
-                    at:np.ndarray, # (N,) bool: which items
-                    labels:np.ndarray, # (N,)
-                    n_classes:int # K
-                   )->float: # NaN where there are none
-    "The share of a mark, every class by what was made of it: a rule that merely drops hard classes gains nothing"
-    made = np.bincount(labels, minlength=n_classes)
-    return weighed(acceptance(right[at], labels[at], n_classes), made)
-
-
-def compare_rules(made:Synthetic, # with scores
-                  rules:dict[str, Callable], # name -> rule
-                  n_classes:int, # K
-                  right:np.ndarray|None=None, # (N,) bool: does a judge see the class that was asked for?
-                  limit:float|dict|None=None # of `copy_threshold`
-                 )->list[dict]: # a row a rule
-    "All rules on the same images"
-    y, marks, out = made.labels, marks_of(made, limit), []
-    for name, rule in rules.items():
-        kept = kept_by(made, rule)
-        by_class = acceptance(kept, y, n_classes)
-        row = {"rule": name, "kept": int(kept.sum()), "acceptance": float(kept.mean()),
-               "lowest": float(np.nanmin(by_class)), "below": int((by_class < .1).sum())}
-        if right is not None:
-            row |= {"recognised_kept": shares_by_class(right, kept, y, n_classes),
-                    "recognised_dropped": shares_by_class(right, ~kept, y, n_classes)}
-        out.append(row | {k: float(v[kept].mean()) if kept.any() else float("nan") for k, v in marks.items()})
-    return out
-
-
-def rules_table(rows:list[dict] # of `compare_rules`
-               )->list[list[str]]: # for `render`
-    "All rules side by side"
-    heads = {"kept": "kept", "acceptance": "acceptance", "lowest": "lowest class", "below": "classes below 10 %",
-             "recognised_kept": "recognised of kept", "recognised_dropped": "of dropped", "copies": "copies of kept",
-             "leaks": "leaks of kept"}
-    shown = [k for k in heads if k in rows[0]]
-    def text(k, v): return str(v) if isinstance(v, int) else "–" if v is None or np.isnan(v) else f"{v:.1%}"
-    return [["rule", *(heads[k] for k in shown)], *([r["rule"], *(text(k, r[k]) for k in shown)] for r in rows)]
-
 # %% ../nbs/76_discriminator.ipynb #d488c183
 def plot_sweep(curves:dict[str, dict], # name of a score -> of `sweep`
                floor:float, # share that is recognised of all: what a random rule keeps
