@@ -21,6 +21,7 @@ from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
+pytestmark = pytest.mark.usefixtures("small_unet")
 HERE = dict(device="cpu", precision="fp32")
 HEADS = dict(n_steps=20, per_class=5, head_steps=5, scratch_steps=5)
 RECIPES = {
