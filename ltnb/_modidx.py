@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ltnb.config.Parser.__init__': ('config.html#parser.__init__', 'ltnb/config.py'),
                              'ltnb.config.Parser.error': ('config.html#parser.error', 'ltnb/config.py'),
                              'ltnb.config._check_limits': ('config.html#_check_limits', 'ltnb/config.py'),
+                             'ltnb.config._hints': ('config.html#_hints', 'ltnb/config.py'),
                              'ltnb.config._injected': ('config.html#_injected', 'ltnb/config.py'),
                              'ltnb.config._value': ('config.html#_value', 'ltnb/config.py'),
                              'ltnb.config.add_options': ('config.html#add_options', 'ltnb/config.py'),
