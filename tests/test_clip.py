@@ -14,7 +14,7 @@ from ltnb.clip import (
     Clip,
     class_embeddings,
     encode_set,
-    fitted,
+    resized,
     offline,
     open_clip_model,
     prepared,
@@ -108,7 +108,7 @@ def test_images_are_resized_as_open_clip_does_it(mode, size, shape):
 
     rng = np.random.default_rng(1)
     coarse = rng.integers(0, 256, (2, 3, 5, 5), dtype=np.uint8)
-    images = fitted(torch.from_numpy(coarse), shape, "squash")
+    images = resized(torch.from_numpy(coarse), shape, "squash")
     cfg = PreprocessCfg(size=size, resize_mode=mode, fill_color=7)
     one = image_transform_v2(cfg, is_train=False)
     theirs = torch.stack([one(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images])
