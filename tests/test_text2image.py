@@ -19,7 +19,15 @@ from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.samplers import Sampling
 from ltnb.synthetic import make_synthetic
-from ltnb.text2image import EncodedPrompts, TextToImage, model_folder, own_sampling, scheduler_for, shrink, text_maker
+from ltnb.text2image import (
+    EncodedPrompts,
+    TextToImage,
+    pipeline_folder,
+    own_sampling,
+    scheduler_for,
+    shrink,
+    text_maker,
+)
 from ltnb.text_diffusion import (
     Captions,
     Reader,
@@ -159,13 +167,13 @@ def test_hub_ids_are_answered_at_once(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     began = time.monotonic()
     with pytest.raises(UsageError, match="--download"):
-        model_folder("nobody/nothing")
+        pipeline_folder("nobody/nothing")
     with pytest.raises(UsageError, match="could not be downloaded"):
-        model_folder("nobody/nothing", download=True)
+        pipeline_folder("nobody/nothing", download=True)
     assert time.monotonic() - began < 15
     for path in ("no such folder", "/no/such", "./no/such", "a/b/c"):
         with pytest.raises(UsageError, match="no folder here"):
-            model_folder(path, download=True)
+            pipeline_folder(path, download=True)
 
 
 def test_fingerprint_follows_the_weights_and_not_the_path(folders, tmp_path):
@@ -415,7 +423,7 @@ def test_folders_that_are_refused(tmp_path, model, tones):
         TextDiffusion.load(tmp_path)
     model.save(tmp_path / "m")
     with pytest.raises(UsageError, match="TextDiffusion.load"):
-        model_folder(tmp_path / "m")
+        pipeline_folder(tmp_path / "m")
     about = json.loads((tmp_path / "m" / "ltnb.json").read_text())
     (tmp_path / "m" / "ltnb.json").write_text(json.dumps(about | {"fingerprint": "0"}))
     with pytest.raises(DataError, match="damaged"):
