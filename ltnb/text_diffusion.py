@@ -136,7 +136,7 @@ class Captions(ClassLabels):
         "The network, called with numbers of texts"
         return Reader(net, self.told)
 
-# %% ../nbs/78_text_diffusion.ipynb #fe728e25
+# %% ../nbs/78_text_diffusion.ipynb #4c72f4a4
 def build_text_unet(name:str, # a name of `UNETS`
                     image_size:int, # pixels along the side
                     channels:int, # 1 or 3
@@ -150,7 +150,8 @@ def build_text_unet(name:str, # a name of `UNETS`
     del d["attention"] # here it is where the text is read
     sizes = d["block_out_channels"]
     check_halving(name, image_size, len(sizes))
-    reads = ["CrossAttn" if image_size >> i <= 16 or i == len(sizes) - 1 else "" for i in range(len(sizes))]
+    n = len(sizes)
+    reads = ["CrossAttn" if i == n - 1 or i and image_size >> i <= 16 else "" for i in range(n)]
     down = tuple(f"{r}DownBlock2D" for r in reads)
     up = tuple(f"{r}UpBlock2D" for r in reversed(reads))
     heads = tuple(max(n // 32, 1) for n in sizes) # diffusers calls their number attention_head_dim
@@ -269,7 +270,7 @@ def save(self:TextDiffusion,
              "objective": {"name": o.name, "schedule": o.schedule, "min_snr": o.min_snr}, "counts": self.counts}
     write_json(folder/"ltnb.json", {**about, "kind": "text", "fingerprint": self.fingerprint, **more})
 
-# %% ../nbs/78_text_diffusion.ipynb #6f30dbda
+# %% ../nbs/78_text_diffusion.ipynb #b584753b
 @patch(cls_method=True)
 def load(cls:TextDiffusion,
          folder:str|Path # a folder of `save`
@@ -289,5 +290,5 @@ def load(cls:TextDiffusion,
         raise DataError(f"{folder} holds no text-conditional model of this ltnb "
                         f"({(str(e) or type(e).__name__).splitlines()[0]}).") from e
     if model.fingerprint == d["fingerprint"]: return model
-    raise DataError(f"{folder} is damaged: its weights are not those that its ltnb.json describes. Restore it, or train "
-                    "it again.")
+    raise DataError(f"{folder} is damaged: its weights are not those that its ltnb.json describes. Restore it, or "
+                    "train it again.")
