@@ -144,7 +144,7 @@ class Discriminator:
     real: Thresholds # what real images score
     passes: Callable # manifest row -> bool
 
-# %% ../nbs/79_chatdiff.ipynb #cabe7ad0
+# %% ../nbs/79_chatdiff.ipynb #9da27390
 opened_clip = functools.lru_cache(maxsize=1)(open_clip_model) # looked at before the run, and used in it
 
 
@@ -152,9 +152,9 @@ def small_clip(s:Stage, # its settings and data
                known:list[Knowledge] # of each class
               )->Clip: # the same in every process
     "A CLIP of the set itself"
-    train, where = s.data.train, s.where if s.team.writes else replace(s.where, run=None)
+    train = s.data.train
     texts, how = caption_pool(known, train.labels, seed=s.seed), dict(n_steps=s.cfg.clip_steps, seed=s.seed)
-    return train_clip(train.images, train.labels, texts, where=where, **how)
+    return train_clip(train.images, train.labels, texts, where=s.where, **how)
 
 # %% ../nbs/79_chatdiff.ipynb #645f02dd
 def discriminator(s:Stage, # its settings and data
