@@ -7,7 +7,7 @@ __all__ = ['WHAT', 'opened_clip', 'PAIRS', 'MADE', 'ChatDiff', 'ChatDiffConfig',
            'discriminator', 'rules', 'Painter', 'text_painter', 'draw', 'real_alone', 'by_labels', 'trained_on',
            'by_words', 'kept_of', 'class_facts', 'rule_facts', 'plot_clip_scores', 'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #ced895c7
+# %% ../nbs/79_chatdiff.ipynb #2b23c9f3
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ from .clip import Clip, open_clip_model
 from .clip_training import caption_pool, train_clip
 from .discriminator import (RULES, Thresholds, acceptance, clip_score, compare_rules, keep_rule, kept_by,
                                 measure_thresholds, recognised, rules_table)
-from .text2image import TextToImage, model_folder, pipeline_class, text_maker
+from .text2image import TextToImage, pipeline_folder, pipeline_class, text_maker
 from .text_diffusion import text_image_maker, train_text_diffusion
 
 # %% ../nbs/79_chatdiff.ipynb #7b85ea41
@@ -331,7 +331,7 @@ def plot_clip_scores(run:Run, # finished
     real = Thresholds.load(run.path/"clip"/"thresholds.json")
     plot_distribution({"real": real.own, "synthetic": [r["scores"]["clip"] for r in rows]}, "cosine", ax=ax)
 
-# %% ../nbs/79_chatdiff.ipynb #0dbee031
+# %% ../nbs/79_chatdiff.ipynb #66a5fff0
 @patch
 def check(self:ChatDiff,
           cfg:ChatDiffConfig # as given
@@ -341,7 +341,7 @@ def check(self:ChatDiff,
     if cfg.syn_weight == 0:
         raise UsageError("syn_weight=0 ignores every made image: give a weight up to 1, or run ltnb run baseline.")
     if cfg.clip: opened_clip(cfg.clip, cfg.download)
-    if cfg.pipeline: pipeline_class(model_folder(cfg.pipeline, cfg.download))
+    if cfg.pipeline: pipeline_class(pipeline_folder(cfg.pipeline, cfg.download))
     elif cfg.sampler == "own": raise UsageError("sampler='own' is a pipeline's: name another, or give --pipeline.")
 
 # %% ../nbs/79_chatdiff.ipynb #75079da5
