@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'MOST', 'NOT_TAKEN', 'NAMED', 'Question', 'Reply', 'read_reply', 'Asking', 'server_address', 'is_local',
            'secret_key', 'without_key', 'AskFailed', 'ask_error', 'parameters', 'lesson_of', 'Replies', 'BudgetReached',
-           'Budget', 'Server', 'side_by_side', 'write_batch', 'read_batch']
+           'Budget', 'Server', 'concurrently', 'write_batch', 'read_batch']
 
 # %% ../nbs/72_ask.ipynb #0ec57c01
 import hashlib, ipaddress, json, os, queue, re, threading
@@ -96,12 +96,12 @@ class Asking:
     concurrency: int = 4 # questions under way at a time
     max_tokens_total: int|None = None # budget, the replies that are kept included; None for no limit
 
-# %% ../nbs/72_ask.ipynb #aac7c63c
+# %% ../nbs/72_ask.ipynb #a2f8083d
 def server_address(base_url:str|None=None # as given
                   )->str: # without a slash at the end; another kind of address is a UsageError
     "Where the server is"
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip().rstrip("/")
-    try: parts = urlsplit(url); parts.port
+    try: parts, _ = urlsplit(url), urlsplit(url).port
     except ValueError: raise UsageError("--base-url is no address, such as http://127.0.0.1:8000/v1.") from None
     if parts.username or parts.password or parts.query:
         raise UsageError("--base-url holds a password or a query, which would be printed: put the key into "
@@ -178,9 +178,9 @@ def _wait(e): # how long it said
     after = str(said.get("retry-after", ""))[:40]
     return f" for {after} s" if after.isdigit() else ""
 
-# %% ../nbs/72_ask.ipynb #ab597e0d
+# %% ../nbs/72_ask.ipynb #e5fcf92e
 def parameters(q:Question, # what is meant
-               learned:dict # what this server does not take: {"temperature": None, "max_tokens": "max_completion_tokens"}
+               learned:dict # name -> the server's own, None where it takes none, as {"temperature": None}
               )->dict: # what is sent
     "A question in the words that the server takes"
     sent = {"max_tokens": q.max_tokens, "temperature": q.temperature, "seed": q.seed}
@@ -206,7 +206,7 @@ def lesson_of(words:str, # of a 400
     return {name: "max_completion_tokens"} if name == "max_tokens" else \
            {"max_tokens": "max_tokens"} if name == "max_completion_tokens" else {name: None}
 
-# %% ../nbs/72_ask.ipynb #5338d853
+# %% ../nbs/72_ask.ipynb #b3efdb14
 class Replies:
     "A file of replies; without a path they live in memory"
 
@@ -248,7 +248,7 @@ class Replies:
                  learned:dict # all that is known of it
                 ):
         "Keep what a server does not take"
-        self._append({"model": model, "learned": learned})
+        if self.learned.get(model) != learned: self._append({"model": model, "learned": learned})
 
     def get(self,
             q:Question # asked before?
@@ -325,7 +325,7 @@ def _model_names(text, url): # of the JSON of /v1/models
     if isinstance(listed, list): return [m["id"] for m in listed if isinstance(_at(m, "id"), str)]
     raise UsageError(f"{url} answers, but not with a list of models: correct --base-url, which mostly ends in /v1.")
 
-# %% ../nbs/72_ask.ipynb #e9668517
+# %% ../nbs/72_ask.ipynb #35d4c276
 @patch
 def open(self:Server)->list|None: # names of its models, None where it does not say
     "Connect, once; a server that does not answer is a `UsageError`"
@@ -337,7 +337,7 @@ def open(self:Server)->list|None: # names of its models, None where it does not 
         client = openai.OpenAI(api_key=self.key, base_url=self.url, **how)
         wait = min(20., self.how.timeout)
         listing = client.with_options(timeout=wait, max_retries=1).models.with_raw_response
-        try: self.names = _model_names(listing.list().http_response.text, self.url)
+        try: self.names = _model_names(without_key(listing.list().http_response.text, self.key), self.url)
         except openai.OpenAIError as e:
             if getattr(e, "status_code", 0) not in (404, 405, 422, 501):
                 raise ask_error(e, self.url, self.key, wait) from None
@@ -408,8 +408,8 @@ def ask(self:Server,
         pay(reply.asked + reply.said)
     return reply
 
-# %% ../nbs/72_ask.ipynb #fbd411c4
-def side_by_side(work:Callable, # item -> result
+# %% ../nbs/72_ask.ipynb #161412c2
+def concurrently(work:Callable, # item -> result
                  items:Iterable, # what to work on
                  n:int=4 # at a time
                 )->Iterator[tuple]: # (item, result or exception), as they come
