@@ -12,7 +12,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from ltnb import knowledge
+from ltnb import knowledge, progress
 from ltnb.ask import (
     Asking,
     AskFailed,
@@ -640,6 +640,7 @@ def test_killed_and_resumed_gives_the_same_file(fake, work, tmp_path):
 def test_the_command_says_what_it_costs_and_checks_files(work, fake, tmp_path, capsys, monkeypatch):
     (tmp_path / "names.txt").write_text("frog\nship\n")
     args = ["know", "--classes", str(tmp_path / "names.txt")]
+    monkeypatch.setattr(progress, "notebook_shell", str)  # a lesson may have left one in this process
     assert main([*args, "--out", str(work.out), "--base-url", fake.url]) == 0
     said = capsys.readouterr()
     assert "2 classes, about" in said.err and "at most" in said.err and "know: done (2)" in said.err
