@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'SHIPPED', 'LIMITS', 'Knowledge', 'with_article', 'prompt_text', 'clip_tokenizer', 'token_count',
-           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'longest_prompt',
-           'check_knowledge']
+           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'knowledge_table',
+           'longest_prompt', 'check_knowledge']
 
 # %% ../nbs/70_knowledge.ipynb #62abc134
 import re
@@ -175,7 +175,7 @@ def _refuse_lost(lost, # names without knowledge
     raise UsageError(f"{source} says nothing of {len(lost)} of {n} classes: {said}. Add them to the file, or ask a "
                      "model with ltnb know.")
 
-# %% ../nbs/70_knowledge.ipynb #13b06032
+# %% ../nbs/70_knowledge.ipynb #6e2937c2
 def knowledge_of(dataset:str, # whose classes they are
                  class_names:Sequence[str], # K names, in the order of the labels
                  path:str|Path|None=None # a file, or the name of a shipped set; None takes what ships for `dataset`
@@ -193,7 +193,18 @@ def knowledge_of(dataset:str, # whose classes they are
         _refuse_lost(lost, len(class_names), known, source)
     names = {k.name: c for c, k in zip(class_names, found, strict=True)}
     def own(k): return [names[n] for n in k.confused_with if n in names] # the other classes are not in the data
-    return [k.model_copy(update={"name": names[k.name], "confused_with": own(k)}) for k in found]
+    both = zip(class_names, found, strict=True)
+    return [k.model_copy(update={"name": c, "confused_with": own(k)}) for c, k in both]
+
+# %% ../nbs/70_knowledge.ipynb #9e973c72
+def knowledge_table(known:Sequence[Knowledge], # of classes
+                    n:int=2 # features and scenes that are shown
+                   )->list[list[str]]: # a header and a line a class
+    "What is known, at a glance"
+    def some(texts): return "; ".join(texts[:n]) + (f" (+{len(texts) - n})" if len(texts) > n else "")
+    lines = [["class", "called", "kind", "features", "scenes", "confused with"]]
+    return lines + [[k.name, k.called, k.hypernym, some(k.features), some(k.scenes), ", ".join(k.confused_with)]
+                    for k in known]
 
 # %% ../nbs/70_knowledge.ipynb #e2eefe45
 LIMITS = {"features": (5, 8), "scenes": (8, 12), "views": (4, 6), "confused_with": (0, 5)} # field -> least, most
@@ -232,18 +243,19 @@ def _bad_words(k:Knowledge)->Iterator[str]: # kind, name and length
     if not re.search(r"[^\W\d_]", k.called): yield f"is called {k.called!r}, which a text encoder cannot picture"
     if (n := token_count(longest_prompt(k))) > CONTEXT: yield f"has prompts of up to {n} tokens, and {CONTEXT} are read"
 
-# %% ../nbs/70_knowledge.ipynb #d8932292
+# %% ../nbs/70_knowledge.ipynb #091b2ed4
+def _texts_of(k): # what no other class should have, whatever the order and the case
+    texts = {f: frozenset(map(_plain_name, getattr(k, f))) for f in ("features", "scenes")}
+    texts["words that tell it apart"] = _plain_name(k.telling_apart)
+    return {"name in sentences": _plain_name(k.called), **texts}
+
+
 def _alike(known:Sequence[Knowledge])->Iterator[str]: # two classes with the same text
-    kinds = {"name in sentences": lambda k: _plain_name(k.called), "features": lambda k: _texts(k.features),
-             "scenes": lambda k: _texts(k.scenes), "words that tell it apart": lambda k: _plain_name(k.telling_apart)}
-    for what, key in kinds.items():
-        first = {}
-        for k in known:
-            other = first.setdefault(key(k), k.name)
-            if key(k) and other != k.name: yield f"{one_line(k.name)!r} has the same {what} as {one_line(other)!r}."
-
-
-def _texts(texts): return frozenset(map(_plain_name, texts)) # in whatever order
+    first = {}
+    for k in known:
+        for what, text in _texts_of(k).items():
+            other = first.setdefault((what, text), k.name)
+            if text and other != k.name: yield f"{one_line(k.name)!r} has the same {what} as {one_line(other)!r}."
 
 
 def check_knowledge(known:dict[str, Knowledge] # by class name

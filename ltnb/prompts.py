@@ -106,7 +106,7 @@ def prompts_of(known:Sequence[Knowledge], # K classes
     "Prompts of one class; prompt k does not depend on which others are asked for"
     return compose(wheels(told(known, what, seed)[c]), ks, seed)
 
-# %% ../nbs/71_prompts.ipynb #87f1fd12
+# %% ../nbs/71_prompts.ipynb #1454eeb6
 def prompt_plan(known:Sequence[Knowledge], # K classes
                 wanted:np.ndarray, # (K,) items of each class
                 what:str="knowledge", # one of WORDS
@@ -116,9 +116,10 @@ def prompt_plan(known:Sequence[Knowledge], # K classes
     pairs, words = make_plan(wanted), told(known, what, seed)
     if len(wanted) != len(words):
         raise UsageError(f"{len(wanted)} numbers of items for {len(words)} classes: one for each is needed.")
-    prompts = []
+    prompts, start = np.empty(len(pairs), dtype=object), 0
     for k, n in zip(words, np.bincount(pairs[:, 0], minlength=len(words)).tolist(), strict=True):
-        if n: prompts += compose(wheels(k), np.arange(n), seed)
+        if n: prompts[start:start + n] = compose(wheels(k), np.arange(n), seed)
+        start += n
     return Plan({"class": pairs[:, 0], "k": pairs[:, 1], "prompt": prompts})
 
 # %% ../nbs/71_prompts.ipynb #c504bc8e
