@@ -206,7 +206,7 @@ def lesson_of(words:str, # of a 400
     return {name: "max_completion_tokens"} if name == "max_tokens" else \
            {"max_tokens": "max_tokens"} if name == "max_completion_tokens" else {name: None}
 
-# %% ../nbs/72_ask.ipynb #b3efdb14
+# %% ../nbs/72_ask.ipynb #77da90bb
 class Replies:
     "A file of replies; without a path they live in memory"
 
@@ -220,7 +220,8 @@ class Replies:
         if rows and not self.path.read_bytes().endswith(b"\n"): write_jsonl(self.path, rows)
 
     def _take(self, row):
-        if not isinstance(row, dict) or not {"key", "learned"} & set(row):
+        kinds = {"key", "body"}, {"model", "learned"}
+        if not isinstance(row, dict) or not any(k <= set(row) for k in kinds):
             raise DataError(f"{self.path} is no file of replies: choose another, or remove it.")
         if "key" in row: self.rows[row["key"]] = row
         else: self.learned[row["model"]] = row["learned"]
@@ -236,38 +237,46 @@ class Replies:
                     os.fsync(f.fileno())
             except OSError as e: raise os_error(e, f"writing {self.path}") from e
 
-    def add(self,
-            q:Question, # that was asked
-            body:dict # raw
-           ):
-        "Keep a reply"
-        self._append({"key": q.key, "question": asdict(q), "body": body})
+# %% ../nbs/72_ask.ipynb #454cfd48
+@patch
+def add(self:Replies,
+        q:Question, # that was asked
+        body:dict # raw
+       ):
+    "Keep a reply"
+    self._append({"key": q.key, "question": asdict(q), "body": body})
 
-    def remember(self,
-                 model:str, # whose server
-                 learned:dict # all that is known of it
-                ):
-        "Keep what a server does not take"
-        if self.learned.get(model) != learned: self._append({"model": model, "learned": learned})
 
-    def get(self,
-            q:Question # asked before?
-           )->Reply|None: # what was said then
-        "The reply to a question"
-        row = self.rows.get(q.key)
-        return read_reply(row["body"], q.size) if row else None
+@patch
+def remember(self:Replies,
+             model:str, # whose server
+             learned:dict # all that is known of it
+            ):
+    "Keep what a server does not take"
+    if self.learned.get(model) != learned: self._append({"model": model, "learned": learned})
 
-    def tokens(self)->tuple[int, int]: # of all questions, of all replies
-        "What the file cost"
-        with self.lock: rows = list(self.rows.values())
-        known = [read_reply(r["body"]) for r in rows]
-        return sum(r.asked for r in known if r), sum(r.said for r in known if r)
+# %% ../nbs/72_ask.ipynb #dfda4237
+@patch
+def get(self:Replies,
+        q:Question # asked before?
+       )->Reply|None: # what was said then
+    "The reply to a question"
+    row = self.rows.get(q.key)
+    return read_reply(row["body"], q.size) if row else None
 
-# %% ../nbs/72_ask.ipynb #d0578fe6
+
+@patch
+def tokens(self:Replies)->tuple[int, int]: # of all questions, of all replies
+    "What the file cost"
+    with self.lock: rows = list(self.rows.values())
+    known = [read_reply(r["body"]) for r in rows]
+    return sum(r.asked for r in known if r), sum(r.said for r in known if r)
+
+# %% ../nbs/72_ask.ipynb #16e554d0
 class BudgetReached(LtnbError):
     "The next question may cost more than is left"
 
-
+# %% ../nbs/72_ask.ipynb #251ab88a
 class Budget:
     "Tokens that may be used"
 

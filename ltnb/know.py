@@ -263,10 +263,10 @@ def _add(found, more, topic, asked=""): # join a reply to what was there; words 
         if name not in LIMITS: found[name] = found[name] or new
         else: found[name] = _unique(found[name] + new)[:LIMITS[name][1]]
 
-# %% ../nbs/73_know.ipynb #e2fce856
+# %% ../nbs/73_know.ipynb #126d3ee9
 AGAIN = 2 # how often the model is asked again
 
-
+# %% ../nbs/73_know.ipynb #78589560
 @dataclass
 class Heard:
     "What came of asking about one class"
@@ -429,7 +429,7 @@ def _report(topics, known, heard): # what came of it, in some lines
     left = [t.name for t in topics if t.name not in known]
     return "\n".join(lines + ([f"  nothing is known of {some_of(left)}"] if left else []))
 
-# %% ../nbs/73_know.ipynb #f5d6e3dd
+# %% ../nbs/73_know.ipynb #99bc479d
 def _write(cfg, topics, old, heard): # the file; gives what is in it
     for name, h in heard.items(): _keep(h, old.get(name))
     new = {n: h.knowledge for n, h in heard.items() if any(h.found.values())}
@@ -439,8 +439,8 @@ def _write(cfg, topics, old, heard): # the file; gives what is in it
     return known
 
 
-def _batch(cfg, topics, replies): # name -> Heard, from kept replies alone; writes what is to be asked next
-    missing, heard = [], {}
+def _batch(cfg, topics, replies): # name -> Heard, from kept replies alone; and what is to be said, in lines
+    missing, said = [], []
     def ask(q):
         if (reply := replies.get(q)) is None:
             missing.append(q)
@@ -450,16 +450,27 @@ def _batch(cfg, topics, replies): # name -> Heard, from kept replies alone; writ
     heard = talk()
     for path in filter(None, (cfg.read_batch, cfg.batch_errors)):
         if failed := read_batch(path, missing, replies):
-            tell(f"note: {len(failed):,} requests of {path} have no reply, the first: {next(iter(failed.values()))}")
+            said.append(f"{len(failed):,} requests of {path} have no reply, the first: {next(iter(failed.values()))}")
     if cfg.read_batch or cfg.batch_errors:
         missing.clear()
         heard = talk()
     if cfg.write_batch and missing:
         paths = write_batch(cfg.write_batch, missing, replies.learned.get(cfg.model))
-        tell(f"{len(missing):,} questions to send as a batch: {', '.join(map(str, paths))}")
-    return heard
+        said.append(f"{len(missing):,} questions to send as a batch: {', '.join(map(str, paths))}")
+    return heard, said
 
-# %% ../nbs/73_know.ipynb #165c4160
+# %% ../nbs/73_know.ipynb #c024ee04
+def _ask(server, left, cfg, heard): # what stopped it, None where nothing did
+    about, most = _expected(left, cfg)
+    if not Progress.quiet:
+        tell(f"{cfg.model} at {server.url}: {len(left):,} classes, about {about:,} tokens, at most {most:,}")
+    try: _ask_about(left, cfg, server, heard)
+    except LtnbError as e: return e
+    if not (failed := [h for h in heard.values() if h.failed]): return None
+    return LtnbError(f"{len(failed)} of {len(left)} classes have no whole reply ({failed[0].failed.rstrip('.')}). "
+                     "Run the same command again to go on.")
+
+# %% ../nbs/73_know.ipynb #89b4183a
 def know(cfg:KnowConfig # checked
         )->str: # the report
     "Ask a language model about classes, and write the knowledge file"
@@ -472,26 +483,15 @@ def know(cfg:KnowConfig # checked
         old = read_knowledge(cfg.out) if Path(cfg.out).exists() else {}
         left = [t for t in topics if t.name not in old or lacking(_fields(old[t.name]))]
         cfg = replace(cfg, model=cfg.model or (server.model() if left else None))
-        heard, batch = {}, cfg.write_batch or cfg.read_batch or cfg.batch_errors
-        if batch: heard = _batch(cfg, left, server.replies)
+        heard, said = {}, []
+        if cfg.write_batch or cfg.read_batch or cfg.batch_errors: heard, said = _batch(cfg, left, server.replies)
         elif left: wrong = _ask(server, left, cfg, heard)
         known = _write(cfg, topics, old, heard) if left else old
-    text = _report(topics, known, heard)
+    text = "\n".join([*said, _report(topics, known, heard)])
     if left: text += "\n{:,} tokens in questions, {:,} in replies".format(*server.replies.tokens())
     if wrong is None: return f"{text}\n{cfg.out}"
     if heard: print(text)
     raise wrong
-
-
-def _ask(server, left, cfg, heard): # what stopped it, None where nothing did
-    about, most = _expected(left, cfg)
-    if not Progress.quiet:
-        tell(f"{cfg.model} at {server.url}: {len(left):,} classes, about {about:,} tokens, at most {most:,}")
-    try: _ask_about(left, cfg, server, heard)
-    except LtnbError as e: return e
-    if not (failed := [h for h in heard.values() if h.failed]): return None
-    return LtnbError(f"{len(failed)} of {len(left)} classes have no whole reply ({failed[0].failed.rstrip('.')}). "
-                     "Run the same command again to go on.")
 
 # %% ../nbs/73_know.ipynb #6e9f5b1e
 def _check(path, names=()): # what is missing or suspicious is printed, and is a LtnbError; names must be there
