@@ -28,7 +28,7 @@ from .knowledge import (LIMITS, SHIPPED, Knowledge, check_knowledge, read_knowle
                             write_knowledge)
 from .ask import Asking, AskFailed, Question, Replies, Server, concurrently, read_batch, write_batch
 
-# %% ../nbs/73_know.ipynb #71d86f68
+# %% ../nbs/73_know.ipynb #dc52d6cc
 @dataclass(frozen=True)
 class KnowConfig(Config):
     "Settings of `ltnb know`"
@@ -49,7 +49,7 @@ class KnowConfig(Config):
     write_batch: str|None = None # write the next questions to a .jsonl file for the batch service, and ask nobody
     read_batch: str|None = None # read the replies of a batch back
     batch_errors: str|None = None # and its file of errors
-    paths: ClassVar[tuple] = ("classes", "write_batch", "read_batch", "batch_errors")
+    paths: ClassVar[tuple] = ("classes", "read_batch", "batch_errors")
 
 # %% ../nbs/73_know.ipynb #85850075
 _HELP = {n: f.description for n, f in Knowledge.model_fields.items()}
@@ -470,13 +470,14 @@ def _ask(server, left, cfg, heard): # what stopped it, None where nothing did
     return LtnbError(f"{len(failed)} of {len(left)} classes have no whole reply ({failed[0].failed.rstrip('.')}). "
                      "Run the same command again to go on.")
 
-# %% ../nbs/73_know.ipynb #89b4183a
+# %% ../nbs/73_know.ipynb #b35f57fc
 def know(cfg:KnowConfig # checked
         )->str: # the report
     "Ask a language model about classes, and write the knowledge file"
     topics, wrong = topics_of(cfg), None
     if cfg.out is None: raise UsageError("ltnb know needs --out: the .json file to write.")
     check_output(cfg.out, cfg.inputs(), ".json", _own)
+    if cfg.write_batch: check_output(cfg.write_batch, cfg.inputs(), ".jsonl", name="--write-batch")
     with locked(Path(cfg.out).with_suffix(".lock")):
         how = {f.name: getattr(cfg, f.name) for f in fields(Asking)}
         server = Server(Asking(**how), Replies(Path(cfg.out).with_suffix(".replies.jsonl")))

@@ -673,6 +673,8 @@ def test_a_batch_round_trip(work, fake, tmp_path):
     work(model="gpt", write_batch=ask_for)
     rows = read_jsonl(ask_for)
     assert len(rows) == 5 and not fake.asked
+    with pytest.raises(UsageError, match="--write-batch .*names.txt"):
+        work(model="gpt", write_batch=str(tmp_path / "names.txt"))
     whole = {r["custom_id"]: good(r["body"], 0) for r in rows[::-1] if name_in(r["body"]) != "ship"}
     done = [{"custom_id": k, "response": {"status_code": s, "body": body}} for k, (s, body) in whole.items()]
     lost = [r["custom_id"] for r in rows if name_in(r["body"]) == "ship"]
