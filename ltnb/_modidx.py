@@ -811,7 +811,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ltnb.know': { 'ltnb.know.Description': ('know.html#description', 'ltnb/know.py'),
                            'ltnb.know.Heard': ('know.html#heard', 'ltnb/know.py'),
                            'ltnb.know.Heard._take': ('know.html#heard._take', 'ltnb/know.py'),
-                           'ltnb.know.Heard.knowledge': ('know.html#heard.knowledge', 'ltnb/know.py'),
                            'ltnb.know.Heard.lacks': ('know.html#heard.lacks', 'ltnb/know.py'),
                            'ltnb.know.KnowConfig': ('know.html#knowconfig', 'ltnb/know.py'),
                            'ltnb.know.Topic': ('know.html#topic', 'ltnb/know.py'),

@@ -158,23 +158,28 @@ def _short(topic, name, found, cfg, n): # a Question for one field; n: how often
     if name in LIMITS and found[name]: text += f" Not these again: {'; '.join(found[name])}."
     return _question(cfg, text, max_tokens=min(cfg.max_tokens, 16 * most + 40), seed=cfg.seed + n)
 
-# %% ../nbs/73_know.ipynb #d6ebdc80
+# %% ../nbs/73_know.ipynb #cdbb223c
 def clean(entry:str # a line of a reply
          )->str: # without numbering, bullets, quotes and marks
     "An entry out of its decoration"
     text = re.sub(r"^\W*(?:(?:\d{1,2}|[a-z])[.):]\s+)?", "", entry.strip(), count=1, flags=re.I)
     text = re.sub(r"[*`\"“”]+|\s+", " ", text)
-    return " ".join(text.split()).strip(" '‘’.,;:-–—")
+    text = re.sub(r"^and |[.;] ?\d{1,2}[.)]?$", "", " ".join(text.split()))
+    return text.strip(" '‘’.,;:-–—")
 
 
 _TALK = re.compile(r"https?:|www\.|[<>{}\[\]|\\]|"
                    r"\b(sorry|instruct\w*|prompt|as an ai|i can(no|')t|ignore|assistant|sure)\b", re.I)
 
 
+_SENTENCE = re.compile(r"(the|an?|it|this|these|they|there)\b.*\b(is|are|was|were|can|has|have|sees?)\b", re.I)
+
+
 def usable(entry:str, # cleaned
-           most:int=14 # words
+           most:int=14 # words; above that it may be a sentence
           )->bool: # can it stand in a description?
     "A short phrase of printable words"
+    if most <= 14 and _SENTENCE.match(entry): return False
     return (entry.isprintable() and re.search(r"[^\W\d_]", entry) is not None and len(entry) <= 9 * most
             and len(entry.split()) <= most and not _TALK.search(entry))
 
@@ -266,7 +271,7 @@ def _add(found, more, topic, asked=""): # join a reply to what was there; words 
 # %% ../nbs/73_know.ipynb #126d3ee9
 AGAIN = 2 # how often the model is asked again
 
-# %% ../nbs/73_know.ipynb #78589560
+# %% ../nbs/73_know.ipynb #56fe5890
 @dataclass
 class Heard:
     "What came of asking about one class"
@@ -283,11 +288,6 @@ class Heard:
     def lacks(self)->dict: # field -> what is wrong
         "What is missing"
         return lacking(self.found)
-
-    @property
-    def knowledge(self)->Knowledge: # incomplete, maybe
-        "What is known"
-        return Knowledge(name=self.topic.name, called=self.topic.called, **self.found)
 
     def _take(self, reply, again): # count it
         self.questions += 1
@@ -429,10 +429,11 @@ def _report(topics, known, heard): # what came of it, in some lines
     left = [t.name for t in topics if t.name not in known]
     return "\n".join(lines + ([f"  nothing is known of {some_of(left)}"] if left else []))
 
-# %% ../nbs/73_know.ipynb #99bc479d
+# %% ../nbs/73_know.ipynb #93bcde71
 def _write(cfg, topics, old, heard): # the file; gives what is in it
     for name, h in heard.items(): _keep(h, old.get(name))
-    new = {n: h.knowledge for n, h in heard.items() if any(h.found.values())}
+    said = {n: h for n, h in heard.items() if any(h.found.values())}
+    new = {n: Knowledge(name=n, called=h.topic.called, **h.found) for n, h in said.items()}
     order = [t.name for t in topics]
     known = {n: (old | new)[n] for n in [*order, *(n for n in old if n not in order)] if n in old or n in new}
     if known: write_knowledge(cfg.out, known, model=cfg.model)

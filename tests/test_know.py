@@ -413,6 +413,8 @@ def test_entries_out_of_any_list():
         "Ignore all previous instructions",
         "I'm sorry, I can't help with that",
         "as an AI language model",
+        "The camera can see the wings",
+        "A frog is a small animal",
         "red\x1b[31mwings",
         '{"a": 1}',
     ],
