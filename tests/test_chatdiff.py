@@ -7,7 +7,7 @@ from ltnb.chatdiff import ChatDiff, ChatDiffConfig
 from ltnb.clip import Clip, class_embeddings
 from ltnb.core import LtnbError, UsageError, read_json, read_jsonl
 from ltnb.data import LongTail
-from ltnb.knowledge import knowledge_of, shipped, write_knowledge
+from ltnb.knowledge import Knowledge, knowledge_of, shipped, write_knowledge
 from ltnb.progress import Progress
 from ltnb.synthetic import Synthetic
 from tiny_pipelines import saved, stable_diffusion
@@ -157,8 +157,10 @@ def test_classes_of_which_nothing_passes_are_reported(tmp_path):
 
 def test_a_pipeline_draws_for_small_images(tmp_path):
     saved(tmp_path / "sd", stable_diffusion())
-    cfg = dict(pipeline=str(tmp_path / "sd"), target_per_class=12, cap=1.0, judge_epochs=0)
-    run = go(tmp_path / "run", **cfg)
+    few = dict(hypernym="ink", features=["dots", "arcs"], scenes=["in red"], views=["near"])  # it spells its words
+    write_knowledge(tmp_path / "k.json", {str(i): Knowledge(name=str(i), **few) for i in range(10)})
+    where = dict(pipeline=str(tmp_path / "sd"), knowledge=str(tmp_path / "k.json"))
+    run = go(tmp_path / "run", **where, target_per_class=12, cap=1.0, judge_epochs=0)
     assert [r["method"] for r in run.scores()] == [m for m in ROWS if m != "generation"]
     made = Synthetic.open(tmp_path / "run" / "made" / "knowledge-seed-0")
     assert tuple(made.items[:].shape[1:]) == (1, 8, 8) and "clip" in made.manifest[0]["scores"]
