@@ -74,11 +74,11 @@ class ChatDiff(SmallImages):
         if s.first: self.keep(s, eye, painter, drawn)
         return rows
 
-# %% ../nbs/79_chatdiff.ipynb #9c7bfb17
+# %% ../nbs/79_chatdiff.ipynb #78521cf5
 def _largest(cfg, data): return int(data.counts.max())
 def _sampler(cfg, data): return "own" if cfg.pipeline else "dpm++"
 def _spacing(cfg, data): return None if cfg.sampler == "own" else sampler_spacing(cfg.sampler)
-def _steps(cfg, data): return 30 if cfg.pipeline else 20
+def _steps(cfg, data): return 30 if cfg.pipeline else 10 if cfg.dataset == "digits" else 20
 def _guidance(cfg, data): return 7.5 if cfg.pipeline else 2.
 
 
@@ -91,10 +91,10 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     pipeline: str|None = None
     # CLIP: an open_clip name such as ViT-B-32:openai, or a folder (default: a small one, trained here)
     clip: str|None = None
-    clip_steps: int = auto(digits=300, other=3000, low=1) # optimiser steps of the small CLIP
+    clip_steps: int = auto(digits=200, other=3000, low=1) # optimiser steps of the small CLIP
     sampler: Literal["ddim", "dpm++", "heun", "ddpm", "own"] = auto( # how images are made
         _sampler, "dpm++; own, the pipeline's, for a pipeline")
-    sample_steps: int = auto(_steps, "20; 30 for a pipeline", low=1, high=1000) # steps of the sampler
+    sample_steps: int = auto(_steps, "10 for digits, else 20; 30 for a pipeline", low=1, high=1000) # steps of the sampler
     guidance_scale: float = auto( # 1 for none; above 1: nearer to the words
         _guidance, "2; 7.5 for a pipeline", low=0)
     # which noise levels the sampler visits
@@ -107,7 +107,7 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     # cosine and prob: the least cosine, which belongs to one CLIP (default: the usual one of a known CLIP, else what
     # nine of ten real images reach)
     rule_cosine: float|None = limited(None, -1, 1)
-    cap: float = limited(5., 1, 1000) # draw at most so many times what is wanted
+    cap: float = limited(3., 1, 1000) # draw at most so many times what is wanted
     on_short: Literal["leave", "best"] = "leave" # classes of which too few pass: leave them, or add the best rejected
     syn_weight: float = limited(1., 0, 1) # weight of a made image in the classifier's loss
     judge_epochs: int = auto( # epochs of the classifier that judges the images, 0 for none
