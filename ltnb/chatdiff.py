@@ -74,7 +74,7 @@ class ChatDiff(SmallImages):
         if s.first: self.keep(s, eye, painter, drawn)
         return rows
 
-# %% ../nbs/79_chatdiff.ipynb #78521cf5
+# %% ../nbs/79_chatdiff.ipynb #13f3d93c
 def _largest(cfg, data): return int(data.counts.max())
 def _sampler(cfg, data): return "own" if cfg.pipeline else "dpm++"
 def _spacing(cfg, data): return None if cfg.sampler == "own" else sampler_spacing(cfg.sampler)
@@ -94,7 +94,8 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     clip_steps: int = auto(digits=200, other=3000, low=1) # optimiser steps of the small CLIP
     sampler: Literal["ddim", "dpm++", "heun", "ddpm", "own"] = auto( # how images are made
         _sampler, "dpm++; own, the pipeline's, for a pipeline")
-    sample_steps: int = auto(_steps, "10 for digits, else 20; 30 for a pipeline", low=1, high=1000) # steps of the sampler
+    sample_steps: int = auto( # steps of the sampler
+        _steps, "10 for digits, else 20; 30 for a pipeline", low=1, high=1000)
     guidance_scale: float = auto( # 1 for none; above 1: nearer to the words
         _guidance, "2; 7.5 for a pipeline", low=0)
     # which noise levels the sampler visits
@@ -345,7 +346,7 @@ def check(self:ChatDiff,
     if cfg.pipeline: pipeline_class(pipeline_folder(cfg.pipeline, cfg.download))
     elif cfg.sampler == "own": raise UsageError("sampler='own' is a pipeline's: name another, or give --pipeline.")
 
-# %% ../nbs/79_chatdiff.ipynb #75079da5
+# %% ../nbs/79_chatdiff.ipynb #86b20eae
 @patch
 def resolve(self:ChatDiff,
             cfg:ChatDiffConfig, # as given
@@ -353,7 +354,8 @@ def resolve(self:ChatDiff,
            )->ChatDiffConfig: # with nothing left open but rule_cosine
     "Fill in what depends on the data, and refuse what cannot be run on it"
     self.check(cfg)
-    knowledge_of(cfg.dataset, data.class_names, cfg.knowledge)
+    known = knowledge_of(cfg.dataset, data.class_names, cfg.knowledge)
+    if cfg.knowledge: prompt_plan(known, np.ones(len(known), dtype=int)) # one that is too long is an error now
     cfg = cfg.filled(data) if cfg.pipeline else resolve_generator(cfg, data)
     if images_wanted(cfg, data).any(): return cfg
     raise UsageError(f"target_per_class={cfg.target_per_class} is no more than any class has (the smallest: "

@@ -166,6 +166,13 @@ def test_a_pipeline_draws_for_small_images(tmp_path):
     assert tuple(made.items[:].shape[1:]) == (1, 8, 8) and "clip" in made.manifest[0]["scores"]
 
 
+def test_a_name_that_no_prompt_can_hold_is_refused_before_anything_is_made(tmp_path):
+    known = {n: k.model_copy(update={"called": "digit " * 90}) if n == "4" else k for n, k in shipped("digits").items()}
+    write_knowledge(tmp_path / "k.json", known)
+    with pytest.raises(UsageError, match="'4'.*77|77.*'4'"):
+        ChatDiff().check_inputs(ChatDiffConfig(**TINY, knowledge=str(tmp_path / "k.json")))
+
+
 @pytest.mark.parametrize(
     "given, word",
     [
