@@ -227,6 +227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ltnb.chatdiff.class_facts': ('chatdiff.html#class_facts', 'ltnb/chatdiff.py'),
                                'ltnb.chatdiff.discriminator': ('chatdiff.html#discriminator', 'ltnb/chatdiff.py'),
                                'ltnb.chatdiff.draw_words': ('chatdiff.html#draw_words', 'ltnb/chatdiff.py'),
+                               'ltnb.chatdiff.folder_of': ('chatdiff.html#folder_of', 'ltnb/chatdiff.py'),
                                'ltnb.chatdiff.kept_of': ('chatdiff.html#kept_of', 'ltnb/chatdiff.py'),
                                'ltnb.chatdiff.made_table': ('chatdiff.html#made_table', 'ltnb/chatdiff.py'),
                                'ltnb.chatdiff.plot_clip_scores': ('chatdiff.html#plot_clip_scores', 'ltnb/chatdiff.py'),

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WHAT', 'opened_clip', 'QUESTIONS', 'MADE', 'ChatDiff', 'ChatDiffConfig', 'what_is_known', 'Discriminator',
-           'small_clip', 'discriminator', 'rules', 'Painter', 'text_painter', 'draw_words', 'real_alone', 'by_labels',
-           'trained_on', 'by_words', 'kept_of', 'class_facts', 'rule_facts', 'plot_clip_scores', 'made_table',
-           'words_table', 'run']
+           'small_clip', 'discriminator', 'rules', 'Painter', 'text_painter', 'folder_of', 'draw_words', 'real_alone',
+           'by_labels', 'trained_on', 'by_words', 'kept_of', 'class_facts', 'rule_facts', 'plot_clip_scores',
+           'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #2b23c9f3
+# %% ../nbs/79_chatdiff.ipynb #1ea215e9
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from .losses import effective_counts
 from .team import Team
 from .jobs import Job, make_plan
 from .synthetic import Synthetic
+from .copies import flag_copies
 from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
 from .classify import (ClassifierConfig, aim_of, check_classifier, classify, keep_classifier, new_classifier)
 from .controls import controls
@@ -48,7 +50,7 @@ from .discriminator import (RULES, Thresholds, acceptance, clip_score, compare_r
 from .text2image import TextToImage, pipeline_folder, pipeline_class, text_maker
 from .text_diffusion import text_image_maker, train_text_diffusion
 
-# %% ../nbs/79_chatdiff.ipynb #aeaadf91
+# %% ../nbs/79_chatdiff.ipynb #87005c66
 class ChatDiff(SmallImages):
     "What a language model knows, drawn and judged; a reconstruction, with every control"
     title = "ChatDiff (reconstruction)"
@@ -70,7 +72,7 @@ class ChatDiff(SmallImages):
         if not s.team.writes: return None
         rows = self.score(s, said)
         write_json(s.run.path/f"classes-seed-{s.seed}.json", class_facts(s, drawn, judge, rows))
-        write_json(s.run.path/f"rules-seed-{s.seed}.json", rule_facts(s, drawn["knowledge"], eye, judge))
+        write_json(s.run.path/f"rules-seed-{s.seed}.json", rule_facts(s, eye, judge))
         if s.first: self.keep(s, eye, painter, drawn)
         return rows
 
@@ -203,7 +205,14 @@ def text_painter(s:Stage, # its settings and data
         make, settings = text_image_maker(model, sampling_of(cfg), where, s.seed)
     return Painter(make, settings, model.fingerprint, model)
 
-# %% ../nbs/79_chatdiff.ipynb #ec5461e1
+# %% ../nbs/79_chatdiff.ipynb #63f7c114
+def folder_of(s:Stage, # its run
+              what:str # of `WHAT`, or generation
+             )->Path: # of a job
+    "Where the images lie"
+    return s.run.path/"made"/f"{what.replace(' ', '-')}-seed-{s.seed}"
+
+
 def draw_words(s:Stage, # its settings and data
                painter:Painter, # of step 3
                known:list[Knowledge], # of each class
@@ -215,11 +224,10 @@ def draw_words(s:Stage, # its settings and data
     passes, cap = (eye.passes, s.cfg.cap) if what == "knowledge" else (lambda row: True, 1.)
     plan = prompt_plan(known, np.ceil(cap * wanted).astype(int), what, s.seed)
     job = Job(seed=s.seed, settings=painter.settings, attempts=3, team=s.team)
-    folder = s.run.path/"made"/f"{what.replace(' ', '-')}-seed-{s.seed}"
     with s.timed(f"images of {what}"):
-        return draw_until(folder, wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
+        return draw_until(folder_of(s, what), wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
 
-# %% ../nbs/79_chatdiff.ipynb #98e8ade8
+# %% ../nbs/79_chatdiff.ipynb #abe4edae
 def real_alone(s:Stage # its settings and data
               )->Answers: # method -> Answer
     "Every row that needs no generator"
@@ -235,8 +243,7 @@ def by_labels(s:Stage, # its settings and data
     where = replace(s.where, name="labels", compiled=s.cfg.compiled)
     with s.timed("generation"):
         model, plan = train_model(s.cfg, s.data, s.seed, where), make_plan(images_wanted(s.cfg, s.data))
-        folder = s.run.path/"made"/f"generation-seed-{s.seed}"
-        made = make_images(model, plan, folder, sampling_of(s.cfg), where, seed=s.seed)
+        made = make_images(model, plan, folder_of(s, "generation"), sampling_of(s.cfg), where, seed=s.seed)
     return Answers({"generation": trained_on(s, made, "generation", len(made), judge)})
 
 # %% ../nbs/79_chatdiff.ipynb #f0fa53e8
@@ -271,7 +278,7 @@ def kept_of(s:Stage, # its settings
     "What passes, perhaps filled up"
     return full.kept if s.cfg.on_short == "leave" else full.topped_up("clip")
 
-# %% ../nbs/79_chatdiff.ipynb #e8193fe5
+# %% ../nbs/79_chatdiff.ipynb #333cd68b
 def class_facts(s:Stage, # its settings and data
                 drawn:dict, # words -> Drawn
                 judge:Judge, # who saw every real image
@@ -280,29 +287,28 @@ def class_facts(s:Stage, # its settings and data
     "Asked, drawn, kept, judged, accuracy before and after, and the words that were used"
     full, data = drawn["knowledge"], s.data
     by_class, kept = {d["class"]: d for d in full.classes}, full.kept
-    judged = [None] * data.n_classes
-    if len(kept): judged = judge.recognised(kept.items[:], kept.labels, "kept", s.seed)["per_class"]
+    found = judge.recognised(kept.items[:], kept.labels, "kept", s.seed) if len(kept) else {}
     before, after = (next(r["per_class"] for r in rows if r["method"] == m) for m in ("cross-entropy", "chatdiff"))
     out = []
     for c, name in enumerate(data.class_names):
         own = {k: by_class.get(c, {}).get(k) for k in ("wanted", "drawn", "kept", "capped")}
+        own |= {"judged": found["per_class"][c] if found else None, "before": before[c], "after": after[c]}
         words = [r["prompt"] for r in kept.manifest if r["class"] == c][:3]
-        out.append({"class": name, "images": int(data.counts[c]), **own, "judged": judged[c], "before": before[c],
-                    "after": after[c], "prompts": words})
+        out.append({"class": name, "images": int(data.counts[c]), **own, "prompts": words})
     return out
 
-# %% ../nbs/79_chatdiff.ipynb #970eaa5c
+# %% ../nbs/79_chatdiff.ipynb #bc88986e
 def rule_facts(s:Stage, # its settings and data
-               full:Drawn, # knowledge, with the rule
                eye:Discriminator, # CLIP
                judge:Judge # who saw every real image
               )->list[dict]: # a row a rule
-    "All rules on the same images: what would each have kept, and what does the judge say of that?"
-    right = recognised(judge.clf, full.made, s.where.device) if judge.clf else None
+    "All rules on the images of knowledge: what would each have kept, and what is said of that?"
+    made = flag_copies(folder_of(s, "knowledge"), s.data.train, s.data.test, device=s.where.device)
+    right = recognised(judge.clf, made, s.where.device) if judge.clf else None
     asked = rules(s, eye.real)
-    share = acceptance(kept_by(full.made, asked[s.cfg.rule]), full.made.labels, s.data.n_classes)
+    share = acceptance(kept_by(made, asked[s.cfg.rule]), made.labels, s.data.n_classes)
     asked["random"] = keep_rule("random", n_classes=s.data.n_classes, share=np.nan_to_num(share), seed=s.seed)
-    return compare_rules(full.made, asked, s.data.n_classes, right)
+    return compare_rules(made, asked, s.data.n_classes, right, judge.threshold)
 
 # %% ../nbs/79_chatdiff.ipynb #a2a5c69a
 @patch
@@ -382,12 +388,12 @@ def settle(self:ChatDiff,
     "As this directory's run was resolved before"
     return self.resolve(cfg, data) if cfg.pipeline else SmallImages.settle(self, cfg, data, run, team)
 
-# %% ../nbs/79_chatdiff.ipynb #ca37cd0d
+# %% ../nbs/79_chatdiff.ipynb #5e8f9c42
 _MADE = ("Recognised: a judge who saw every real image sees the class that was asked for. Copies: nearer to a training "
          "image than 95 % of the test images are. Distance: Fréchet, in the judge's features.")
 _RULES = ("Every rule on the same images, those of knowledge: what each would have kept, and how often the judge "
-          "recognises what is kept and what is dropped. A rule is worth something where the two differ.")
-_SHOWN = ("cross-entropy", "label shift", "name only", "chatdiff")
+          "recognises what is kept and what is dropped. A rule is worth something where the two differ. Leaks are "
+          "nearer to a test image than to any training image.")
 
 # %% ../nbs/79_chatdiff.ipynb #f940a021
 QUESTIONS = [("name only", "cross-entropy"), ("name only", "generation"), ("knowledge", "name only"),
@@ -421,21 +427,22 @@ def made_table(rows:list[dict] # of scores.json
         if m in methods(rows): lines.append([m, *(cell(k, values(rows, m, k)) for k in MADE)])
     return lines
 
-# %% ../nbs/79_chatdiff.ipynb #3bbb4e27
+# %% ../nbs/79_chatdiff.ipynb #070b061f
 def words_table(rows:list[dict] # of classes-seed-S.json
                )->list[list[str]]: # a header and a line a class
     "Class by class: asked, drawn, kept, judged, before and after, and one of the prompts"
     def share(x): return "–" if x is None or x != x else f"{x:.0%}"
     def count(x): return "–" if x is None else f"{x:,}"
     numbers = "training images", "wanted", "drawn", "kept", "recognised of kept", "before", "after"
-    lines = [["class", *numbers, "", "a prompt"]]
+    lines = [["class", *numbers, "", "acceptance", "a prompt"]]
     for r in rows:
         numbers = [count(r[k]) for k in ("images", "wanted", "drawn", "kept")]
         lines.append([r["class"], *numbers, *(share(r[k]) for k in ("judged", "before", "after")),
-                      "short" if r["capped"] else "", (r["prompts"] or ["–"])[0]])
+                      "short" if r["capped"] else "", "below 10 %" if (r["kept"] or 0) < (r["drawn"] or 0) / 10 else "",
+                      (r["prompts"] or ["–"])[0]])
     return lines
 
-# %% ../nbs/79_chatdiff.ipynb #9677450e
+# %% ../nbs/79_chatdiff.ipynb #806dd916
 @patch
 def tables(self:ChatDiff,
            rows:list[dict], # of scores.json
@@ -450,12 +457,11 @@ def lead(self:ChatDiff,
          f:Finished # all seeds
         )->str: # a phrase
     "What was run, and that it is a reconstruction"
-    made = f.cfg.pipeline or "a text-to-image model trained on the set"
-    return (f"A reconstruction from the abstract (Deng et al., 2025): neither code nor settings nor tables are public. "
-            f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class by {made}, "
-            f"judged by {f.cfg.clip or 'a CLIP trained on the set'}")
+    return ("A reconstruction from the abstract (Deng et al., 2025): neither code nor settings nor tables are public. "
+            f"{Recipe.lead(self, f)}, filled up to {f.cfg.target_per_class:,} a class by "
+            f"{f.cfg.pipeline or 'a model of the set'}, judged by {f.cfg.clip or 'a CLIP of the set'}")
 
-# %% ../nbs/79_chatdiff.ipynb #1b6c4d3f
+# %% ../nbs/79_chatdiff.ipynb #a4549f14
 @patch
 def sections(self:ChatDiff,
              f:Finished # all seeds
@@ -464,7 +470,8 @@ def sections(self:ChatDiff,
     by_class, by_rule = (read_json(f.run.path/f"{n}-seed-{f.cfg.seed}.json") for n in ("classes", "rules"))
     main, made = self.tables(f.rows, f.cfg)
     def scores(ax): plot_clip_scores(f.run, f.cfg.seed, ax)
-    def accuracies(ax): plot_per_class(f.rows, f.class_names, f.data.counts, _SHOWN, ax=ax)
+    shown = "cross-entropy", "label shift", "name only", "chatdiff"
+    def accuracies(ax): plot_per_class(f.rows, f.class_names, f.data.counts, shown, ax=ax)
     wide = dict(size=(6.4, 2.6))
     return [("What it says", Ul(*map(Li, self.verdict(f.rows)))),
             ("The table", f"{PAIRED} The last epoch is read.", main),
