@@ -24,7 +24,7 @@ from .augment import flip as flip_half
 from .team import Where
 from .checkpoint import LOOK_EVERY, Clock, keep, restore
 from .diffusion import diffusion_rate, nudge
-from .knowledge import Knowledge
+from .knowledge import CONTEXT, Knowledge, clip_tokenizer
 from .prompts import captions as composed, class_texts
 from .clip import Clip, prepared
 
@@ -59,7 +59,7 @@ def clip_config(side:int, # of the images, pixels
     n = 4 if side <= 16 else 8
     size = min(-(-side // n) * n, 64)
     vision = dict(image_size=size, patch_size=size // n, layers=how.layers, width=how.width, head_width=32)
-    text = dict(context_length=77, vocab_size=49408, width=how.width, heads=how.width // 32, layers=how.layers)
+    text = dict(context_length=CONTEXT, vocab_size=49408, width=how.width, heads=how.width // 32, layers=how.layers)
     return {"embed_dim": how.embed_dim, "vision_cfg": vision, "text_cfg": text}
 
 
@@ -71,12 +71,11 @@ def new_clip(cfg:dict, # of `clip_config`
             )->Clip: # untrained
     "A CLIP of a configuration, built without open_clip's list of models"
     from open_clip.model import CLIP, set_model_preprocess_cfg
-    from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transform import PreprocessCfg
     with seeded(seed, "init", "clip"): model = CLIP(**cfg)
     seen = PreprocessCfg(size=model.visual.image_size, mean=(mean,) * 3, std=(std,) * 3)
     set_model_preprocess_cfg(model, vars(seen))
-    return Clip.of(model, SimpleTokenizer(context_length=cfg["text_cfg"]["context_length"]), cfg, name)
+    return Clip.of(model, clip_tokenizer(), cfg, name)
 
 # %% ../nbs/75_clip_training.ipynb #243044ec
 def caption_pool(known:Sequence[Knowledge], # of K classes
