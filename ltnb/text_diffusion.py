@@ -29,6 +29,7 @@ from .diffusion import (UNETS, ClassLabels, Denoising, check_diffusion, check_ha
 from .samplers import Sampling, check_sampling, sample_rows, sampler_spacing
 from .knowledge import check_tokens
 from .clip import Clip
+from .clip_training import check_captions, token_states
 from .text2image import prompted
 
 # %% ../nbs/78_text_diffusion.ipynb #53feb9a6
@@ -47,11 +48,8 @@ def text_states(clip:Clip, # its text tower is read
     out = []
     for i in range(0, len(texts), 256):
         tokens = clip.tokenizer(list(texts[i:i + 256])).to(device)
-        ends = tokens.argmax(1) + 1 # the last token has the highest number
-        n = int(ends.max())
-        x = tower.token_embedding(tokens[:, :n]) + tower.positional_embedding[:n]
-        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n])).float().cpu()
-        out += [row[:end] for row, end in zip(x, ends.tolist(), strict=True)]
+        states, ends = token_states(tower, tokens).float().cpu(), tokens.argmax(1).tolist()
+        out += [own[:end + 1] for own, end in zip(states, ends, strict=True)]
     return out
 
 # %% ../nbs/78_text_diffusion.ipynb #2f810385
@@ -180,12 +178,6 @@ class TextDiffusion:
         "A hash of the weights, the objective and the CLIP model"
         return weights_hash(self.unet, f"{self.objective!r}|{self.clip.fingerprint}")
 
-# %% ../nbs/78_text_diffusion.ipynb #40cc743c
-def _check_captions(captions, n):
-    if len(captions) != n: raise DataError(f"{n} images need {n} lists of captions, got {len(captions)}.")
-    if any(isinstance(own, str) or not len(own) for own in captions):
-        raise DataError("captions are a list of texts for each image, with at least one text.")
-
 # %% ../nbs/78_text_diffusion.ipynb #e1bcb0b9
 def train_text_diffusion(images:np.ndarray, # (N, C, H, W) uint8, square
                          labels:np.ndarray, # (N,); what the classes are drawn by, not what is told
@@ -204,7 +196,7 @@ def train_text_diffusion(images:np.ndarray, # (N, C, H, W) uint8, square
     names = tuple(map(str, range(int(labels.max(initial=0)) + 1) if class_names is None else class_names))
     check_diffusion(images, labels, len(names), how.n_steps, how.diff_bs, nudge=how.nudge, label_drop=how.label_drop,
                     ema=how.ema)
-    _check_captions(captions, len(images))
+    check_captions(captions, len(images))
     o = build_objective(how.objective, how.schedule, how.min_snr)
     told = ToldTexts(clip, [t for own in captions for t in own], where)
     net = build_text_unet(how.unet, images.shape[2], images.shape[1], told.states.shape[2], how.seed)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ltnb import text_diffusion
+from ltnb import diffusion, text_diffusion
 from ltnb.clip_training import ClipTraining, clip_config, new_clip
 from ltnb.core import DataError, LtnbError, UsageError
 from ltnb.diffusion import UNETS, train_diffusion
@@ -273,9 +273,14 @@ def test_shrink():
 WORDS = {0: "a dark picture", 1: "a bright picture"}
 
 
+def untrained():
+    "A CLIP of random weights"
+    return new_clip(clip_config(8, ClipTraining(layers=1, width=32, embed_dim=16)), 0.5, 0.25, "test")
+
+
 @pytest.fixture(scope="module")
 def clip():
-    return new_clip(clip_config(8, ClipTraining()), 0.5, 0.25, "test")
+    return untrained()
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +300,7 @@ def train(tones, clip, **more):
 @pytest.fixture(scope="module")
 def model(tones, clip):
     Progress.quiet, UNETS["small"] = True, SMALL
-    return train(tones, clip, n_steps=100, diff_lr=4e-3)
+    return train(tones, clip, n_steps=70, diff_lr=4e-3)
 
 
 def test_states_are_those_of_the_text_tower(clip):
@@ -349,14 +354,13 @@ def test_words_are_learned_where_labels_say_nothing(model):
 
 
 def test_the_text_tower_stays_as_it_is(tones, clip, model):
-    again = new_clip(clip_config(8, ClipTraining()), 0.5, 0.25, "test")
-    assert model.clip.fingerprint == again.fingerprint and model.counts.tolist() == [64]
+    assert model.clip.fingerprint == untrained().fingerprint and model.counts.tolist() == [64]
 
 
 def test_dropped_captions_teach_nothing(tones, clip):
     swapped = [*tones.texts[1:], tones.texts[0]]
     one, two, kept = (
-        train(tones, clip, label_drop=d, texts=t) for d, t in ((1, tones.texts), (1, swapped), (0, swapped))
+        train(tones, clip, n_steps=3, label_drop=d, texts=t) for d, t in ((1, tones.texts), (1, swapped), (0, swapped))
     )
     assert one.fingerprint != kept.fingerprint
     assert all(
@@ -368,7 +372,9 @@ class Stop(Exception):
     "A stand-in for a power cut"
 
 
-def test_resume_bit_for_bit(tmp_path, tones, clip):
+def test_resume_bit_for_bit(tmp_path, tones, clip, monkeypatch):
+    monkeypatch.setattr(diffusion, "LOOK_EVERY", 3)  # a checkpoint every three steps
+
     def run(name, stop_at=None):
         with Run(LDMLRConfig(out=str(tmp_path / name))) as run:
             run.start(LDMLRConfig(), "cpu", "fp32")
@@ -380,10 +386,10 @@ def test_resume_bit_for_bit(tmp_path, tones, clip):
                     raise Stop
 
             run.save = save
-            return train(tones, clip, n_steps=52, diff_bs=2, power=0.5, flip=True, run=run, save_every=0)
+            return train(tones, clip, n_steps=5, diff_bs=2, power=0.5, flip=True, run=run, save_every=0)
 
     with pytest.raises(Stop):
-        run("cut", 50)
+        run("cut", 3)
     one, two = run("cut"), run("whole")
     assert one.fingerprint == two.fingerprint
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
