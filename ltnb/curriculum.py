@@ -170,7 +170,7 @@ def build_schedule(name:str, # a name of `SCHEDULES`
     if name not in SCHEDULES: raise UsageError(f"curriculum={name!r} is not a schedule. {nearest(name, SCHEDULES)}")
     return SCHEDULES[name](tuple(levels), n_curriculum_epochs, **more)
 
-# %% ../nbs/81_curriculum.ipynb #021a2533
+# %% ../nbs/81_curriculum.ipynb #3a3da8d8
 def plot_levels(charts:dict, # schedule -> the levels of each epoch, as lists
                 ax:Any=None # matplotlib Axes
                )->Any: # the Axes
@@ -185,6 +185,8 @@ def plot_levels(charts:dict, # schedule -> the levels of each epoch, as lists
     for v in shown: ax.barh(0, 0, color=colors(v / REAL), label="real" if v == REAL else str(v))
     ax.legend(frameon=False, fontsize=8, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1), title="level, %")
     ax.set(yticks=range(len(charts)), yticklabels=charts, xlabel="epoch", ylim=(len(charts) - .5, -.5))
+    ax.set_xlim(0, max(map(len, charts.values())))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 # %% ../nbs/81_curriculum.ipynb #8c556813
