@@ -58,6 +58,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=["ltnb"],
+    package_data={"ltnb": ["known/*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"lab": lab, "eval": evaluation, "onnx": onnx, "dev": lab + evaluation + onnx + dev},
     entry_points={"console_scripts": [cfg["console_scripts"]]},

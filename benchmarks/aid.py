@@ -17,7 +17,7 @@ from ltnb.progress import Progress
 from ltnb.classify import classify
 from ltnb.diffult import DiffuLT
 from ltnb.diffult_steps import DiffuLTConfig, aid_loss, describe_real, extractor, image_generator, usual_scale
-from ltnb.generator import seen_everything
+from ltnb.generator_steps import seen_everything
 from ltnb.recipe import Stage
 from ltnb.report import render
 from ltnb.runs import Run

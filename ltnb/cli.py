@@ -226,11 +226,14 @@ class EncodeConfig(DataConfig):
     "Settings of `ltnb encode`"
     recipe: ClassVar[str] = "encode"
     model: str|None = None # a run directory whose classifier encodes
-    arch: str|None = None # or a network of timm, such as timm:resnet50
-    pretrained: bool = True # with arch: fetch its weights; false takes random ones
+    # or a network of timm, such as timm:resnet50, or a CLIP model: clip:NAME:TAG, clip:hf-hub:ORG/NAME,
+    # clip:local-dir:FOLDER (fetched only with --download)
+    arch: str|None = None
+    pretrained: bool = True # with timm: fetch its weights; false takes random ones
+    knowledge: str|None = None # with clip: a JSON file of what is known of the classes, for the zero-shot scores
     out: str|None = None # the .npz file to write
     bs: int = limited(64, 1) # images at a time
-    paths: ClassVar[tuple] = (*DataConfig.paths, "model")
+    paths: ClassVar[tuple] = (*DataConfig.paths, "model", "knowledge")
 
 # %% ../nbs/99_cli.ipynb #1d42c6d8
 def required(config:Config, # of a command
@@ -316,15 +319,17 @@ def encode_command(args:list[str] # after `ltnb encode`
         raise UsageError("ltnb encode needs one of --model (a run directory) and --arch (such as timm:resnet50).")
     check_source(config)
     check_output(config.out, config.inputs(), ".npz", is_features)
-    features = _encode(config)
-    features.save(config.out, with_head=config.model is not None)
+    features, more = _encode(config)
+    features.save(config.out, with_head=config.model is not None, **more)
     print(f"{len(features.train):,} train and {len(features.test):,} test features of width {features.train.shape[1]}: "
           f"{config.out}")
 
 
-def _encode(config): # Features
+def _encode(config): # Features, and further arrays
     from ltnb.classifier import load_classifier, new_encoder
+    from ltnb.clip import encode_with_clip, is_clip
     from ltnb.heads import Features
+    if is_clip(config.arch): return encode_with_clip(config)
     device, data = choose_device(config.device), load_data(config, config.seed)
     for note in data.notes if not Progress.quiet else (): tell(f"note: {note}")
     clf = (load_classifier(config.model) if config.model
@@ -333,7 +338,7 @@ def _encode(config): # Features
     with computing_threads(config.threads):
         features = Features.encode(clf, data, device, choose_precision(config.precision, device), bar.step)
     bar.close()
-    return features
+    return features, {}
 
 # %% ../nbs/99_cli.ipynb #1b11b93a
 def export_command(args:list[str] # after `ltnb export`

@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'type_of', 'limited', 'Config', 'valid_threads', 'auto', '
            'add_options', 'parse', 'settings']
 
 # %% ../nbs/01_config.ipynb #a00cb3c5
-import argparse, ast, hashlib, json, math, os, types, typing
+import argparse, ast, functools, hashlib, json, math, os, types, typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -50,15 +50,20 @@ class Config:
         for f in fields(self): object.__setattr__(self, f.name, self.check(f.name, getattr(self, f.name)))
 
 # %% ../nbs/01_config.ipynb #8a9ba8e6
-@patch(cls_method=True)
-def hints(cls:Config
-         )->dict[str, tuple]: # name -> (type, choices, may it be None)
-    "Types of the fields; a field of `auto` may be left open"
+@functools.cache # each setting of each config asks
+def _hints(cls): # -> as `hints`
     known, out = typing.get_type_hints(cls), {}
     for f in fields(cls):
         kind, choices, optional = type_of(known[f.name])
         out[f.name] = kind, choices, optional or "auto" in f.metadata
     return out
+
+
+@patch(cls_method=True)
+def hints(cls:Config
+         )->dict[str, tuple]: # name -> (type, choices, may it be None)
+    "Types of the fields; a field of `auto` may be left open"
+    return _hints(cls)
 
 # %% ../nbs/01_config.ipynb #9c20e253
 @patch(cls_method=True)

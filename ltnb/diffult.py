@@ -16,16 +16,15 @@ from .core import UsageError, choose_device, choose_precision, read_json, read_j
 from .priors import class_prior
 from .runs import Run
 from .data import LongTail
-from .metrics import difference, methods, show_difference
 from .pictures import plot_per_class
-from .report import Figure
+from .report import Figure, verdict_on_pairs
 from .classifier import Classifier
 from .losses import effective_counts
 from .team import Team, Where
 from .recipe import PAIRED, TAIL, Answers, Finished, Recipe, Stage
 from .classify import aim_of, check_classifier, keep_classifier, new_classifier
 from .controls import controls
-from .generator import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
+from .generator_steps import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
 from .aid_loss import AIDScale
 from .diffult_steps import (DiffuLTConfig, Eye, Made, aid_loss, describe_real, extractor, image_generator,
                                 images_wanted, tail_classes, usual_scale, with_images)
@@ -167,13 +166,7 @@ def verdict(self:DiffuLT,
             rows:list[dict] # of scores.json
            )->list[str]: # sentences
     "What the table says, in words"
-    said = []
-    for a, b in PAIRS:
-        d = difference(rows, a, baseline=b) if {a, b} <= set(methods(rows)) else None
-        if d is None: continue
-        how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
-        said.append(f"{a} against {b}: {show_difference(d)} points, {how} (95 % interval over {d.over}).")
-    return said
+    return verdict_on_pairs(rows, PAIRS)
 
 # %% ../nbs/64_diffult.ipynb #27065808
 @patch

@@ -24,7 +24,7 @@ from .augment import Augment
 from .training import fit
 from .recipe import Answers, Stage
 from .classify import classify, new_classifier
-from .generator import image_maker, sampling_of, train_model
+from .generator_steps import image_maker, sampling_of, train_model
 from .team import Where
 from .aid import ZONES
 from .aid_loss import FORMS, AIDScale

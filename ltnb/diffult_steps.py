@@ -26,7 +26,7 @@ from .copies import copies, copy_threshold, flag_copies
 from .recipe import Answers, Stage
 from .classify import ClassifierConfig, classify, new_classifier, train
 from .diffusion import DiffusionModel
-from .generator import GeneratorConfig, image_maker, sampling_of, train_model
+from .generator_steps import GeneratorConfig, image_maker, sampling_of, train_model
 from .judge import recognised_shares, weighed
 from .aid import ZONES, Extractor, Filtered, Geometry, check_extractor, class_geometry, draw_filtered, zone_shares
 from .aid_loss import ALPHA, AIDLoss, AIDScale, balanced_alpha, calibrate, gradient_balance
@@ -116,8 +116,7 @@ class Made:
     @property
     def everything(self)->Synthetic: # as many of each class as are wanted, good or bad
         "What there is without a filter: the first images of each class"
-        wanted = {d["class"]: d["wanted"] for d in self.drawn.classes}
-        return self.drawn.made.where(lambda r: r["k"] < wanted.get(r["class"], 0))
+        return self.drawn.unfiltered
 
 # %% ../nbs/62_diffult_steps.ipynb #686c93e1
 def draw(s:Stage, # its settings and data

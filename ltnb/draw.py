@@ -14,9 +14,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from .core import UsageError
+from .core import UsageError, stable_seed
 from .config import spread
+from .data import LongTail
+from .pictures import figure_names, new_figure, save_figure, show_images
 from .team import Team
 from .jobs import Job, Plan, as_plan, make_plan
 from .synthetic import Synthetic, add_scores, made_rows, make_synthetic
@@ -181,3 +184,62 @@ def draw_until(folder:str|Path, # of the job; holds all that is drawn
         if team.told("whether they are enough", all(m <= n for m, n in zip(enough(), size, strict=True))):
             return Drawn(made, *team.told("what is kept", _summary(made, size, wanted, passed)))
     return Drawn(Synthetic(torch.empty(0), []), np.zeros(0, np.int64), [])
+
+# %% ../nbs/37_draw.ipynb #028e3037
+@patch(as_prop=True)
+def unfiltered(self:Drawn
+              )->Synthetic: # as many of each class as are wanted, good or bad
+    "What there is without a filter: the first items of each class"
+    wanted = {d["class"]: d["wanted"] for d in self.classes}
+    return self.made.where(lambda r: r["k"] < wanted.get(r["class"], 0))
+
+
+@patch
+def by_lot(self:Drawn,
+           seed:int # of the lot
+          )->Synthetic: # as many of each class as were kept, among as many as were drawn
+    "The filter that throws dice"
+    k, at = np.array([r["k"] for r in self.made.manifest], dtype=np.int64), [np.zeros(0, np.int64)]
+    for d in self.classes:
+        own = np.flatnonzero((self.made.labels == d["class"]) & (k < d["drawn"]))
+        chosen = np.random.default_rng(stable_seed("lot", seed, d["class"])).permutation(own)[:d["kept"]]
+        at.append(np.sort(chosen))
+    return self.made.take(np.concatenate(at))
+
+
+@patch
+def topped_up(self:Drawn,
+              name:str # of a score: the higher, the better
+             )->Synthetic: # what is kept, and the best of the rest
+    "Classes of which too few passed, filled up"
+    y, value = self.made.labels, np.array([r["scores"][name] for r in self.made.manifest], dtype=float)
+    rest, at = np.setdiff1d(np.arange(len(y)), self.at), [self.at]
+    for d in self.classes:
+        own = rest[y[rest] == d["class"]]
+        at.append(own[np.argsort(-value[own], kind="stable")][:d["wanted"] - d["kept"]])
+    return self.made.take(np.sort(np.concatenate(at)))
+
+# %% ../nbs/37_draw.ipynb #1cda6edb
+@patch
+def picture(self:Drawn, # images
+            data:LongTail, # whose classes
+            path:str|Path, # a .png file
+            n:int=8, # images of each kind
+            k:int=20 # classes at most, from head to tail
+           ):
+    "A row a class: kept on the left, dropped on the right"
+    shown, rest = np.argsort(-data.counts, kind="stable")[:k], np.setdiff1d(np.arange(len(self.made)), self.at)
+    blank = np.full(self.made.items[:1].shape[1:], 255, np.uint8)
+    def some(at, c):
+        own = at[self.made.labels[at] == c][:n]
+        return [*np.asarray(self.made.take(own).items[:]), *[blank] * (n - len(own))]
+    images = [x for c in shown for x in (*some(self.at, c), blank, *some(rest, c))]
+    fig, ax = new_figure(n + 2.5, len(shown) * .5 + .4)
+    show_images(np.stack(images), n_cols=2 * n + 1, ax=ax)
+    step = blank.shape[2] + 1
+    for x, text in ((n / 2, "kept"), (n * 1.5 + 1, "dropped")): ax.text(x * step, -2, text, ha="center", fontsize=9)
+    names, family = figure_names([data.class_names[c] for c in shown])
+    for i, name in enumerate(names):
+        at = (i + .5) * (blank.shape[1] + 1)
+        ax.text(-2, at, name, ha="right", va="center", fontsize=8, fontfamily=family)
+    save_figure(fig, path)

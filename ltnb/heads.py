@@ -248,7 +248,8 @@ def encode(cls:Features,
 @patch
 def save(self:Features,
          path:str|Path, # the .npz file to write
-         with_head:bool=True # the head too, where there is one
+         with_head:bool=True, # the head too, where there is one
+         **more:np.ndarray # further arrays, which `Features.npz` passes over
         ):
     "Write what `Features.npz` reads, atomically"
     arrays = {k: getattr(self, k.removesuffix("_features")).numpy() for k in
@@ -256,4 +257,4 @@ def save(self:Features,
     arrays |= {"class_names": np.array(self.class_names), "ltnb": np.array("features")}
     if with_head and self.head is not None:
         arrays |= {"fc_weight": self.head.weight.numpy(), "fc_bias": self.head.bias.numpy()}
-    with atomic_write(path, "wb") as f: np.savez(f, **arrays)
+    with atomic_write(path, "wb") as f: np.savez(f, **arrays, **more)

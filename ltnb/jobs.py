@@ -81,7 +81,8 @@ _KINDS = {"i": "whole numbers", "f": "numbers", "O": "texts", "b": "true or fals
 def _column(name, # of a plan
             values # a value a row
            ): # a 1-d array of int64, float64, bool, or of text and None
-    v = np.asarray(values)
+    texts = not isinstance(values, np.ndarray) and len(values) and isinstance(values[0], str)
+    v = np.asarray(values, dtype=object if texts else None) # numpy would give each text the room of the longest
     if name in _TAKEN: raise UsageError(f"a plan cannot have a column {name!r}: the manifest fills that in.")
     if v.ndim != 1: raise UsageError(f"column {name!r} of a plan holds one value a row, got shape {v.shape}.")
     if v.dtype.kind in "iu" or (name in ("class", "k") and not v.size): return v.astype(np.int64)
@@ -145,7 +146,9 @@ def take(self:Plan,
          index:Any # positions, or a mask
         )->Plan:
     "Some of the rows"
-    return Plan({n: v[index] for n, v in self.columns.items()})
+    part = Plan({n: v[index] for n, v in self.columns.items()})
+    if "known_codes" in vars(self): vars(part)["known_codes"] = self.known_codes[index]
+    return part
 
 # %% ../nbs/30_jobs.ipynb #47317e49
 def _pair_codes(pairs:np.ndarray)->np.ndarray: return pairs[:, 0] * _MOST + pairs[:, 1] # one number an item
@@ -155,7 +158,9 @@ def _pair_codes(pairs:np.ndarray)->np.ndarray: return pairs[:, 0] * _MOST + pair
 def codes(self:Plan
          )->np.ndarray: # (N,), in the order of ids
     "One value an item, to compare by"
-    return np.array(self.ids, dtype="S") if self.others and len(self) else _pair_codes(self.pairs)
+    if not self.others or not len(self): return _pair_codes(self.pairs)
+    if "known_codes" not in vars(self): vars(self)["known_codes"] = np.array(self.ids, dtype="S")
+    return self.known_codes
 
 
 @patch

@@ -19,6 +19,7 @@ from .models import build_model
 from .classifier import Classifier, encode, pixel_stats
 from .team import Where
 from .training import fit
+from .synthetic import Synthetic
 from .copies import copy_threshold, near_copies
 from .classify import usual_arch
 
@@ -90,6 +91,17 @@ def __call__(self:Judge,
     row["copies_per_class"] = [share([c]) for c in range(len(self.data.counts))]
     if self.clf: distance = frechet_distance(self.real, encode(self.clf, images, device=self.device))
     return row | {"distance": distance if self.clf else float("nan")}
+
+# %% ../nbs/54_judge.ipynb #554e851e
+@patch
+def facts(self:Judge,
+          made:Synthetic # images
+         )->dict: # shares and a distance; empty without images
+    "What a row of scores.json says of the images that its classifier saw beside the real ones"
+    if not len(made): return {}
+    row = self(made.items[:], made.labels, "made", 0)
+    shown = {"recognised": row["all"], "recognised_few": row["few"]}
+    return shown | {k: row[k] for k in ("copies", "copies_few", "distance")}
 
 # %% ../nbs/54_judge.ipynb #1df2ae4b
 def references(judge:Judge, # who looks

@@ -26,6 +26,7 @@ TINY = [
     "--precision",
     "fp32",
 ]
+SMALL_UNET = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
 SHARED = Path(os.environ.get("LTNB_SHARED", ROOT.parent / "shared"))
 
 
@@ -64,6 +65,18 @@ def everywhere(patch, name, value):
     assert rooms, f"no room knows {name}"
     for room in rooms:
         patch.setattr(room, name, value)
+
+
+def copy_before(patch, place, name, source, to):
+    "As a power cut at the first call of `place.name` leaves it: `source` is copied then, and the work goes on"
+    real = getattr(place, name)
+
+    def first_copy(*args, **more):
+        if not to.exists():
+            shutil.copytree(source, to)
+        return real(*args, **more)
+
+    patch.setattr(place, name, first_copy)
 
 
 def once(tmp_path_factory, name, make):
@@ -159,6 +172,17 @@ def through_papermill(wheel, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def small_unet():
+    "The tiny network is smaller yet, for whole runs of which nobody asks how good their images are; as it was"
+    from ltnb.diffusion import UNETS
+
+    usual = UNETS["tiny"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(UNETS, "tiny", SMALL_UNET)
+        yield usual
+
+
 @pytest.fixture
 def main(capsys):
     "The command in this process: (exit code, stdout, stderr)"
@@ -178,18 +202,25 @@ def main(capsys):
 
 
 LONG = (  # what begins first, so that no worker waits for it at the end: CPU seconds fall down this list
-    "test_diffult.py",
-    "test_team.py",
     "test_cli.py",
+    "test_models.py",
+    "test_diffult.py",
     "test_generate.py",
+    "test_team.py",
+    "test_data.py",
+    "test_training.py",
+    "test_methods.py",
+    "test_resume.py",
     "test_seeds.py",
     "test_diffusion.py",
     "test_synthetic.py",
+    "test_project.py",
+    "test_threads.py",
     "test_wheel.py",
-    "test_data.py",
     "test_terminal.py",
+    "test_report.py",
 )
-LESSONS = ("51_", "56_", "57_", "60_", "61_", "62_", "64_", "41_", "44_", "28_", "29_", "52_", "53_", "21_", "26_")
+LESSONS = "62 22 41 60 29 61 52 51 53 56 44 64 57 21 40 96".split()
 PROCESSES = {"demo", "wheel", "through_papermill"}  # fixtures that start whole processes
 
 
@@ -200,7 +231,7 @@ def pytest_collection_modifyitems(items):
         file, lesson = item.path.name, getattr(item, "callspec", None)
         if file == "test_notebooks.py" and "path" in (lesson.params if lesson else ()):
             name = lesson.params["path"].stem
-            return 1, next((i for i, n in enumerate(LESSONS) if name.startswith(n)), len(LESSONS))
+            return 1, next((i for i, n in enumerate(LESSONS) if name.startswith(f"{n}_")), len(LESSONS))
         return (0, LONG.index(file)) if file in LONG else (2, 0)
 
     items.sort(key=place)  # stable: tests of a file keep their order

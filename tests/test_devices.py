@@ -12,7 +12,7 @@ from conftest import everywhere
 from ltnb import baseline, core, diffult_ablations, diffusion
 from ltnb import generate as generate_room
 from ltnb import generator as generator_room
-from ltnb.baseline import BaselineConfig, side_by_side
+from ltnb.baseline_steps import BaselineConfig, side_by_side
 from ltnb.core import (
     UsageError,
     autocast,
@@ -30,7 +30,7 @@ from ltnb.noise import build_objective
 from ltnb.diffusion import DiffusionModel, build_unet, on_device
 from ltnb.samplers import sample_images
 from ltnb.diffult import DiffuLT, DiffuLTConfig
-from ltnb.generator import make_images
+from ltnb.generator_steps import make_images
 from ltnb.generate import GenerateConfig
 from ltnb.latent import sample_features, train_latent
 from ltnb.jobs import make_plan

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import copy_before
 from ltnb import classify, controls, diffult, diffult_ablations, diffult_steps, training
 from ltnb.aid_loss import FORMS
 from ltnb.classifier import Classifier
@@ -28,15 +29,17 @@ from ltnb.diffult_ablations import (
     published,
 )
 from ltnb.diffult_steps import DiffuLTConfig, Eye, Made, draw, extractor, tail_classes, with_images
-from ltnb.generator import train_model
+from ltnb.generator_steps import train_model
 from ltnb.losses import effective_counts
 from ltnb.progress import Progress
 from ltnb.recipe import Answer, Answers, Stage
 from ltnb.team import Where
 
+pytestmark = pytest.mark.usefixtures("small_unet")
 QUICK = dict(
     n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2.0, pipelines=False
 )  # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
+BRIEF = {**QUICK, "n_epochs": 4, "judge_epochs": 2}  # with `patient_extractor`: only phi_0 takes 60 epochs
 CORE = [
     "cross-entropy",
     "label shift",
@@ -76,16 +79,31 @@ def stage(cfg, data):
 
 
 @pytest.fixture(scope="module")
+def brief(cfg, data):
+    "One seed whose classifiers take few epochs"
+    return Stage(replace(cfg, n_epochs=BRIEF["n_epochs"]), data, 0, Where())
+
+
+@pytest.fixture(scope="module")
 def eye(stage):
     Progress.quiet = True
     return extractor(stage)
 
 
+def patient_extractor(s):
+    "phi_0 as the run trains it, but for as many epochs as it needs"
+    return extractor(replace(s, cfg=replace(s.cfg, n_epochs=QUICK["n_epochs"])))
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    "A finished run of few steps"
-    Progress.quiet = True
-    return run(DiffuLTConfig(**QUICK, out=str(tmp_path_factory.mktemp("diffult") / "run")))
+def done(tmp_path_factory, small_unet):
+    "A finished run of few steps; beside it, its directory as a power cut would have left it at two moments"
+    Progress.quiet, folder = True, tmp_path_factory.mktemp("diffult")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(diffult, "extractor", patient_extractor)
+        for place, name in ((diffult_steps, "calibrate"), (DiffuLT, "keep")):
+            copy_before(m, place, name, folder / "run", folder / f"cut-{name}")
+        return run(DiffuLTConfig(**BRIEF, out=str(folder / "run")))
 
 
 def for_all_time(path):
@@ -167,15 +185,13 @@ def stop(*args, **more):
     raise Stop
 
 
-@pytest.mark.parametrize("place, name", [(diffult_steps, "calibrate"), (DiffuLT, "keep")])
-def test_a_run_that_was_killed_goes_on(tmp_path, done, monkeypatch, place, name):
-    with monkeypatch.context() as m:
-        m.setattr(place, name, stop)
-        with pytest.raises(Stop):
-            run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
-    calls, real = [], training.fit
+@pytest.mark.parametrize("name", ["calibrate", "keep"])
+def test_a_run_that_was_killed_goes_on(done, monkeypatch, name):
+    cut, calls, real = done.path.with_name(f"cut-{name}"), [], training.fit
+    assert list(cut.glob("checkpoints/*")) and not (cut / "scores.json").exists(), "it was cut at work"
+    monkeypatch.setattr(diffult, "extractor", patient_extractor)
     monkeypatch.setattr(classify, "fit", lambda *a, **k: calls.append(k.get("name")) or real(*a, **k))
-    again = run(DiffuLTConfig(**QUICK, out=str(tmp_path / "run")))
+    again = run(DiffuLTConfig(**BRIEF, out=str(cut)))
     a, b = for_all_time(again.path), for_all_time(done.path)
     assert a.keys() == b.keys() and [k for k in a if a[k] != b[k]] == []
     assert "noise" not in calls, "what was trained is not trained again"
@@ -190,7 +206,7 @@ def test_a_finished_run_is_left_alone(done):
 def test_the_sweeps(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "controls", only_cross_entropy)
     monkeypatch.setattr(diffult, "extractor", lambda s: eye)  # so that classifiers may be trained for two epochs
-    r = run(DiffuLTConfig(**{**QUICK, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
+    r = run(DiffuLTConfig(**{**BRIEF, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
     forms = [f"form: {form}" for form in FORMS if form != "per-time"]
     shares = [f"tail only, {percent} % of the head" for percent in (0, 40, 80, 100)]
@@ -258,7 +274,7 @@ def test_the_filter_fills_up(cfg, data, stage, eye, tmp_path):
     assert (f.kept.counts(10) <= wanted).all() and len(f.made) <= 2 * wanted.sum() + 10
 
 
-def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, stage, eye, tmp_path):
+def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, stage, brief, eye, tmp_path):
     "The cap is reached, what there is is kept, and a classifier is trained on it"
     model, far = train_model(cfg, data, 0), copy.copy(eye.geometry)
     object.__setattr__(far, "diameters", eye.geometry.diameters.clone())
@@ -270,7 +286,7 @@ def test_a_class_out_of_distribution_is_reported_and_the_run_goes_on(cfg, data, 
     made = Made(model, f, {})
     lines = classes_table(class_table(data, made, made, rows))
     assert lines[-1][-1] == "capped" and lines[-1][4] == "0"
-    assert len(answer(stage, f.kept, 0.3)[0]) == len(data.test)
+    assert len(answer(brief, f.kept, 0.3)[0]) == len(data.test)
 
 
 def test_controls_make_the_same_number(data):
@@ -296,11 +312,11 @@ def test_equal_iterations_are_equal(data, stage, monkeypatch):
     )
 
 
-def test_the_prior_of_the_answers(data, stage):
+def test_the_prior_of_the_answers(data, brief):
     made = real_repeated(data, np.maximum(5 - data.counts, 0))
-    _, counts = answer(stage, made, 0.3)
+    _, counts = answer(brief, made, 0.3)
     assert torch.allclose(counts, effective_counts(data.counts, made.counts(10), 0.3))
-    assert torch.allclose(answer(stage)[1], torch.from_numpy(data.counts).double())
+    assert torch.allclose(answer(brief)[1], torch.from_numpy(data.counts).double())
 
 
 def test_less_of_the_head(data):
@@ -416,7 +432,7 @@ def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "extractor", lambda s: eye)
     monkeypatch.setattr(diffult, "controls", only_cross_entropy)
     monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 120.0))
-    few = {**QUICK, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.0}
+    few = {**BRIEF, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.0}
     with monkeypatch.context() as m:
         m.setattr(diffult_steps, "calibrate", stop)
         with pytest.raises(Stop):

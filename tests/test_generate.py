@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, everywhere
+from conftest import ROOT, copy_before, ltnb
 from ltnb import diffusion
 from ltnb import generator, synthetic
 from ltnb.core import LtnbError, read_json, read_jsonl
@@ -17,11 +17,14 @@ from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.diffusion import DiffusionModel
 from ltnb.judge import Judge, references, train_judge
-from ltnb.generator import Diffusion, DiffusionConfig, make_images, run, train_model
+from ltnb.generator_steps import make_images, train_model
+from ltnb.generator import Diffusion, DiffusionConfig, run
 from ltnb.generate import GenerateConfig, describe, find_model, generate, plan_images
-from ltnb.jobs import make_plan
+from ltnb.jobs import JobFolder, make_plan
 from ltnb.synthetic import Synthetic
+from warm import Command
 
+pytestmark = pytest.mark.usefixtures("small_unet")
 QUICK = dict(n_steps=12, diff_bs=16, sample_every=6, sample_steps=3, per_class=3, judge_epochs=1)
 FLAGS = [f for k, v in QUICK.items() for f in (f"--{k.replace('_', '-')}", str(v))]
 
@@ -31,15 +34,26 @@ def quiet(monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    "A finished run of a few steps"
-    Progress.quiet = True
-    return run(DiffusionConfig(**QUICK, out=str(tmp_path_factory.mktemp("trained") / "run")))
+STAGES = {
+    "train": (generator, "sample_grid"),
+    "save": (diffusion, "write_json"),
+    "sample": (JobFolder, "finish"),
+    "judge": (generator, "references"),
+}
 
 
 @pytest.fixture(scope="module")
-def folder_run(tmp_path_factory):
+def trained(tmp_path_factory, small_unet):
+    "A finished run of a few steps; beside it, its directory as a power cut in each stage would have left it"
+    Progress.quiet, folder = True, tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as m:
+        for stage, (place, name) in STAGES.items():
+            copy_before(m, place, name, folder / "run", folder / f"cut-{stage}")
+        return run(DiffusionConfig(**QUICK, out=str(folder / "run")))
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory, small_unet):
     "A run on photographs of three classes, one with a single image and one that only the test set has"
     from PIL import Image
 
@@ -111,29 +125,12 @@ def test_diffusers_opens_the_folder_of_a_run(trained):
     assert net.config.num_class_embeds == 11 and scheduler.config.prediction_type == "v_prediction"
 
 
-class Stop(Exception):
-    "A stand-in for a power cut"
-
-
-@pytest.mark.parametrize("stage", ["train", "save", "sample", "judge"])
-def test_a_run_that_was_killed_goes_on(tmp_path, trained, monkeypatch, stage):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_goes_on(trained, stage):
     "Cut in each of its stages, it ends with the same bytes"
-
-    def stop(*a, **k):
-        raise Stop
-
-    with monkeypatch.context() as m:
-        if stage == "train":
-            m.setattr(generator, "sample_grid", stop)
-        if stage == "save":
-            m.setattr(diffusion, "write_json", stop)
-        if stage == "sample":
-            m.setattr("ltnb.jobs.JobFolder.finish", stop)
-        if stage == "judge":
-            everywhere(m, "references", stop)
-        with pytest.raises(Stop):
-            run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
-    again = run(DiffusionConfig(**QUICK, out=str(tmp_path / "run")))
+    cut = trained.path.with_name(f"cut-{stage}")
+    assert not (cut / "scores.json").exists()
+    again = run(DiffusionConfig(**QUICK, out=str(cut)))
     assert same_for_all_time(again.path) == same_for_all_time(trained.path)
 
 
@@ -190,17 +187,6 @@ def test_images_that_cannot_be_halved(tmp_path, main):
 
 
 # the command
-def ltnb(*args, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "ltnb", *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 @pytest.mark.slow_process
 def test_killed_twice_and_resumed(tmp_path, trained):
     "The command is killed at random moments; the manifest has the same bytes as that of an undisturbed one"
@@ -216,24 +202,18 @@ def test_killed_twice_and_resumed(tmp_path, trained):
         "16",
         "--quiet",
     ]
-    whole = ltnb(*args, "--out", tmp_path / "whole")
+    whole = ltnb(*args, "--out", tmp_path / "whole", cwd=ROOT)
     assert whole.returncode == 0 and "400 images" in whole.stdout, whole.stderr
     for kill in range(2):
-        p = subprocess.Popen(
-            [sys.executable, "-m", "ltnb", *map(str, args), "--out", str(tmp_path / "cut")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        p = Command(*args, "--out", tmp_path / "cut", cwd=ROOT)
         while p.poll() is None and len(list((tmp_path / "cut").glob("shard-*.safetensors"))) < 5 + 8 * kill:
             time.sleep(0.02)
         assert p.poll() is None, "it was to be killed at work"
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+        p.kill()
+        assert p.wait() == -signal.SIGKILL
         assert not (tmp_path / "cut" / "manifest.jsonl").exists()
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard-*.safetensors")}
-    assert ltnb(*args, "--out", tmp_path / "cut").returncode == 0
+    assert Command(*args, "--out", tmp_path / "cut", cwd=ROOT).wait() == 0
     for p, t in times.items():
         assert (tmp_path / "cut" / p).stat().st_mtime_ns == t, "what was made is not made again"
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
@@ -242,27 +222,18 @@ def test_killed_twice_and_resumed(tmp_path, trained):
 @pytest.mark.slow_process
 def test_two_processes_share_a_plan(tmp_path, trained):
     args = ["--model", trained.path, "--per-class", "20", "--shard-size", "16", "--quiet"]
-    one = ltnb("generate", *args, "--out", tmp_path / "one")
+    one = Command("generate", *args, "--out", tmp_path / "one", cwd=ROOT).done()
     assert one.returncode == 0, one.stderr
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ltnb", "generate", *map(str, args), "--out", str(tmp_path / "two")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"},
-        )
-        for r in range(2)
-    ]
-    said = [p.communicate(timeout=900) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert "200 images" in said[0][0] and said[1][0] == "", "the first process alone speaks"
+    ranks = [{"RANK": str(r), "WORLD_SIZE": "2"} for r in range(2)]
+    both = [Command("generate", *args, "--out", tmp_path / "two", cwd=ROOT, env=env) for env in ranks]
+    said = [p.done() for p in both]
+    assert [p.returncode for p in said] == [0, 0], said
+    assert "200 images" in said[0].stdout and said[1].stdout == "", "the first process alone speaks"
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 @pytest.mark.slow_process
-def test_two_processes_train_one_model(tmp_path, trained):
+def test_two_processes_train_one_model(tmp_path, trained, small_unet, monkeypatch):
     done = subprocess.run(
         [
             sys.executable,
@@ -291,6 +262,7 @@ def test_two_processes_train_one_model(tmp_path, trained):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("run directory") == 1 and files(tmp_path / "run").keys() == files(trained.path).keys()
+    monkeypatch.setitem(diffusion.UNETS, "tiny", small_unet)  # as it is in the command
     data = LongTail.digits()
     one, two = (
         train_model(Diffusion().resolve(DiffusionConfig(**QUICK), data), data, 0).unet.state_dict(),

@@ -14,7 +14,8 @@ from ltnb.data import ImageSet, LongTail, duplicates
 from ltnb.sources import load_data
 from ltnb.controls import real_repeated
 from ltnb.diffult import DiffuLTConfig
-from ltnb.generator import DiffusionConfig, load_small
+from ltnb.generator_steps import load_small
+from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.classifier import new_encoder, pixel_stats, set_stats
 from ltnb.jobs import make_plan

@@ -1,13 +1,15 @@
 "Every notebook runs from top to bottom, and reads as the rules of CONTRIBUTING.md ask."
 
 import ast
+import hashlib
 import json
 import re
 import sys
 import traceback
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, once
 from ltnb.progress import Progress
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -67,6 +69,11 @@ def explain(cell, number, shell):
     return f"{text}: {'; '.join(failed) or f'{type(error).__name__}: {said}'}"[:600]
 
 
+BRIEF = {  # what is injected after the cell of parameters, as `ltnb run` does it: less work for the same cells
+    "96_run_diffusion": "n_steps, diff_bs, per_class, judge_epochs = 24, 16, 10, 2",
+}
+
+
 def run_lesson(path, skip=("slow", "cuda")):
     "Run a notebook's cells, or fail with the cell and its values"
     from execnb.shell import CaptureShell
@@ -78,6 +85,8 @@ def run_lesson(path, skip=("slow", "cuda")):
     with working_directory(path.parent):
         for cell in nb_test_cells(path, skip_flags=list(skip)):
             shell.cell(cell, timeout=600)
+            if shell.exc is None and path.stem in BRIEF and "parameters" in cell.metadata.get("tags", []):
+                shell.run(BRIEF[path.stem])
             if shell.exc is None:
                 continue
             print(shell.prettytb(fname=path))
@@ -85,7 +94,29 @@ def run_lesson(path, skip=("slow", "cuda")):
     shell.close()
 
 
-def test_runs(path, tmp_path, monkeypatch):
+@pytest.fixture
+def same_training(tmp_path_factory, monkeypatch):
+    "Four lessons begin with the same training on the same digits: the first that runs keeps its model for the others"
+    from ltnb import diffusion
+
+    real, usual = diffusion.train_diffusion, diffusion.Denoising(n_steps=300, diff_bs=32)
+
+    def train_diffusion(images, labels, n_classes, how=None, *where, class_names=None, **changes):
+        def train(folder):
+            real(images, labels, n_classes, usual).save(folder)
+
+        few = not where and changes.keys() <= {"n_steps", "diff_bs"}
+        if not few or replace(how or diffusion.Denoising(), **changes) != usual:
+            return real(images, labels, n_classes, how, *where, class_names=class_names, **changes)
+        shown = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
+        m = diffusion.DiffusionModel.load(once(tmp_path_factory, f"digits-{shown}", train))
+        names = tuple(map(str, class_names or m.class_names))
+        return diffusion.DiffusionModel(m.unet, m.objective, names, m.image_shape, m.counts)
+
+    monkeypatch.setattr(diffusion, "train_diffusion", train_diffusion)
+
+
+def test_runs(path, tmp_path, monkeypatch, same_training):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])

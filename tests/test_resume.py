@@ -4,9 +4,6 @@ import hashlib
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -26,6 +23,7 @@ from ltnb.classifier import Classifier, pixel_stats
 from ltnb.jobs import item_noise, make_plan
 from ltnb.synthetic import make_synthetic
 from ltnb.training import fit
+from warm import Command
 
 
 class Stop(Exception):
@@ -120,26 +118,8 @@ def whole(tmp_path_factory):
 
 
 def start(path):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ltnb",
-            "run",
-            "ldmlr",
-            "--plain",
-            "--quiet",
-            "--seeds",
-            "2",
-            *TINY,
-            "--n-steps",
-            "200",
-            "--out",
-            str(path),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    how = ("--plain", "--quiet", "--seeds", "2", *TINY, "--n-steps", "200")
+    return Command("run", "ldmlr", *how, "--out", path)
 
 
 @pytest.mark.slow_process
@@ -151,7 +131,7 @@ def test_sigkill_anywhere(whole, tmp_path):
         while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}"):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         if process.wait() == 0:
             break
         kills += 1

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from ltnb.classifier import Classifier, pixel_stats
 from ltnb.batches import Batches
 from ltnb.team import least_batch, smallest_map, split_order
 from ltnb.training import fit
+from warm import pair
 from ltnb.together import fit_seeds
 from torch import nn
 
@@ -332,20 +332,7 @@ for arch, side, n in (("resnet8", 4, 7), ("convnet", 8, 5)):
 @pytest.mark.slow_process
 def test_two_processes_share_a_small_last_batch():
     "Three images for two processes are too few where maps have one pixel; where they are larger, one may get none"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO],
-            env={**env, "RANK": str(r)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for r in range(2)
-    ]
-    said = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
-    assert said[0][0] == said[1][0] and said[0][0].count("\n") == 2 and "nan" not in said[0][0]
+    both = pair(program=TWO)
+    assert [p.returncode for p in both] == [0, 0], both[0].stderr[-2000:] + both[1].stderr[-2000:]
+    said = [p.stdout for p in both]
+    assert said[0] == said[1] and said[0].count("\n") == 2 and "nan" not in said[0]

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ltnb import baseline, diffult, diffult_steps, generator, ldmlr, together
+from ltnb import baseline, baseline_steps, diffult, diffult_steps, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
 from ltnb.core import DataError, read_json, write_json
 from ltnb.config import Config, limited
@@ -21,6 +21,7 @@ from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
+pytestmark = pytest.mark.usefixtures("small_unet")
 HERE = dict(device="cpu", precision="fp32")
 HEADS = dict(n_steps=20, per_class=5, head_steps=5, scratch_steps=5)
 RECIPES = {
@@ -223,7 +224,7 @@ def test_seeds_side_by_side(tmp_path, monkeypatch):
         groups.append(seeds)
         return original(clfs, images, labels, seeds, *a, **k)
 
-    monkeypatch.setattr(baseline, "fit_seeds", fit_seeds)
+    monkeypatch.setattr(baseline_steps, "fit_seeds", fit_seeds)
     rows = side_by_side(tmp_path / "run", 2).scores()
     kept = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     grown = side_by_side(tmp_path / "run", 4).scores()
@@ -252,7 +253,7 @@ def test_seeds_that_were_begun_together_are_ended_together(tmp_path, monkeypatch
         seen.append(seeds)
         return original(clfs, images, labels, seeds, *a, **k)
 
-    monkeypatch.setattr(baseline, "fit_seeds", fit_seeds)
+    monkeypatch.setattr(baseline_steps, "fit_seeds", fit_seeds)
     rows, two = side_by_side(tmp_path / "cut", 3).scores(), side_by_side(tmp_path / "other", 2).scores()
     assert seen == [[0, 1], [2], [0, 1]] and rows[: len(two)] == two
     first = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()][:2]

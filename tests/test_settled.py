@@ -14,7 +14,8 @@ from ltnb.diffult import DiffuLTConfig
 from ltnb.noise import NoiseModel, build_objective, diffusion_loss, noisy_batch
 from ltnb.diffusion import build_unet
 from ltnb.memory import activation_bytes, check_side, fit_memory, training_bytes
-from ltnb.generator import Diffusion, DiffusionConfig, resolve_generator
+from ltnb.generator_steps import resolve_generator
+from ltnb.generator import Diffusion, DiffusionConfig
 from ltnb.generate import GenerateConfig, as_the_run, images_folder, same_precision
 from ltnb.pictures import plot_by_rank
 from PIL import Image

@@ -25,6 +25,7 @@ from ltnb.data import ImageSet, LongTail
 from ltnb.jobs import Plan, bad_items, draw_items, item_id, item_noise, job_worker, make_plan
 from ltnb.synthetic import ShardItems, Synthetic, job_summary, make_synthetic, mix, write_png
 from ltnb.copies import copies, copy_threshold, flag_copies, near_copies
+from warm import Command
 
 
 class Stop(Exception):
@@ -771,7 +772,7 @@ def start(folder, rank=0, world=1):
         WORK + f"how = dict(shard_size=20, worker=({rank}, {world}), keep=False)\n"
         "make_synthetic(sys.argv[1], make_plan([700, 300]), make, 'm', **how)"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent)
+    return Command(folder, program=code, cwd=Path(__file__).parent)
 
 
 @pytest.mark.slow_process
@@ -785,12 +786,12 @@ def test_sigkill(tmp_path):
     end = time.monotonic() + 600
     while shards() < 8 and one.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    one.send_signal(signal.SIGKILL)
+    one.kill()
     one.wait()
     before = shards()
     while shards() < before + 6 and two.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    two.send_signal(signal.SIGKILL)
+    two.kill()
     assert two.wait() == -signal.SIGKILL and 0 < shards() < 50 and not (tmp_path / "a" / "manifest.jsonl").exists()
     made, log = shards(), []
     make_synthetic(

@@ -1,23 +1,19 @@
 "Several processes: they take the same way, end with the same state, and none waits for ever."
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import SMALL_UNET
 from ltnb.cli import main
 from ltnb.core import DataError, LtnbError, UsageError, read_json, read_jsonl
 from ltnb.progress import Progress
 from ltnb.team import Team, TeamError, _patience, join_team
 from PIL import Image
+from warm import pair
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTNB_TEAM_TIMEOUT": "240"}
 DIFFULT = [
     "run",
     "diffult",
@@ -239,27 +235,9 @@ def two(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
     for i, x in enumerate(pixels):
         Image.fromarray(x).save(folder / "photos" / f"{i}.png")
-    (folder / "worker.py").write_text(WORKER)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "worker.py"), str(folder)],
-            env={**env, "RANK": str(r)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for r in (0, 1)
-    ]
-    try:
-        ends = [p.communicate(timeout=400) for p in both]
-    finally:
-        for p in both:
-            p.kill()
-    assert all((folder / f"{r}.json").exists() for r in (0, 1)), ends[0][1][-3000:] + ends[1][1][-3000:]
-    return [read_json(folder / f"{r}.json") for r in (0, 1)], [out for out, _ in ends], [p.returncode for p in both]
+    both = pair(folder, program=WORKER)
+    assert all((folder / f"{r}.json").exists() for r in (0, 1)), "".join(p.stderr[-3000:] for p in both)
+    return [read_json(folder / f"{r}.json") for r in (0, 1)], [p.stdout for p in both], [p.returncode for p in both]
 
 
 @pytest.mark.slow_process
@@ -309,20 +287,22 @@ def test_an_error_in_one_process_is_a_sentence_in_the_other(two):
 
 
 # the command
+SMALLER = f"""
+import sys
+from ltnb.cli import main
+from ltnb.diffusion import UNETS
+UNETS["tiny"] = {SMALL_UNET}
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
-def diffult(tmp_path_factory):
+def diffult(tmp_path_factory, small_unet):
     "DiffuLT by one process and by two, with BatchNorm: two run directories"
     folder = tmp_path_factory.mktemp("diffult")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ltnb"]
-    two = subprocess.run(
-        [sys.executable, *launcher, *DIFFULT, "--out", str(folder / "two")],
-        env=ENV,
-        text=True,
-        capture_output=True,
-        timeout=500,
-    )
-    assert two.returncode == 0, two.stdout[-1000:] + two.stderr[-3000:]
-    assert two.stdout.count("run directory") == 1, "the table is printed once"
+    two = pair(*DIFFULT, "--out", folder / "two", program=SMALLER)
+    assert [p.returncode for p in two] == [0, 0], "".join(p.stdout[-1000:] + p.stderr[-3000:] for p in two)
+    assert "".join(p.stdout for p in two).count("run directory") == 1, "the table is printed once"
     quiet = Progress.quiet
     try:
         assert main([*DIFFULT, "--out", str(folder / "one")]) == 0

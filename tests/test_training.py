@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from ltnb.team import Team, Where, train_step
 from ltnb.checkpoint import Averages
 from ltnb.training import LR_SCHEDULES, fit, lr_factor, view
 from ltnb.together import fit_seeds
+from warm import Command
 
 
 @pytest.fixture(autouse=True)
@@ -517,22 +517,20 @@ def processes(n, out, *more):
         str(out),
         *more,
     ]
-    launcher = (
-        []
-        if n == 1
-        else [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(n),
-            "--master-port",
-            "0",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-    )
+    if n == 1:
+        return Command(*args[2:]).done()
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     return subprocess.run(
         [sys.executable, *launcher, *args],
         capture_output=True,
@@ -586,17 +584,13 @@ def test_sigkill_of_the_command(tmp_path):
     assert ltnb(*args, "--out", tmp_path / "whole").returncode == 0
     path, rng, kills = tmp_path / "cut", random.Random(1), 0
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ltnb", *args, "--out", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = Command(*args, "--out", path)
         while process.poll() is None and not (path / "metrics.jsonl").exists():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         kills += process.wait() != 0
-    assert ltnb(*args, "--out", path).returncode == 0 and kills
+    assert Command(*args, "--out", path).wait() == 0 and kills
     for name in ("scores.json", "metrics.jsonl", "model/model.safetensors"):
         assert (path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

@@ -23,6 +23,7 @@ def test_contents(wheel):
             "without outputs"
         )
         assert {f"ltnb/{p.name}" for p in (ROOT / "ltnb").glob("*.py")} <= set(names)
+        assert {f"ltnb/known/{p.name}" for p in (ROOT / "ltnb/known").glob("*.json")} <= set(names)
         assert not [n for n in names if n.startswith(("tests", "nbs"))]
         meta = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "Apache-2.0" in meta and "Requires-Python: >=3.11" in meta
