@@ -342,6 +342,17 @@ def plot_epochs(epochs:Sequence[dict], # of `epoch_parts`, one an epoch
     return ax
 
 # %% ../nbs/81_curriculum.ipynb #d1a40d1b
+def _spared(pool, # with a spectrum
+            sources # in the order of a lot
+           ): # the same; the last one of a class comes after all others, so that a class is not emptied needlessly
+    real = dict(zip(pool.source_ids[pool.hard], pool.classes[pool.hard].tolist(), strict=True))
+    left, first, last = np.bincount(list(real.values())), [], []
+    for s in sources:
+        left[real[s]] -= 1
+        (first if left[real[s]] else last).append(s)
+    return first + last
+
+
 def hold_out_sources(pool:Pool, # with a spectrum
                      levels:Sequence[int], # that are to be measured; 100 is the real image itself
                      n:int, # sources
@@ -355,7 +366,7 @@ def hold_out_sources(pool:Pool, # with a spectrum
         raise UsageError(f"{n} sources cannot be held out: {len(whole)} have an item at every level of "
                          f"{', '.join(map(str, levels))}, and some must be left to train on.")
     rng = np.random.default_rng(seed)
-    chosen, found = [whole[i] for i in np.sort(rng.permutation(len(whole))[:n])], {}
+    chosen, found = sorted(_spared(pool, [whole[i] for i in rng.permutation(len(whole))])[:n]), {}
     for v, i in at.items():
         own = {s: [] for s in chosen}
         for j in i[np.isin(pool.source_ids[i], chosen)].tolist(): own[pool.source_ids[j]].append(j)
@@ -477,6 +488,15 @@ def __call__(self:CurriculumOrder,
             )->torch.Tensor: # positions
     "The items of an epoch"
     if self.watch and epoch < self.schedule.n_curriculum_epochs: self.watch.look(epoch)
+    return self.shown(epoch, g)
+
+
+@patch
+def shown(self:CurriculumOrder,
+          epoch:int, # from 0; of a watched training, one that was begun
+          g:torch.Generator # keyed by seed and epoch
+         )->torch.Tensor: # positions
+    "The same, without another look"
     if not self.schedule.probes(epoch): return compose(self.pool, self.levels(epoch), g, self.how)
     real = self.pool.where(self.pool.levels == REAL)
     return _draw(real, min(self.how.probe_size, len(real)), g)
