@@ -400,6 +400,6 @@ def levels_table(facts:list[dict] # of `level_facts`
                 )->list[list[str]]: # a header and a line a level
     "The same as text"
     how = {"recognised": ".0%", "p": ".0%", "clip": ".2f", "tries": ".1f", "distance": ".1f"}
-    def cell(k, v): return "–" if v != v else format(v, how.get(k, ""))
+    def cell(k, v): return "–" if v is None or v != v else format(v, how.get(k, ""))
     names = {"level": "level, %", "p": "p(class)", "clip": "CLIP"}
     return [[names.get(k, k) for k in facts[0]], *([cell(k, v) for k, v in d.items()] for d in facts)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from ltnb import spectrum
+from ltnb import discl, spectrum
 from ltnb.core import DataError, LtnbError, UsageError, read_json
 from ltnb.curriculum import CurriculumOrder
 from ltnb.data import LongTail
@@ -17,7 +17,9 @@ from ltnb.progress import Progress
 from ltnb.spectrum import open_spectrum
 from tiny_pipelines import saved, stable_diffusion_xl
 
-TINY = dict(imb_ratio=20.0, n_steps=2, diff_bs=8, sample_steps=4, guidance_scale=1.0, levels="0,50", per_image=1)
+TINY = dict(
+    imb_ratio=20.0, n_steps=2, diff_bs=8, sample_steps=4, guidance_scale=1.0, levels="0,50", per_image=1, maker="labels"
+)
 TINY |= dict(tries=2, clip_steps=2, rule="cosine", rule_cosine=-1.0, n_epochs=1, fine_epochs=4, curriculum_epochs=3)
 TINY |= dict(judge_epochs=0, held_sources=2, ablate="adaptive", device="cpu", precision="fp32")
 ROWS = ["cross-entropy", "label shift", "balanced softmax"]
@@ -87,8 +89,10 @@ def test_epochs_walk_along_the_levels(whole):
 
 
 def test_the_prior_that_is_taken_out_is_the_one_that_was_shown(whole):
-    about = next(d for p in (whole / "model").glob("*.json") if "effective_counts" in (d := read_json(p)))
-    shown, counts = np.array(about["effective_counts"]), LongTail.digits(20.0).counts
+    shown, counts = (
+        np.array(read_json(whole / "model" / "model.json")["effective_counts"]),
+        LongTail.digits(20.0).counts,
+    )
     assert shown.sum() == sum(sum(e.values()) for e in read_json(whole / "epochs" / "discl-seed-0.json"))
     assert shown.argmax() != counts.argmax() or shown.max() / shown.sum() < counts.max() / counts.sum()
 
@@ -132,9 +136,9 @@ def test_a_level_of_which_nothing_is_left_is_named(tmp_path):
         go(tmp_path / "run", rule_cosine=1.0)
 
 
-def test_hard_by_confidence_told_classes(tmp_path):
+def test_hard_by_confidence_told_texts(tmp_path):
     run = go(
-        tmp_path / "run", judge_epochs=1, hard="confidence", hard_fraction=0.1, maker="labels", ablate=None, levels="50"
+        tmp_path / "run", judge_epochs=1, hard="confidence", hard_fraction=0.1, maker="text", ablate=None, levels="50"
     )
     assert {r["method"] for r in run.scores()} == set(ROWS) - {"text only", "text only + label shift"} - set(ROWS[-2:])
     made = open_spectrum(run.path / "made" / "spectrum-seed-0")
@@ -144,11 +148,12 @@ def test_hard_by_confidence_told_classes(tmp_path):
     assert first["level 50"] == len(made[50]) and first["head"] == n - len(made[50])
 
 
-def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path):
+def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path, monkeypatch):
     saved(tmp_path / "refiner", stable_diffusion_xl(refiner=True))
     names = LongTail.digits(20.0).class_names
     write_knowledge(tmp_path / "k.json", {n: Knowledge(name=n, features=["a bar"]) for n in names})
     how = dict(
+        maker="text",
         pipeline=str(tmp_path / "refiner"),
         knowledge=str(tmp_path / "k.json"),
         full_size=64,
@@ -156,10 +161,12 @@ def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path):
         tries=1,
         hard_below=8,
     )
-    run = go(tmp_path / "run", **how)
-    made = open_spectrum(run.path / "made" / "spectrum-seed-0")
-    assert tuple(made[50].items.shape[1:]) == (1, 8, 8)
-    assert not (run.path / "generator").exists()
+    monkeypatch.setattr(discl, "keep_levels", lambda *a: 1 / 0)  # that far: the rest needs no pipeline
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path / "run", **how)
+    made = open_spectrum(tmp_path / "run" / "made" / "spectrum-seed-0")
+    assert list(made) == [0, 50] and tuple(made[50].items.shape[1:]) == (1, 8, 8)
+    assert made[50].manifest[0]["scores"]["clip_by"] and made[50].manifest[0]["prompt"].startswith("a photo")
     with pytest.raises(UsageError, match="refiner"):
         DisCL().check(DisCLConfig(**{**TINY, **how, "text_only": "txt2img"}))
 
@@ -214,8 +221,9 @@ def test_rows_and_levels():
         (dict(hard_fraction=0.0), "no hard image"),
         (dict(sampler="own"), "pipeline"),
         (dict(full_size=64), "pipeline"),
-        (dict(pipeline="no/where"), "no/where"),
+        (dict(pipeline="no/where", maker="text"), "no/where"),
         (dict(text_only="text"), "text_only"),
+        (dict(pipeline="no/where"), "maker"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_made(tmp_path, given, word):

@@ -55,6 +55,7 @@ RECIPES = {
             sample_steps=2,
             guidance_scale=1.0,
             levels="0,50",
+            maker="labels",
             per_image=1,
             tries=1,
             rule="cosine",
