@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'Schedule', 'block_sizes', 'DiverseToSpecific', 'SpecificToDiverse', 'AllLevels', 'Fixed', 'RandomLevel',
            'ZigZag', 'learning_progress', 'best_level', 'Adaptive', 'build_schedule', 'plot_levels', 'Pool', 'pool_of',
-           'Composition', 'epoch_sizes', 'compose', 'epoch_parts', 'plot_epochs', 'hold_out_sources', 'Watch',
+           'Composition', 'epoch_sizes', 'compose_epoch', 'epoch_parts', 'plot_epochs', 'hold_out_sources', 'Watch',
            'watch_classifier', 'CurriculumOrder']
 
 # %% ../nbs/81_curriculum.ipynb #c7d8b18f
@@ -293,12 +293,12 @@ def _draw(at, # positions
     return at[torch.randint(len(at), (n,), generator=g)]
 
 
-def compose(pool:Pool, # what there is
-            levels:Sequence[int], # of the epoch; 100 alone: real images alone
-            g:torch.Generator, # keyed by seed and epoch
-            how:Composition|None=None, # what an epoch consists of
-            **changes # fields of `Composition`
-           )->torch.Tensor: # positions, shuffled
+def compose_epoch(pool:Pool, # what there is
+                  levels:Sequence[int], # of the epoch; 100 alone: real images alone
+                  g:torch.Generator, # keyed by seed and epoch
+                  how:Composition|None=None, # what an epoch consists of
+                  **changes # fields of `Composition`
+                 )->torch.Tensor: # positions, shuffled
     "The items of an epoch"
     how, = spread(changes, how or Composition())
     (n_head, n_tail), made = epoch_sizes(pool, how), pool.made(levels)
@@ -497,6 +497,6 @@ def shown(self:CurriculumOrder,
           g:torch.Generator # keyed by seed and epoch
          )->torch.Tensor: # positions
     "The same, without another look"
-    if not self.schedule.probes(epoch): return compose(self.pool, self.levels(epoch), g, self.how)
+    if not self.schedule.probes(epoch): return compose_epoch(self.pool, self.levels(epoch), g, self.how)
     real = self.pool.where(self.pool.levels == REAL)
     return _draw(real, min(self.how.probe_size, len(real)), g)

@@ -255,13 +255,13 @@ class Canvas:
 @dataclass(frozen=True, eq=False)
 class Drawing:
     "A pipeline on its device, with all that its images depend on"
-    pipe: TextToImage
-    how: Sampling
-    where: Where
-    seed: int
-    canvas: Canvas
-    told: EncodedPrompts
-    scheduler: Any
+    pipe: TextToImage # opened
+    how: Sampling # sampler, steps, guidance
+    where: Where # where, and in which number format
+    seed: int # of the noise
+    canvas: Canvas # how large
+    told: EncodedPrompts # what it is told of each prompt
+    scheduler: Any # of diffusers
 
     def asked(self,
               part:Plan # with prompts

@@ -29,7 +29,7 @@ from ltnb.curriculum import (
     best_level,
     block_sizes,
     build_schedule,
-    compose,
+    compose_epoch,
     epoch_parts,
     epoch_sizes,
     hold_out_sources,
@@ -209,40 +209,42 @@ def test_the_counts_of_imagenet_lt():
     ],
 )
 def test_an_epoch_of_imagenet_lt(levels, parts):
-    at = compose(IMAGENET, levels, g())
+    at = compose_epoch(IMAGENET, levels, g())
     assert len(at) == 39_652 and epoch_parts(IMAGENET, at) == parts
     assert len(set(at.tolist())) == (39_652 if levels == [10] else 34_260 + 1_643), "made: without replacement"
 
 
 def test_all_levels_share_the_made_part():
-    parts = epoch_parts(IMAGENET, compose(IMAGENET, [0, 10, 30, 50, 100], g()))
+    parts = epoch_parts(IMAGENET, compose_epoch(IMAGENET, [0, 10, 30, 50, 100], g()))
     made = [parts[f"level {v}"] for v in (0, 10, 30, 50)]
     assert sum(made) == 3_749 and min(made) > 800, "937 of each are expected"
 
 
 def test_too_few_made_items_are_repeated():
     _, pool = imagenet_lt(seeds=2)  # 3,286 of a level
-    at = compose(pool, [30], g())
+    at = compose_epoch(pool, [30], g())
     assert epoch_parts(pool, at) == {"head": 34_260, "hard": 1_643, "level 30": 3_749}
     assert len(set(at.tolist())) < 39_652
 
 
 def test_the_hard_real_images_can_be_left_out():
-    parts = epoch_parts(IMAGENET, compose(IMAGENET, [0], g(), with_hard=False))
+    parts = epoch_parts(IMAGENET, compose_epoch(IMAGENET, [0], g(), with_hard=False))
     assert parts == {"head": 34_260, "level 0": 5_392}
-    assert epoch_parts(IMAGENET, compose(IMAGENET, [100], g(), with_hard=False))["hard"] == 1_643, "but not in the end"
+    assert epoch_parts(IMAGENET, compose_epoch(IMAGENET, [100], g(), with_hard=False))["hard"] == 1_643, (
+        "but not in the end"
+    )
 
 
 def test_all_made_items_beside_all_others():
     how = Composition(head_fraction=1, tail_share="all made", with_hard=False)
-    stage, end = compose(IMAGENET, [50], g(), how), compose(IMAGENET, [100], g(), how)
+    stage, end = compose_epoch(IMAGENET, [50], g(), how), compose_epoch(IMAGENET, [100], g(), how)
     assert epoch_parts(IMAGENET, stage) == {"head": 114_203, "level 50": 8 * 1_643}
     assert epoch_parts(IMAGENET, end) == {"head": 114_203, "hard": 1_643}
     assert len(set(stage.tolist())) == len(stage) and len(set(end.tolist())) == len(end)
 
 
 def test_an_epoch_depends_on_its_generator_alone():
-    first, again, next_, other = (compose(IMAGENET, [10], g(*k)) for k in ((0,), (0,), (1,), (0, 1)))
+    first, again, next_, other = (compose_epoch(IMAGENET, [10], g(*k)) for k in ((0,), (0,), (1,), (0, 1)))
     assert torch.equal(first, again) and not torch.equal(first, next_) and not torch.equal(first, other)
     head = [set(a.tolist()) & set(IMAGENET.head.tolist()) for a in (first, next_)]
     assert 0.27 < len(head[0] & head[1]) / 34_260 < 0.33, "the head is drawn anew: 30 % are expected twice"
@@ -262,7 +264,7 @@ def test_an_epoch_depends_on_its_generator_alone():
 )
 def test_compositions_that_cannot_be_are_refused(change, word):
     with pytest.raises(UsageError, match=word):
-        compose(POOL, [30], g(), **change)
+        compose_epoch(POOL, [30], g(), **change)
 
 
 # The pool

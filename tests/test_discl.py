@@ -9,7 +9,7 @@ from ltnb import discl, spectrum
 from ltnb.core import DataError, LtnbError, UsageError, read_json
 from ltnb.curriculum import CurriculumOrder
 from ltnb.data import LongTail
-from ltnb.discl import DisCL, explained, published
+from ltnb.discl import DisCL, explained, paper_numbers
 from ltnb.discl_steps import AsTheyAre, DisCLConfig, asked_rows, levels_of, resolve_discl, schedules
 from ltnb.guidance import hard_by_frequency
 from ltnb.knowledge import Knowledge, write_knowledge
@@ -173,7 +173,7 @@ def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path, monkeypatch):
 
 def test_published_numbers_stand_beside_the_same_data_only():
     def of(n=None, **how):
-        return published(DisCLConfig(**how), n)
+        return paper_numbers(DisCLConfig(**how), n)
 
     assert of(dataset="cifar100", imb_ratio=100.0)["discl"].endswith("30.91")
     assert of(dataset="lists", n=115_846)["discl"].endswith("39.82")
