@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ltnb.discl_steps.DisCLConfig': ('discl_steps.html#disclconfig', 'ltnb/discl_steps.py'),
                                   'ltnb.discl_steps.Shared': ('discl_steps.html#shared', 'ltnb/discl_steps.py'),
                                   'ltnb.discl_steps.Shared.of': ('discl_steps.html#shared.of', 'ltnb/discl_steps.py'),
+                                  'ltnb.discl_steps.SpectrumConfig': ('discl_steps.html#spectrumconfig', 'ltnb/discl_steps.py'),
                                   'ltnb.discl_steps._guidance': ('discl_steps.html#_guidance', 'ltnb/discl_steps.py'),
                                   'ltnb.discl_steps._head': ('discl_steps.html#_head', 'ltnb/discl_steps.py'),
                                   'ltnb.discl_steps._held': ('discl_steps.html#_held', 'ltnb/discl_steps.py'),

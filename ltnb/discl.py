@@ -103,7 +103,7 @@ def keep(self:DisCL,
     plot_spectrum(*picture_of(s.data, shared.pool, spectrum, judge), ax=ax)
     save_figure(fig, s.run.path/"figures"/"spectrum.png")
 
-
+# %% ../nbs/84_discl.ipynb #d5c98dd4
 def picture_of(data:LongTail, # images
                pool:Pool, # whose hard images have a spectrum
                spectrum:dict, # level -> Synthetic
@@ -201,7 +201,7 @@ DISCL_DIFFERENCES = ("Published: Liang et al., ICCV 2025: ResNet-10 that LDMLR h
                      "refiner with prompts of GPT-3.5, the best epoch by test accuracy. Ours: the last epoch, and the "
                      "generator, network and pretraining that the settings say.")
 
-
+# %% ../nbs/84_discl.ipynb #55b4e565
 def paper_numbers(cfg:DisCLConfig, # resolved
                   n:int|None=None # training images
                  )->dict[str, str]: # method -> many/medium/few/all, empty for data that the paper does not have
@@ -209,7 +209,7 @@ def paper_numbers(cfg:DisCLConfig, # resolved
     if cfg.n_max or cfg.val_per_class: return {}
     return DISCL_PUBLISHED.get((cfg.dataset, cfg.imb_ratio), DISCL_PUBLISHED.get(n, {}))
 
-
+# %% ../nbs/84_discl.ipynb #926fe46f
 def beside_paper(rows:list[dict], # of scores.json
                  paper:dict # of `paper_numbers`
                 )->list[list[str]]: # a header and a line a method

@@ -78,7 +78,7 @@ class Start:
         x = self.x0 + r * noise
         return x if sampler == "heun" else x / math.sqrt(1 + r * r)
 
-
+# %% ../nbs/52_samplers.ipynb #3af0c047
 @torch.no_grad()
 def sample_batch(model:NoiseModel, # in evaluation mode
                  noise:torch.Tensor, # (B, C, H, W) start
