@@ -193,7 +193,7 @@ def check_discl(cfg:DisCLConfig # as given
     img2img_class(folder)
     if cfg.text_only == "txt2img" and 0 in levels_of(cfg): pipeline_class(folder)
 
-
+# %% ../nbs/83_discl_steps.ipynb #714d6b4e
 def resolve_discl(cfg:DisCLConfig, # as given
                   data:LongTail # images
                  )->DisCLConfig: # with nothing left open but rule_cosine and tail_share

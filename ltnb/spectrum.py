@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import DataError, UsageError, generator, nearest, one_line, read_json, stable_seed
@@ -123,21 +124,23 @@ class Editor:
         told = ToldTexts(self.model.clip, texts, self.where, self.known)
         return NoiseModel(Reader(self.net, told), o, len(told), precision), told.of(texts)
 
-    def batch(self,
-              part:Plan, # rows of one level
-              level:int, # in per cent
-              attempt:int=0 # another try has other noise
-             )->torch.Tensor: # (n, C, H, W) uint8
-        "From real images to made ones"
-        (on, y), key = self.told(part), (*self.key, attempt)
-        noise = spectrum_noise(key, part, self.model.image_shape).to(y.device)
-        rows = zip(part.pairs.tolist(), part["seed"].tolist(), strict=True)
-        own = [generator(*key, "step", *p, level, s) for p, s in rows] if self.how.sampler == "ddpm" else None
-        how, start = replace(self.how, sample_steps=level_steps(level, self.how.sample_steps)), None
-        if level or self.text_only == "img2img":
-            x0 = self.sources.of(part).to(y.device).float() / 127.5 - 1
-            start = Start(x0, level_ratio(on.objective, level))
-        return as_bytes(sample_batch(on, noise, y, how, own, start))
+# %% ../nbs/82_spectrum.ipynb #291c3b04
+@patch
+def batch(self:Editor,
+          part:Plan, # rows of one level
+          level:int, # in per cent
+          attempt:int=0 # another try has other noise
+         )->torch.Tensor: # (n, C, H, W) uint8
+    "From real images to made ones"
+    (on, y), key = self.told(part), (*self.key, attempt)
+    noise = spectrum_noise(key, part, self.model.image_shape).to(y.device)
+    rows = zip(part.pairs.tolist(), part["seed"].tolist(), strict=True)
+    own = [generator(*key, "step", *p, level, s) for p, s in rows] if self.how.sampler == "ddpm" else None
+    how, start = replace(self.how, sample_steps=level_steps(level, self.how.sample_steps)), None
+    if level or self.text_only == "img2img":
+        x0 = self.sources.of(part).to(y.device).float() / 127.5 - 1
+        start = Start(x0, level_ratio(on.objective, level))
+    return as_bytes(sample_batch(on, noise, y, how, own, start))
 
 # %% ../nbs/82_spectrum.ipynb #fb050878
 def sdedit_maker(model:DiffusionModel|TextDiffusion, # trained
@@ -306,7 +309,7 @@ def make_spectrum(folder:str|Path, # gets a folder a level
             out[v] = make_synthetic(Path(folder)/f"level-{v:02d}", plan.take(plan["level"] == v), make, model, job)
     return out
 
-
+# %% ../nbs/82_spectrum.ipynb #098e4bd3
 def open_spectrum(folder:str|Path # of `make_spectrum`
                  )->dict[int, Synthetic]: # level -> its items
     "What was made"
