@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'CARD', 'GENERATED', 'COMMANDS', 'RESUMED', 'COMPUTING', 'begin', 'Entry', 'find_recipe', 'execute',
            'run_command', 'demo_command', 'has_card', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig',
            'required', 'is_predictions', 'is_features', 'is_job', 'predict_command', 'encode_command', 'export_command',
-           'generate_command', 'list_command', 'usage', 'failure', 'call', 'threads_for', 'main']
+           'generate_command', 'know_command', 'list_command', 'usage', 'failure', 'call', 'threads_for', 'main']
 
 # %% ../nbs/99_cli.ipynb #e1c0aab5
 import importlib, os, sys, traceback, zipfile
@@ -69,6 +69,7 @@ RECIPES = {e.name: e for e in (
     Entry("baseline", "baseline", "Baseline", 91, "one classifier, one loss, and every cheap reading of it"),
     Entry("ldmlr", "ldmlr", "LDMLR", 92, "diffusion over features, with its controls (Han et al., 2024)"),
     Entry("diffult", "diffult", "DiffuLT", 93, "diffusion on the long tail itself (Shao et al., 2024)"),
+    Entry("chatdiff", "chatdiff", "ChatDiff", 94, "class knowledge drawn and judged by CLIP: a reconstruction"),
     Entry("discl", "discl", "DisCL", 95, "a spectrum from text to real image, and a curriculum (Liang et al., 2025)"),
     Entry("diffusion", "generator", "Diffusion", 96, "an image diffusion model, judged; for `ltnb generate`"))}
 
@@ -367,6 +368,13 @@ def generate_command(args:list[str] # after `ltnb generate`
     with work_is_kept(): facts = generate(config)
     if facts: print(describe(facts, find_model(config.model)[0].class_names, out))
 
+# %% ../nbs/99_cli.ipynb #c0a71e72
+def know_command(args:list[str] # after `ltnb know`
+                ):
+    "ltnb know: what a language model knows of class names, as a file for `--knowledge`"
+    from ltnb.know import know_typed
+    with work_is_kept(): know_typed(args)
+
 # %% ../nbs/99_cli.ipynb #58455a65
 def list_command(args:list[str] # after `ltnb list`
                 ):
@@ -387,8 +395,9 @@ def list_command(args:list[str] # after `ltnb list`
 
 # %% ../nbs/99_cli.ipynb #8e8ce12a
 COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "generate": generate_command,
-            "encode": encode_command, "predict": predict_command, "export": export_command, "list": list_command}
-RESUMED = ("run", "demo", "generate") # commands that go on where they stopped
+            "know": know_command, "encode": encode_command, "predict": predict_command, "export": export_command,
+            "list": list_command}
+RESUMED = ("run", "demo", "generate", "know") # commands that go on where they stopped
 
 
 def usage()->str: # the help text

@@ -29,7 +29,7 @@ from .runs import Run
 from .batches import power_indices
 from .augment import flip as flip_half
 from .team import Where, dropout_seeded
-from .checkpoint import Averages, Clock, keep, ramped, restore
+from .checkpoint import LOOK_EVERY, Averages, Clock, keep, ramped, restore
 from .noise import NoiseModel, Objective, betas, build_objective, diffusion_loss, noisy_batch, per_image
 
 # %% ../nbs/51_diffusion.ipynb #720096e8
@@ -346,7 +346,7 @@ def _steps(t, # a `_Training`
                             "--precision bf16 or a smaller --unet. The last checkpoint is kept.") from e
         bar.step()
         done = step + 1
-        if done % 50 == 0 or done == n:
+        if done % LOOK_EVERY == 0 or done == n:
             log_steps(t, values, done, writer)
             if writer and (done == n or saved.older_than(t.where.save_every)): t.checkpoint(stage, done)
         looks(done)

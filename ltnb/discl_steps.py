@@ -32,7 +32,7 @@ from .samplers import sampler_spacing
 from .generator_steps import GeneratorConfig, resolve_generator, sampling_of, train_model
 from .knowledge import Knowledge, knowledge_of
 from .prompts import prompts_of
-from .text2image import TextToImage, model_folder, pipeline_class, text_maker
+from .text2image import TextToImage, pipeline_class, pipeline_folder, text_maker
 from .chatdiff import Discriminator, Painter, opened_clip, text_painter
 from .guidance import (REAL, check_cut, check_steps_for, checked_levels, cut_settings, hard_by_confidence,
                            hard_by_frequency, own_probabilities, spectrum_plan)
@@ -189,7 +189,7 @@ def check_discl(cfg:DisCLConfig # as given
         if cfg.full_size: raise UsageError("full_size is of a pipeline: leave it out, or give --pipeline.")
         return
     if cfg.maker != "text": raise UsageError("maker is of the models trained here: leave it out, or --pipeline.")
-    folder = model_folder(cfg.pipeline, cfg.download)
+    folder = pipeline_folder(cfg.pipeline, cfg.download)
     img2img_class(folder)
     if cfg.text_only == "txt2img" and 0 in levels_of(cfg): pipeline_class(folder)
 

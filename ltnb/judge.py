@@ -89,8 +89,8 @@ def __call__(self:Judge,
         return float(copied[at].mean()) if at.any() else float("nan")
     row |= {"copies": float(copied.mean()), **{f"copies_{b}": share(own) for b, own in bands.items()}}
     row["copies_per_class"] = [share([c]) for c in range(len(self.data.counts))]
-    if self.clf: distance = frechet_distance(self.real, encode(self.clf, images, device=self.device))
-    return row | {"distance": distance if self.clf else float("nan")}
+    if self.clf is None or len(images) < 2: return row | {"distance": float("nan")} # a covariance needs two
+    return row | {"distance": frechet_distance(self.real, encode(self.clf, images, device=self.device))}
 
 # %% ../nbs/54_judge.ipynb #554e851e
 @patch

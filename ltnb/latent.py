@@ -25,7 +25,7 @@ from .config import spread
 from .progress import Progress
 from .data import bands
 from .team import Where
-from .checkpoint import Averages, Clock, keep, ramped, restore
+from .checkpoint import LOOK_EVERY, Averages, Clock, keep, ramped, restore
 from .heads import Features, Head
 from .jobs import draw_items, item_noise
 from .synthetic import ManifestRows, Synthetic
@@ -214,7 +214,7 @@ def train_steps(loss_of:Callable[[int], torch.Tensor], # number of a step -> its
         averages.update(ramped(.999, step))
         losses.append(loss.detach())
         bar.step()
-        if (step + 1) % 50 and step + 1 < how.n_steps: continue
+        if (step + 1) % LOOK_EVERY and step + 1 < how.n_steps: continue
         value, losses = _mean(losses, step, how.diff_lr), []
         if run: run.log(**key, step=step + 1, loss=value)
         if run and (step + 1 == how.n_steps or saved.older_than(how.save_every)):

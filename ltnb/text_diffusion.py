@@ -29,6 +29,7 @@ from .diffusion import (UNETS, ClassLabels, Denoising, check_diffusion, check_ha
 from .samplers import Sampling, check_sampling, sample_rows, sampler_spacing
 from .knowledge import check_tokens
 from .clip import Clip
+from .clip_training import check_captions, token_states
 from .text2image import prompted
 
 # %% ../nbs/78_text_diffusion.ipynb #53feb9a6
@@ -47,11 +48,8 @@ def text_states(clip:Clip, # its text tower is read
     out = []
     for i in range(0, len(texts), 256):
         tokens = clip.tokenizer(list(texts[i:i + 256])).to(device)
-        ends = tokens.argmax(1) + 1 # the last token has the highest number
-        n = int(ends.max())
-        x = tower.token_embedding(tokens[:, :n]) + tower.positional_embedding[:n]
-        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n])).float().cpu()
-        out += [row[:end] for row, end in zip(x, ends.tolist(), strict=True)]
+        states, ends = token_states(tower, tokens).float().cpu(), tokens.argmax(1).tolist()
+        out += [own[:end + 1] for own, end in zip(states, ends, strict=True)]
     return out
 
 # %% ../nbs/78_text_diffusion.ipynb #2f810385
@@ -136,7 +134,7 @@ class Captions(ClassLabels):
         "The network, called with numbers of texts"
         return Reader(net, self.told)
 
-# %% ../nbs/78_text_diffusion.ipynb #fe728e25
+# %% ../nbs/78_text_diffusion.ipynb #4c72f4a4
 def build_text_unet(name:str, # a name of `UNETS`
                     image_size:int, # pixels along the side
                     channels:int, # 1 or 3
@@ -150,7 +148,8 @@ def build_text_unet(name:str, # a name of `UNETS`
     del d["attention"] # here it is where the text is read
     sizes = d["block_out_channels"]
     check_halving(name, image_size, len(sizes))
-    reads = ["CrossAttn" if image_size >> i <= 16 or i == len(sizes) - 1 else "" for i in range(len(sizes))]
+    n = len(sizes)
+    reads = ["CrossAttn" if i == n - 1 or i and image_size >> i <= 16 else "" for i in range(n)]
     down = tuple(f"{r}DownBlock2D" for r in reads)
     up = tuple(f"{r}UpBlock2D" for r in reversed(reads))
     heads = tuple(max(n // 32, 1) for n in sizes) # diffusers calls their number attention_head_dim
@@ -179,12 +178,6 @@ class TextDiffusion:
         "A hash of the weights, the objective and the CLIP model"
         return weights_hash(self.unet, f"{self.objective!r}|{self.clip.fingerprint}")
 
-# %% ../nbs/78_text_diffusion.ipynb #40cc743c
-def _check_captions(captions, n):
-    if len(captions) != n: raise DataError(f"{n} images need {n} lists of captions, got {len(captions)}.")
-    if any(isinstance(own, str) or not len(own) for own in captions):
-        raise DataError("captions are a list of texts for each image, with at least one text.")
-
 # %% ../nbs/78_text_diffusion.ipynb #e1bcb0b9
 def train_text_diffusion(images:np.ndarray, # (N, C, H, W) uint8, square
                          labels:np.ndarray, # (N,); what the classes are drawn by, not what is told
@@ -203,7 +196,7 @@ def train_text_diffusion(images:np.ndarray, # (N, C, H, W) uint8, square
     names = tuple(map(str, range(int(labels.max(initial=0)) + 1) if class_names is None else class_names))
     check_diffusion(images, labels, len(names), how.n_steps, how.diff_bs, nudge=how.nudge, label_drop=how.label_drop,
                     ema=how.ema)
-    _check_captions(captions, len(images))
+    check_captions(captions, len(images))
     o = build_objective(how.objective, how.schedule, how.min_snr)
     told = ToldTexts(clip, [t for own in captions for t in own], where)
     net = build_text_unet(how.unet, images.shape[2], images.shape[1], told.states.shape[2], how.seed)
@@ -269,7 +262,7 @@ def save(self:TextDiffusion,
              "objective": {"name": o.name, "schedule": o.schedule, "min_snr": o.min_snr}, "counts": self.counts}
     write_json(folder/"ltnb.json", {**about, "kind": "text", "fingerprint": self.fingerprint, **more})
 
-# %% ../nbs/78_text_diffusion.ipynb #6f30dbda
+# %% ../nbs/78_text_diffusion.ipynb #b584753b
 @patch(cls_method=True)
 def load(cls:TextDiffusion,
          folder:str|Path # a folder of `save`
@@ -289,5 +282,5 @@ def load(cls:TextDiffusion,
         raise DataError(f"{folder} holds no text-conditional model of this ltnb "
                         f"({(str(e) or type(e).__name__).splitlines()[0]}).") from e
     if model.fingerprint == d["fingerprint"]: return model
-    raise DataError(f"{folder} is damaged: its weights are not those that its ltnb.json describes. Restore it, or train "
-                    "it again.")
+    raise DataError(f"{folder} is damaged: its weights are not those that its ltnb.json describes. Restore it, or "
+                    "train it again.")

@@ -14,7 +14,7 @@ from ltnb.clip import (
     Clip,
     class_embeddings,
     encode_set,
-    fitted,
+    resized,
     offline,
     open_clip_model,
     prepared,
@@ -53,8 +53,6 @@ from ltnb.runs import Run
 from ltnb.synthetic import make_synthetic
 from ltnb.team import Where
 from PIL import Image
-
-from conftest import ltnb
 
 SMALL = ClipTraining(layers=1, width=32, embed_dim=16)
 
@@ -110,7 +108,7 @@ def test_images_are_resized_as_open_clip_does_it(mode, size, shape):
 
     rng = np.random.default_rng(1)
     coarse = rng.integers(0, 256, (2, 3, 5, 5), dtype=np.uint8)
-    images = fitted(torch.from_numpy(coarse), shape, "squash")
+    images = resized(torch.from_numpy(coarse), shape, "squash")
     cfg = PreprocessCfg(size=size, resize_mode=mode, fill_color=7)
     one = image_transform_v2(cfg, is_train=False)
     theirs = torch.stack([one(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images])
@@ -321,7 +319,7 @@ def test_the_loss_is_open_clips(clip):
 def trained(data, known):
     "A small CLIP of Digits-LT"
     own = [class_texts(known[c]) for c in data.train.labels]
-    return train_clip(data.train.images, data.train.labels, own, n_steps=60, bs=40)
+    return train_clip(data.train.images, data.train.labels, own, n_steps=50, bs=40, lr=3e-3, nudge=0.0)
 
 
 def test_it_learns_the_classes(trained, data, known):
@@ -333,8 +331,9 @@ def test_it_learns_the_classes(trained, data, known):
 def test_killed_it_goes_on_to_the_same_weights(data, known, tmp_path, monkeypatch):
     import ltnb.clip_training as room
 
+    monkeypatch.setattr(room, "LOOK_EVERY", 3)  # a checkpoint every three steps
     images, labels = few(data)
-    how = dict(layers=1, width=32, embed_dim=16, n_steps=60, bs=8, save_every=0.0)
+    how = dict(layers=1, width=32, embed_dim=16, n_steps=7, bs=8, save_every=0.0)
     told = partial(captions, known, labels)
     with Run(BaselineConfig(out=str(tmp_path / "whole"))) as run:
         whole = train_clip(images, labels, told, run=run, **how)
@@ -342,7 +341,7 @@ def test_killed_it_goes_on_to_the_same_weights(data, known, tmp_path, monkeypatc
     step = room._ClipRun.step
 
     def cut(self, at):
-        if at == 55:
+        if at == 5:
             raise KeyboardInterrupt
         return step(self, at)
 
@@ -354,7 +353,15 @@ def test_killed_it_goes_on_to_the_same_weights(data, known, tmp_path, monkeypatc
         again = train_clip(images, labels, told, run=run, **how)
         assert (run.path / "metrics.jsonl").read_text() == rows and '"stage": "clip"' in rows
     assert again.fingerprint == whole.fingerprint
-    assert train_clip(images, labels, told, seed=1, **how).fingerprint != whole.fingerprint
+
+
+def test_a_seed_is_a_training_of_its_own(data):
+    images, labels = few(data)
+    a, b, c = (
+        train_clip(images, labels, [["a digit"]] * len(images), SMALL, n_steps=1, bs=8, seed=s).fingerprint
+        for s in (0, 0, 1)
+    )
+    assert a == b != c
 
 
 def test_what_cannot_be_trained(data):
@@ -521,7 +528,7 @@ def test_thresholds_stay_with_their_model(trained, clip, data, known, tmp_path):
     assert again.by == t.by == score_id(trained, known) and np.allclose(again.per_class(), t.per_class(), atol=1e-4)
     own = t.own >= t.per_class(0.1, least=1)[t.labels]
     big = np.isin(t.labels, np.flatnonzero(data.counts >= 20))
-    assert 0.85 < own[big].mean() < 0.95
+    assert 0.8 < own[big].mean() < 0.97
     assert Thresholds("m", t.own, t.labels, 10, "ViT-B-32:openai").cosine == 0.25 != t.cosine
     assert score_id(clip, known) != t.by
 
@@ -536,15 +543,16 @@ def test_drawing_until_enough_pass(trained, data, known, tmp_path):
 
 
 # encode
-def test_encode_writes_features_and_zero_shot_scores(trained, data, tmp_path):
+def test_encode_writes_features_and_zero_shot_scores(trained, data, tmp_path, capsys):
+    from ltnb.cli import encode_command
+
     trained.save(tmp_path / "m")
     out = tmp_path / "f.npz"
-    done = ltnb("encode", "--dataset", "digits", "--arch", f"clip:local-dir:{tmp_path / 'm'}", "--out", out)
-    assert done.returncode == 0, done.stderr
+    encode_command(["--dataset", "digits", "--arch", f"clip:local-dir:{tmp_path / 'm'}", "--out", str(out)])
     features, z = Features.npz(out), np.load(out)
     assert features.train.shape == (278, 64) and z["test_zero_shot"].shape == (600, 10) and str(z["clip"]) == trained.id
     right = (z["test_zero_shot"].argmax(1) == data.test.labels).mean()
-    assert f"zero-shot accuracy on the test images: {right:.1%} (chance: 10.0%)" in done.stdout
+    assert f"zero-shot accuracy on the test images: {right:.1%} (chance: 10.0%)" in capsys.readouterr().out
 
 
 def test_encode_without_knowledge_takes_the_names(clip):

@@ -117,3 +117,22 @@ def test_a_plan_to_draw_from(tmp_path):
     assert f.classes[1]["drawn"] <= 8 and len(f.made) < len(plan)
     with pytest.raises(UsageError, match="without a gap"):
         draw_until(tmp_path / "c", [6, 6], image, "m", LUCK, lucky, cap=plan.take(slice(1, None)))
+
+
+def test_what_a_filter_is_held_against_lies_in_the_same_folder(tmp_path):
+    drawn = draw_until(tmp_path, [6, 0, 40], image, "model", LUCK, lucky, cap=2.0)
+    short = {d["class"]: d["wanted"] - d["kept"] for d in drawn.classes}
+    assert short[2] > 0  # the cap was reached
+    assert drawn.unfiltered.counts(3).tolist() == [6, 0, 40]
+    assert max(r["k"] for r in drawn.unfiltered.manifest if r["class"] == 2) == 39
+    lots = [drawn.by_lot(s) for s in (0, 0, 1)]
+    assert [x.counts(3).tolist() for x in lots] == [drawn.kept.counts(3).tolist()] * 3
+    ids = [[r["id"] for r in x.manifest] for x in lots]
+    assert ids[0] == ids[1] != ids[2]
+    full = drawn.topped_up("chance")
+    assert full.counts(3).tolist() == [6, 0, 40]
+    added = {r["id"] for r in full.manifest} - {r["id"] for r in drawn.kept.manifest}
+    left = {r["id"] for r in drawn.made.manifest} - {r["id"] for r in full.manifest}
+    value = {r["id"]: r["scores"]["chance"] for r in drawn.made.manifest}
+    own = [[value[i] for i in ids if i.startswith("00002")] for ids in (added, left)]
+    assert min(own[0]) >= max(own[1])

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ltnb import baseline, baseline_steps, diffult, diffult_steps, discl, generator, ldmlr, together
+from ltnb import baseline, baseline_steps, chatdiff, diffult, diffult_steps, discl, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
+from ltnb.chatdiff import ChatDiffConfig
 from ltnb.core import DataError, read_json, write_json
 from ltnb.config import Config, limited
 from ltnb.progress import Progress
@@ -66,6 +67,11 @@ RECIPES = {
         ),
     ),
 }
+RECIPES["chatdiff"] = (
+    chatdiff,
+    ChatDiffConfig,
+    dict(n_steps=2, diff_bs=8, n_epochs=1, target_per_class=4, sample_steps=1, cap=1.0, clip_steps=2, judge_epochs=1),
+)
 TINY = ["run", "baseline", "--plain", "--n-epochs", "1", "--heads", "false", "--device", "cpu", "--precision", "fp32"]
 
 

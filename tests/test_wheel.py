@@ -17,6 +17,7 @@ def test_contents(wheel):
             "ltnb/nbs/91_run_baseline.ipynb",
             "ltnb/nbs/92_run_ldmlr.ipynb",
             "ltnb/nbs/93_run_diffult.ipynb",
+            "ltnb/nbs/94_run_chatdiff.ipynb",
             "ltnb/nbs/96_run_diffusion.ipynb",
         ], "entry notebooks, and no other"
         assert not [o for c in json.loads(z.read(notebooks[0]))["cells"] for o in c.get("outputs", [])], (
