@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'pipeline_class', 'pipeline_folder', 'quiet_diffusers', 'TextToImage', 'EncodedPrompts', 'own_sampling',
-           'scheduler_for', 'Canvas', 'to_bytes', 'shrink', 'text_maker', 'prompted']
+           'scheduler_for', 'Canvas', 'Drawing', 'to_bytes', 'shrink', 'text_maker', 'prompted', 'drawing_of']
 
 # %% ../nbs/77_text2image.ipynb #69d3a9da
 import contextlib, hashlib, inspect
@@ -107,6 +107,7 @@ class TextToImage:
     scheduler: Any # its own
     checker: tuple|None = None # safety checker and its feature extractor, which are asked, but change nothing
     dtype: str = "fp32" # of the weights: a name of `DTYPES`
+    kind = staticmethod(pipeline_class) # folder -> class of diffusers
 
     @cached_property
     def fingerprint(self
@@ -134,7 +135,7 @@ def open(cls:TextToImage,
     dtype = dtype or "fp32"
     if dtype not in DTYPES: raise UsageError(f"dtype={dtype!r} is not a number format. {nearest(dtype, DTYPES)}")
     folder = pipeline_folder(path, download)
-    kind = pipeline_class(folder)
+    kind = cls.kind(folder)
     more = {"add_watermarker": False} if "add_watermarker" in inspect.signature(kind.__init__).parameters else {}
     weights = [f.name for f in folder.glob("*/*") if f.suffix in (".safetensors", ".bin")]
     if weights and all(".fp16." in name for name in weights): more["variant"] = "fp16"
@@ -156,7 +157,8 @@ def _checker_of(pipe): # taken out: inside of the pipeline it would paint images
     return checker
 
 # %% ../nbs/77_text2image.ipynb #148f8008
-_ENCODED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+_ENCODED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline",
+            "StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline")
 
 
 def _encodes(pipe): return type(pipe).__name__ in _ENCODED # does it take encoded prompts, in the way known here?
@@ -171,7 +173,8 @@ def check_prompts(self:TextToImage,
     if empty := [p for p in distinct if not isinstance(p, str) or not p.strip()]:
         raise UsageError(f"a prompt is a text, got {empty[0]!r}.")
     if not _encodes(self.pipe) or not distinct: return # others read longer texts, each in its own way
-    read, most = self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+    read = self.pipe.tokenizer or self.pipe.tokenizer_2 # a refiner has the second alone
+    most = read.model_max_length
     n = [len(ids) for ids in read(distinct, verbose=False).input_ids]
     if max(n) > most:
         raise UsageError(f"a prompt has {max(n)} tokens, and the pipeline reads {most}: shorten "
@@ -250,26 +253,35 @@ class Canvas:
 
 
 @dataclass(frozen=True, eq=False)
-class _Drawing:
+class Drawing:
     "A pipeline on its device, with all that its images depend on"
-    pipe: TextToImage
-    how: Sampling
-    where: Where
-    seed: int
-    canvas: Canvas
-    told: EncodedPrompts
-    scheduler: Any
+    pipe: TextToImage # opened
+    how: Sampling # sampler, steps, guidance
+    where: Where # where, and in which number format
+    seed: int # of the noise
+    canvas: Canvas # how large
+    told: EncodedPrompts # what it is told of each prompt
+    scheduler: Any # of diffusers
+
+    def asked(self,
+              part:Plan # with prompts
+             )->tuple[list, dict]: # what sets each item's noise; arguments of the pipeline's call
+        "Class and number of each item; size and steps"
+        size = {n: self.canvas.full_size for n in ("height", "width") if self.canvas.full_size}
+        return part.pairs.tolist(), size | {"num_inference_steps": self.how.sample_steps}
 
     @torch.no_grad()
-    def __call__(self, part, attempt): # a `Plan` with prompts, which try -> (n, 3, H, W) from 0 to 1, NaN possible
-        pipe, key = self.pipe, ("text2image", self.pipe.fingerprint, self.seed, attempt)
-        own = [generator(*key, *row) for row in part.pairs.tolist()]
-        size = {n: self.canvas.full_size for n in ("height", "width") if self.canvas.full_size}
+    def __call__(self,
+                 part:Plan, # with prompts
+                 attempt:int=0 # which try
+                )->torch.Tensor: # (n, 3, H, W) from 0 to 1, NaN possible
+        pipe, (items, given) = self.pipe, self.asked(part)
+        own = [generator("text2image", pipe.fingerprint, self.seed, attempt, *item) for item in items]
         pipe.pipe.scheduler = self.scheduler # others may draw with the same pipeline
         more = {"guidance_scale": self.how.guidance_scale} if "guidance_scale" in self.told.takes else {}
         with autocast(self.where.device, self.where.precision if pipe.dtype == "fp32" else "fp32"):
-            out = pipe.pipe(**self.told(part["prompt"].tolist()), **size, **more, generator=own, output_type="pt",
-                            num_inference_steps=self.how.sample_steps)
+            told = self.told(part["prompt"].tolist())
+            out = pipe.pipe(**told, **given, **more, generator=own, output_type="pt")
         return out.images.float().cpu()
 
 # %% ../nbs/77_text2image.ipynb #21ae4f29
@@ -305,7 +317,7 @@ def text_maker(pipe:TextToImage, # opened
               )->tuple[Callable, dict]: # (a plan with prompts, attempt) -> images and dicts; and the settings
     "What `make_synthetic` asks of a text-to-image pipeline"
     how, where, canvas = spread(changes, how or own_sampling(pipe), where or Where(), canvas or Canvas())
-    draw = _drawing(pipe, how, where, seed, canvas)
+    draw = drawing_of(pipe, how, where, seed, canvas)
     def make(rows, attempt=0):
         plan, images, about = prompted(rows), [], []
         pipe.check_prompts(plan["prompt"].tolist())
@@ -327,7 +339,13 @@ def prompted(rows:Plan|np.ndarray # of a plan
     raise UsageError("images are drawn from prompts, and the plan has none: give it a column 'prompt'.")
 
 
-def _drawing(pipe, how, where, seed, canvas):
+def drawing_of(pipe:TextToImage, # opened
+               how:Sampling, # sampler ("own", or one of `SAMPLERS`), steps, guidance
+               where:Where, # where, and in which number format
+               seed:int, # of the noise
+               canvas:Canvas # how images are drawn
+              )->Drawing: # (part of a plan, attempt) -> images
+    "A pipeline on its device; settings that cannot be drawn with are refused"
     if how.sample_steps < 1 or how.guidance_scale < 0 or canvas.bs < 1:
         raise UsageError("sample_steps and bs must be at least 1 and guidance_scale at least 0, got "
                          f"{how.sample_steps}, {canvas.bs} and {how.guidance_scale:g}.")
@@ -340,11 +358,15 @@ def _drawing(pipe, how, where, seed, canvas):
     if pipe.checker: pipe.checker[0].to(where.device)
     net = getattr(pipe.pipe, "unet", None) or getattr(pipe.pipe, "transformer", None)
     if where.compiled and net is not None: net.compile()
-    return _Drawing(pipe, how, where, seed, canvas, EncodedPrompts(pipe.pipe, how.guidance_scale > 1), scheduler)
+    return Drawing(pipe, how, where, seed, canvas, EncodedPrompts(pipe.pipe, how.guidance_scale > 1), scheduler)
 
 # %% ../nbs/77_text2image.ipynb #f6af785e
 @patch
-def full(self:_Drawing, part, attempt): # (n, 3, H, W) uint8, as drawn
+def full(self:Drawing,
+         part:Plan, # with prompts
+         attempt:int=0 # which try
+        )->torch.Tensor: # (n, 3, H, W) uint8, as drawn
+    "One batch; where the memory or the number format is too small, it says so"
     try: images = self(part, attempt)
     except torch.OutOfMemoryError as e:
         raise LtnbError(f"the GPU is out of memory with {self.canvas.bs} images at a time: lower bs, or open the "
@@ -356,7 +378,12 @@ def full(self:_Drawing, part, attempt): # (n, 3, H, W) uint8, as drawn
 
 
 @patch
-def rows(self:_Drawing, full, part, score): # a dict an image
+def rows(self:Drawing,
+         full:torch.Tensor, # (n, 3, H, W) uint8, as drawn
+         part:Plan, # what was asked for
+         score:ItemScore|None=None # measured of them
+        )->list[dict]: # a dict an image
+    "What the manifest says of a batch"
     known, about = part.rows(), [asdict(self.how) for _ in range(len(full))]
     if flags := self.pipe.flags(full): about = [a | {"flagged": f} for a, f in zip(about, flags, strict=True)]
     if score is None: return about

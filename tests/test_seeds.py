@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ltnb import baseline, baseline_steps, chatdiff, diffult, diffult_steps, generator, ldmlr, together
+from ltnb import baseline, baseline_steps, chatdiff, diffult, diffult_steps, discl, generator, ldmlr, together
 from ltnb.baseline import BaselineConfig
 from ltnb.chatdiff import ChatDiffConfig
 from ltnb.core import DataError, read_json, write_json
@@ -18,6 +18,7 @@ from ltnb.config import Config, limited
 from ltnb.progress import Progress
 from ltnb.runs import Run
 from ltnb.diffult import DiffuLTConfig
+from ltnb.discl_steps import DisCLConfig
 from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
@@ -42,6 +43,27 @@ RECIPES = {
             pipelines=False,
             aid_kappa=1.0,
             judge_epochs=1,
+        ),
+    ),
+    "discl": (
+        discl,
+        DisCLConfig,
+        dict(
+            n_steps=2,
+            diff_bs=8,
+            clip_steps=2,
+            n_epochs=1,
+            sample_steps=2,
+            guidance_scale=1.0,
+            levels="0,50",
+            maker="labels",
+            per_image=1,
+            tries=1,
+            rule="cosine",
+            rule_cosine=-1.0,
+            fine_epochs=3,
+            curriculum_epochs=3,
+            judge_epochs=0,
         ),
     ),
 }
