@@ -41,7 +41,7 @@ from .judge import Judge
 from .generator_steps import (GeneratorConfig, SmallImages, denoising_of, make_images, resolve_generator,
                                   sampling_of, seen_everything, train_model)
 from .diffult_steps import images_wanted
-from .knowledge import Knowledge, knowledge_of, read_knowledge, write_knowledge
+from .knowledge import SHIPPED, Knowledge, knowledge_of, read_knowledge, write_knowledge
 from .prompts import prompt_plan
 from .clip import Clip, open_clip_model
 from .clip_training import caption_pool, train_clip
@@ -116,7 +116,7 @@ class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     judge_epochs: int = auto( # epochs of the classifier that judges the images, 0 for none
         digits=15, other=30, low=0)
     out: str|None = None # run directory (default: runs/, named by recipe, data and settings)
-    paths: ClassVar[tuple] = (*GeneratorConfig.paths, "knowledge")
+    words: ClassVar[dict] = {**GeneratorConfig.words, "knowledge": SHIPPED} # such a word is no path
 
 # %% ../nbs/79_chatdiff.ipynb #4b7544f3
 ChatDiff.config = ChatDiffConfig

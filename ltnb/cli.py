@@ -24,6 +24,7 @@ from .progress import Progress, flush_streams, open_streams, show_text, tell, te
 from .runs import Run, locked
 from .threads import computing_threads, thread_variables
 from .sources import DataConfig, check_source, load_data
+from .knowledge import SHIPPED
 from .headless import (Stopped, check_notebook, check_text, entry_notebook, here, notebook_finished, out_of_memory,
                            quiet_libraries, run_notebook, stopped_by_signals, variables)
 
@@ -235,7 +236,8 @@ class EncodeConfig(DataConfig):
     knowledge: str|None = None # with clip: a JSON file of what is known of the classes, for the zero-shot scores
     out: str|None = None # the .npz file to write
     bs: int = limited(64, 1) # images at a time
-    paths: ClassVar[tuple] = (*DataConfig.paths, "model", "knowledge")
+    paths: ClassVar[tuple] = (*DataConfig.paths, "model")
+    words: ClassVar[dict] = {**DataConfig.words, "knowledge": SHIPPED} # such a word is no path
 
 # %% ../nbs/99_cli.ipynb #1d42c6d8
 def required(config:Config, # of a command

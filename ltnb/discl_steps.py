@@ -30,7 +30,7 @@ from .recipe import Answer, Stage
 from .classify import ClassifierConfig, check_classifier, classify, new_classifier
 from .samplers import sampler_spacing
 from .generator_steps import GeneratorConfig, resolve_generator, sampling_of, train_model
-from .knowledge import Knowledge, knowledge_of
+from .knowledge import SHIPPED, Knowledge, knowledge_of
 from .prompts import prompts_of
 from .text2image import TextToImage, pipeline_class, pipeline_folder, text_maker
 from .chatdiff import Discriminator, Painter, opened_clip, text_painter
@@ -86,7 +86,7 @@ class SpectrumConfig(GeneratorConfig):
     # cosine and prob: the least cosine, which belongs to one CLIP (default: the usual one of a known CLIP, else what
     # nine of ten real images reach)
     rule_cosine: float|None = limited(None, -1, 1)
-    paths: ClassVar[tuple] = (*GeneratorConfig.paths, "knowledge")
+    words: ClassVar[dict] = {**GeneratorConfig.words, "knowledge": SHIPPED} # such a word is no path
 
 # %% ../nbs/83_discl_steps.ipynb #71a72b03
 @dataclass(frozen=True)

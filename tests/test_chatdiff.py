@@ -191,3 +191,8 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, given, word):
     with pytest.raises((LtnbError, OSError), match=word):
         ChatDiff().check_inputs(ChatDiffConfig(**{**TINY, **given}, out=str(out)))
     assert not out.exists()
+
+
+def test_the_name_of_a_shipped_set_is_no_path(tmp_path):
+    assert "knowledge" not in ChatDiffConfig(knowledge="cifar10").path_names()
+    assert "knowledge" in ChatDiffConfig(knowledge="k.json").path_names()
