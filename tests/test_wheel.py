@@ -18,6 +18,7 @@ def test_contents(wheel):
             "ltnb/nbs/92_run_ldmlr.ipynb",
             "ltnb/nbs/93_run_diffult.ipynb",
             "ltnb/nbs/94_run_chatdiff.ipynb",
+            "ltnb/nbs/95_run_discl.ipynb",
             "ltnb/nbs/96_run_diffusion.ipynb",
         ], "entry notebooks, and no other"
         assert not [o for c in json.loads(z.read(notebooks[0]))["cells"] for o in c.get("outputs", [])], (
