@@ -76,14 +76,14 @@ class ChatDiff(SmallImages):
         if s.first: self.keep(s, eye, painter, drawn)
         return rows
 
-# %% ../nbs/79_chatdiff.ipynb #13f3d93c
+# %% ../nbs/79_chatdiff.ipynb #37255de4
 def _largest(cfg, data): return int(data.counts.max())
 def _sampler(cfg, data): return "own" if cfg.pipeline else "dpm++"
 def _spacing(cfg, data): return None if cfg.sampler == "own" else sampler_spacing(cfg.sampler)
 def _steps(cfg, data): return 30 if cfg.pipeline else 10 if cfg.dataset == "digits" else 20
 def _guidance(cfg, data): return 7.5 if cfg.pipeline else 2.
 
-
+# %% ../nbs/79_chatdiff.ipynb #ccade8c5
 @dataclass(frozen=True)
 class ChatDiffConfig(GeneratorConfig, ClassifierConfig):
     "Settings of ChatDiff"
