@@ -8,7 +8,7 @@ __all__ = ['WHAT', 'opened_clip', 'QUESTIONS', 'MADE', 'ChatDiff', 'ChatDiffConf
            'by_labels', 'trained_on', 'by_words', 'kept_of', 'class_facts', 'rule_facts', 'plot_clip_scores',
            'made_table', 'words_table', 'run']
 
-# %% ../nbs/79_chatdiff.ipynb #1ea215e9
+# %% ../nbs/79_chatdiff.ipynb #e5318d83
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from fastcore.xml import Li, Ul
 
+# %% ../nbs/79_chatdiff.ipynb #a7007987
 from .core import UsageError, read_json, some_of, write_json
 from .config import auto, limited
 from .runs import Run
