@@ -6,7 +6,7 @@
 __all__ = ['FLOOR', 'ADAPTIVE_PAIRS', 'ADAPTIVE_PUBLISHED', 'ADAPTIVE_DIFFERENCES', 'DisCLAdaptive', 'gain', 'f1_table',
            'paper_f1', 'plot_progress', 'plot_ensembling', 'run']
 
-# %% ../nbs/87_discl_adaptive.ipynb #6b0fb72d
+# %% ../nbs/87_discl_adaptive.ipynb #a97f6aa1
 import numpy as np
 from fastcore.basics import patch
 from fastcore.xml import Li, Ul
@@ -15,12 +15,11 @@ from typing import Any
 from .core import read_json, write_json
 from .runs import Run
 from .data import BANDS, LongTail
-from .metrics import Difference, methods, paired_over_seeds, percent, values
+from .metrics import methods, paired_over_seeds, percent, values
 from .pictures import new_axes, new_figure, save_figure
 from .report import Figure
 from .classifier import Classifier
-from .synthetic import Synthetic
-from .recipe import TAIL, Finished, Recipe, Stage
+from .recipe import TAIL, Finished, Stage
 from .generator_steps import seen_everything
 from .chatdiff import Discriminator, Painter, discriminator, what_is_known
 from .guidance import REAL, keep_levels
@@ -29,12 +28,12 @@ from .spectrum import joined, level_facts, levels_table, plot_spectrum
 from .discl_steps import DisCLConfig, draw_spectrum, levels_of, spectrum_painter, tuned_of
 from .discl import DisCL, picture_of
 from .discl_adaptive_steps import (ENSEMBLED, Adapting, check_adaptive, hard_for_clip, resolve_adaptive,
-                                       start_clip, tuned_along, untuned)
+                                       stage_of, start_clip, tuned_along, untuned)
 
-# %% ../nbs/87_discl_adaptive.ipynb #54cf4831
+# %% ../nbs/87_discl_adaptive.ipynb #1a9ba241
 class DisCLAdaptive(DisCL):
     "CLIP along the level on which it learns most, with every control; DisCL itself where a classifier is fine-tuned"
-    title, beside = "DisCL, adaptive", ("zero-shot", "no synthetic", "discl")
+    title, beside, shared = "DisCL, adaptive", ("zero-shot", "no synthetic", "discl"), False
     compared = ("zero-shot", "cross-entropy", "no synthetic", "real repeated", "text only", "all levels",
                 "random level", "diverse to specific", "discl")
 
@@ -42,7 +41,7 @@ class DisCLAdaptive(DisCL):
 
     def seed(self,
              s:Stage # of one seed
-            )->list[dict]|None: # rows of scores.json; None where another process writes
+            )->list[dict]: # rows of scores.json
         "Open CLIP, find what is hard, make its spectrum, fine-tune along what is learned"
         known = what_is_known(s)
         with s.timed("clip"): eye = discriminator(s, known) # 4
@@ -54,7 +53,6 @@ class DisCLAdaptive(DisCL):
         shared = Adapting.of(s, start, hard, kept) # 5
         said = untuned(s, start) # 7
         said |= tuned_along(s, shared) # 6, 7
-        if not s.team.writes: return None
         rows, judge = self.score(s, said), seen_everything(s)
         facts = level_facts(spectrum, s.data.train, eye.passes, judge, s.where)
         write_json(s.run.path/f"levels-seed-{s.seed}.json", facts)
@@ -94,6 +92,14 @@ def resolve(self:DisCLAdaptive,
            )->DisCLConfig: # with nothing left open but rule_cosine and tail_share
     "Fill in what depends on the data, and refuse what cannot be run on it"
     return resolve_adaptive(cfg, data)
+
+# %% ../nbs/87_discl_adaptive.ipynb #1be2ff8e
+_TABLE = ("Per cent, mean ± standard deviation over seeds; differences in points, paired, with 95 % intervals over "
+          "seeds. The last epoch is read.")
+_PROGRESS = ("How much each probe, an epoch of real images, raised the probability of the own class of held-out "
+             "images, level by level; a ring marks the level that was chosen.")
+_MIXED = ("The weights on the way from the CLIP before the fine-tuning, 0, to the one after it, 1. The rows of the "
+          "table have 0.5, which no test set chose.")
 
 # %% ../nbs/87_discl_adaptive.ipynb #dcaa7b43
 FLOOR = "no synthetic" # what the columns hold a row against
@@ -172,19 +178,19 @@ def tables(self:DisCLAdaptive,
     paper = paper_f1(cfg) if cfg else {}
     return [f1_table(part, paper) for part in self.split(rows) if part]
 
-# %% ../nbs/87_discl_adaptive.ipynb #bcc3781f
-def plot_progress(found:dict, # of progress-seed-S.json: levels, progress (levels, turns), chosen (turns)
+# %% ../nbs/87_discl_adaptive.ipynb #6797482d
+def plot_progress(found:dict, # of progress-seed-S.json: progress (level -> change, a turn), chosen (levels)
                   ax:Any=None # matplotlib Axes
                  )->Any: # the Axes
     "What each probe brought at each level, and the level that was chosen"
     from matplotlib import colormaps
     ax, colors = ax or new_axes(6.4, 2.6), colormaps["viridis"]
-    for level, values_ in zip(found["levels"], found["progress"], strict=True):
-        name = "real" if level == REAL else f"{level} %"
-        ax.plot(range(1, len(values_) + 1), values_, "-o", color=colors(level / REAL), ms=3, label=name)
-    for turn, level in enumerate(found["chosen"]):
-        best = found["progress"][found["levels"].index(level)][turn]
-        ax.plot(turn + 1, best, "o", ms=10, mfc="none", color="k", lw=.8)
+    turns = range(1, len(found["chosen"]) + 1)
+    for level, change in found["progress"].items():
+        name = "real" if int(level) == REAL else f"{level} %"
+        ax.plot(turns, change, "-o", color=colors(int(level) / REAL), ms=3, label=name)
+    best = [found["progress"][str(v)][i] for i, v in enumerate(found["chosen"])]
+    ax.plot(turns, best, "o", ms=9, mfc="none", color="k", label="chosen")
     ax.axhline(0, color="0.7", lw=.8)
     ax.set(xlabel="turn: a probe, then the level that it chose", ylabel="change of p(class)")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -192,20 +198,21 @@ def plot_progress(found:dict, # of progress-seed-S.json: levels, progress (level
     return ax
 
 
-def plot_ensembling(found:dict, # of ensembling-seed-S.json: row -> a dict a mixing weight
+def plot_ensembling(found:dict, # row -> what ensembling/ROW-seed-S.json holds: a dict a mixing weight
                     axes:Any # two Axes
                    )->Any: # the Axes
     "Macro-F1 over the mixing weight, on both test sets"
     styles = dict(zip(ENSEMBLED, (("0.5", "--"), ("#0072B2", "-")), strict=True))
-    for ax, key, title in zip(axes, ("macro_f1", "shifted_macro_f1"), ("test", "shifted"), strict=True):
+    for ax, test in zip(axes, ("test", "shifted"), strict=True):
         for row, points in found.items():
-            y = [np.nan if p[key] is None else 100 * p[key] for p in points]
-            ax.plot([p["alpha"] for p in points], y, styles[row][1], color=styles[row][0], marker="o", ms=3, label=row)
-        ax.set(title=title, xlabel="share of the fine-tuned weights", ylabel="macro-F1, %")
+            there = [(p["alpha"], 100 * p[test]["macro_f1"]) for p in points if test in p]
+            color, line = styles[row]
+            ax.plot(*np.array(there).reshape(-1, 2).T, line, color=color, marker="o", ms=3, label=row)
+        ax.set(title=test, xlabel="share of the fine-tuned weights", ylabel="macro-F1, %")
     axes[0].legend(frameon=False, fontsize=8)
     return axes
 
-# %% ../nbs/87_discl_adaptive.ipynb #828f2205
+# %% ../nbs/87_discl_adaptive.ipynb #c9e37da0
 @patch
 def lead(self:DisCLAdaptive,
          f:Finished # all seeds
@@ -223,7 +230,8 @@ def sections(self:DisCLAdaptive,
     tables, paper = self.tables(f.rows, f.cfg), paper_f1(f.cfg)
     def epochs(ax): plot_epochs(of_seed("epochs/discl-seed-{}.json"), ax=ax)
     def progress(ax): plot_progress(of_seed("progress-seed-{}.json"), ax=ax)
-    def mixes(axes): plot_ensembling(of_seed("ensembling-seed-{}.json"), axes)
+    def mixes(axes):
+        plot_ensembling({row: of_seed(f"ensembling/{stage_of(row)}-seed-{{}}.json") for row in ENSEMBLED}, axes)
     wide, seed = dict(size=(6.4, 2.6)), f"Seed {f.cfg.seed}."
     return [("What it says", Ul(*map(Li, self.verdict(f.rows)))),
             ("The table", _TABLE, tables[0], *([ADAPTIVE_DIFFERENCES] if paper else [])),

@@ -143,19 +143,19 @@ class Adapting:
         images = np.concatenate([np.asarray(s.data.train.images), np.asarray(kept.items[:])])
         return cls(start, images, pool, held, how, sizes)
 
-# %% ../nbs/86_discl_adaptive_steps.ipynb #950c668a
+# %% ../nbs/86_discl_adaptive_steps.ipynb #cfa49ced
 def clip_order(s:Stage, # its settings
                shared:Adapting, # the pool
                row:str, # of the table
                clip:Clip # that is being fine-tuned
               )->Any: # (epoch, generator) -> positions
     "What the epochs of a row show"
-    pool, texts, where = shared.pool, shared.start.texts, replace(s.where, name=stage_of(row))
+    pool, where = shared.pool, replace(s.where, name=stage_of(row))
     if row == "no synthetic": return RealAlone(pool, pool.where(pool.levels == REAL), shared.sizes)
     if row == "real repeated": return RealAlone(pool, pool.tail, shared.sizes)
     schedule, watch = clip_schedules(s.cfg)[row], None
     if isinstance(schedule, Adaptive):
-        watch = watch_clip(clip, shared.images, pool.classes, texts, shared.held, where, s.seed)
+        watch = watch_clip(clip, shared.images, pool.classes, shared.start.texts, shared.held, where, s.seed)
     return CurriculumOrder(pool, schedule, shared.how, watch)
 
 

@@ -66,8 +66,8 @@ USUAL = { # what is fine-tuned -> what is left open; an epoch of Algorithm 2 is 
                        curriculum_epochs=60, fine_lr=1e-3, fine_wd=1e-5),
     "clip": dict(hard="confidence", hard_fraction=.064, levels="50,70,90", per_image=8, fine_epochs=35,
                  curriculum_epochs=30, fine_lr=1e-5, fine_wd=.2),
-    "small clip": dict(hard="confidence", hard_fraction=.15, levels="0,50,70,90", per_image=4, fine_epochs=14,
-                       curriculum_epochs=10, fine_lr=5e-4, fine_wd=.1)}
+    "small clip": dict(hard="confidence", hard_fraction=.15, levels="0,50,70,90", per_image=4, fine_epochs=30,
+                       curriculum_epochs=20, fine_lr=1e-3, fine_wd=.1)}
 
 # %% ../nbs/83_discl_steps.ipynb #6dc3b939
 def tuned_of(cfg:Config # as given
@@ -85,7 +85,8 @@ def usual(cfg:Config # as given
 
 def _usual(name, says="", **limits): # a setting of `USUAL`
     of = {kind: str(v[name]) for kind, v in USUAL.items()}
-    says = says or f"{of['classifier']}; for CLIP {of['clip']}, for a small one {of['small clip']}"
+    large = "" if of["clip"] == of["classifier"] else f"for CLIP {of['clip']}, "
+    says = says or f"{of['classifier']}; {large}for a small CLIP {of['small clip']}"
     return auto(lambda cfg, data: usual(cfg)[name], says, **limits)
 
 # %% ../nbs/83_discl_steps.ipynb #f111bc15
