@@ -78,12 +78,12 @@ class FineTuning:
     seed: int = 0 # of all randomness
     after_epoch: Callable|None = None # function of the epoch's number
 
-# %% ../nbs/85_flyp.ipynb #15f72fe6
+# %% ../nbs/85_flyp.ipynb #42f3776a
 def check_tuning(images, labels, captions, how): # refuse what cannot be trained, before anything is loaded
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or (not isinstance(images, ImageFiles) and images.dtype != np.uint8):
         raise DataError(f"images must be uint8 of shape (N, 1 or 3, H, W), got shape {shape}.")
-    if len(labels) != len(images): raise DataError(f"{len(images)} images need {len(images)} labels, got {len(labels)}.")
+    if len(labels) != len(images): raise DataError(f"{len(images)} images need as many labels, got {len(labels)}.")
     check_classes(labels)
     check_captions(captions, len(images))
     if len(images) < 2: raise DataError("a contrastive loss compares pairs: at least 2 images are needed.")
@@ -91,7 +91,7 @@ def check_tuning(images, labels, captions, how): # refuse what cannot be trained
         raise UsageError(f"n_epochs must be at least 1, bs at least 2, lr above 0 and warmup at least 0, got "
                          f"{how.n_epochs}, {how.bs}, {how.lr:g} and {how.warmup}.")
 
-# %% ../nbs/85_flyp.ipynb #db990ed2
+# %% ../nbs/85_flyp.ipynb #810ad3ba
 class _TuningRun(ContrastiveRun):
     "One `fine_tune_clip`"
 
@@ -112,7 +112,7 @@ class _TuningRun(ContrastiveRun):
         if self.at is None: self.at = epoch_positions(self.order, self.epoch, key, len(self.y))
         parts = split_order(self.at, self.how.bs, 2)
         if len(parts[0]) < 2:
-            raise UsageError(f"order shows one image in epoch {self.epoch + 1}: a contrastive loss compares at least 2.")
+            raise UsageError(f"order shows one image in epoch {self.epoch + 1}: a contrastive loss compares two.")
         self.n_steps, left = len(parts), parts[self.done:]
         self.batches = zip(left, self.pixels.follow(left), strict=True)
 
