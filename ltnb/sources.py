@@ -428,8 +428,8 @@ def check_source(cfg:DataConfig # as given
     for name in sorted({s for v in DATASETS.values() for s in v} - set(own)):
         if getattr(cfg, name) in (None, False): continue
         if cfg.dataset in BUNDLED and name == "data_root":
-            raise UsageError(f"dataset={cfg.dataset!r} is bundled and takes no data_root, got {cfg.data_root!r}: did you mean "
-                             f"--dataset npz or folder?")
+            raise UsageError(f"dataset={cfg.dataset!r} is bundled and takes no data_root, got {cfg.data_root!r}: did "
+                             f"you mean --dataset npz or folder?")
         raise UsageError(f"{name} is for {', '.join(d for d, v in DATASETS.items() if name in v)}; "
                          f"dataset={cfg.dataset!r} does not use it. Leave out --{name.replace('_', '-')}.")
     needed = {"npz": ("data_root", "the archive"), "folder": ("data_root", "its folder"),
