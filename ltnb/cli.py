@@ -71,7 +71,8 @@ RECIPES = {e.name: e for e in (
     Entry("ldmlr", "ldmlr", "LDMLR", 92, "diffusion over features, with its controls (Han et al., 2024)"),
     Entry("diffult", "diffult", "DiffuLT", 93, "diffusion on the long tail itself (Shao et al., 2024)"),
     Entry("chatdiff", "chatdiff", "ChatDiff", 94, "class knowledge drawn and judged by CLIP: a reconstruction"),
-    Entry("discl", "discl_adaptive", "DisCLAdaptive", 95, "a spectrum from text to real image, and a curriculum (Liang et al., 2025)"),
+    Entry("discl", "discl_adaptive", "DisCLAdaptive", 95,
+          "a spectrum from text to real image, and a curriculum (Liang et al., 2025)"),
     Entry("diffusion", "generator", "Diffusion", 96, "an image diffusion model, judged; for `ltnb generate`"))}
 
 

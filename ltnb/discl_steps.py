@@ -96,7 +96,9 @@ class SpectrumConfig(GeneratorConfig):
     # what is fine-tuned: a classifier along fixed stages, or CLIP along what it learns
     tuned: Literal["classifier", "clip"] = auto(
         lambda cfg, data: tuned_of(cfg), "clip for camera_digits and iwildcam, else classifier")
-    knowledge: str|None = None # JSON file about the classes, as ltnb know writes it (default: shipped for known sets)
+    # JSON file about the classes, as ltnb know writes it, or a csv table of scientific and common names (default:
+    # shipped for known sets)
+    knowledge: str|None = None
     maker: Literal["text", "labels"] = "text" # what makes the images, without a pipeline: told a text, or the class
     # image-to-image pipeline of diffusers: a folder, or with --download a hub id (default: a small model, trained here)
     pipeline: str|None = None
@@ -246,8 +248,8 @@ def check_discl(cfg:DisCLConfig # as given
                ):
     "Refuse names and combinations, before any data is read"
     if tuned_of(cfg) == "clip":
-        raise UsageError(f"with {cfg.dataset} CLIP is fine-tuned, which ltnb.discl_adaptive does: call its run, or give "
-                         "tuned='classifier'.")
+        raise UsageError(f"with {cfg.dataset} CLIP is fine-tuned, which ltnb.discl_adaptive does: call its run, or "
+                         "give tuned='classifier'.")
     if cfg.tuned_clip: raise UsageError("tuned_clip is for tuned='clip': leave it out, or give --tuned clip.")
     check_spectrum(cfg)
     asked_rows(cfg)
