@@ -197,7 +197,7 @@ def test_without_a_shifted_set_its_columns_are_empty(tmp_path):
     rows = run.scores()
     assert "text only" not in {r["method"] for r in rows} and all(r["shifted_all"] is None for r in rows)
     main = DisCLAdaptive().tables(rows)[0]
-    assert all(line[3] == line[4] == "–" for line in main[1:]) and "shifted" not in DisCLAdaptive().verdict(rows)[0]
+    assert all(line[3] == line[4] == "–" for line in main[1:]) and "shifted" not in DisCLAdaptive().verdict(rows)[1]
     sweep = json.loads((run.path / "ensembling" / "discl-seed-0.json").read_text())
     _, axes = new_figure(6, 3, 2)
     assert "shifted" not in sweep[0] and len(plot_ensembling({"discl": sweep}, axes)) == 2
