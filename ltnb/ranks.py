@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROL_METHODS', 'PART_METHODS', 'KINDS', 'NUMBERS', 'KIND_COLORS', 'LONGER', 'AGAIN', 'LADDERS', 'kind_of',
            'sets_of', 'by_seed', 'best_control', 'paired_on_shared_seeds', 'holm', 'Comparison',
-           'compare_with_controls', 'average_ranks', 'friedman', 'critical_difference', 'Ranks', 'rank_methods',
-           'cliques', 'plot_ranks', 'cannot_say', 'Explanation', 'explain', 'show_points', 'say_explanation']
+           'compare_with_controls', 'show_points', 'say_comparison', 'average_ranks', 'friedman', 'critical_difference',
+           'Ranks', 'rank_methods', 'cliques', 'plot_ranks', 'cannot_say', 'Explanation', 'explain', 'say_explanation']
 
 # %% ../nbs/17_ranks.ipynb #8cf15d34
 import math
@@ -165,6 +165,24 @@ def compare_with_controls(rows:list[dict], # of all sets
     corrected = holm([c.difference.p for c in found])
     return [replace(c, p_holm=float(p)) for c, p in zip(found, corrected, strict=True)]
 
+# %% ../nbs/17_ranks.ipynb #f7173e1b
+def show_points(d:Difference # as fractions
+               )->str: # "+1.2 [0.4, 2.0]", or "+1.2" where there is no interval
+    "A difference in points, with its interval where there is one"
+    return show_difference(d) if math.isfinite(d.low) else f"{d.mean * 100:+.1f}"
+
+
+def say_comparison(c:Comparison # of `compare_with_controls`
+                  )->str: # a sentence
+    "What a comparison says, in words"
+    d, p = c.difference, c.p_holm
+    said = f"{one_line(c.method)} on {one_line(c.set)}: {show_points(d)} points against {one_line(c.control)}"
+    if math.isnan(d.low): return f"{said}; with one seed nobody can say how much of it is luck."
+    how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
+    seeds = f"{c.n_seeds} {'seed' if c.n_seeds == 1 else 'seeds'}"
+    said = f"{said}, {how} (95 % interval over {d.over}, {seeds}"
+    return said + (f"; p = {p:.3f} after Holm)." if math.isfinite(p) else "; no p-value).")
+
 # %% ../nbs/17_ranks.ipynb #d87f52de
 def average_ranks(scores:np.ndarray # (N, k), a row a data set, higher is better
                  )->np.ndarray: # (N, k) ranks, 1 the best; ties share the mean of theirs
@@ -222,20 +240,21 @@ def _means(rows, key): # of one set: method -> its mean over seeds, where it was
     found = {m: by_seed(rows, m, key) for m in methods(rows)}
     return {m: np.mean([*v.values()]) for m, v in found.items() if v}
 
-# %% ../nbs/17_ranks.ipynb #a2216111
+# %% ../nbs/17_ranks.ipynb #f2e1e440
 def rank_methods(rows:list[dict], # of all sets
                  key:str="all", # which number, higher is better
                  alpha:float=0.05 # level of the critical difference
                 )->Ranks: # of the methods that all sets have
-    "Mean ranks over data sets; each set counts once, by the mean over its seeds"
+    "Mean ranks of methods and controls over data sets; a set counts once, by the mean over its seeds"
     sets = sets_of(rows)
     means = {s: _means(of, key) for s, of in sets.items()}
     every = list(dict.fromkeys(m for of in means.values() for m in of))
+    kinds = {r["method"]: r["kind"] for of in sets.values() for r in of}
+    every = [m for m in every if kinds[m] != "part"]
     names = [m for m in every if all(m in of for of in means.values())]
     scores = np.array([[of[m] for m in names] for of in means.values()]).reshape(len(sets), len(names))
     table, p = average_ranks(scores), friedman(scores)[1]
     order = np.argsort(table.mean(0), kind="stable") if len(sets) else np.arange(0)
-    kinds = {r["method"]: r["kind"] for of in sets.values() for r in of}
     return Ranks(tuple(names[i] for i in order), tuple(sets), table[:, order], table.mean(0)[order], p,
                  critical_difference(len(names), len(sets), alpha), tuple(m for m in every if m not in names), kinds)
 
@@ -330,20 +349,20 @@ class Explanation:
     total: Difference # method - cross-entropy
     parts: tuple # of (words, Difference), in the order of the ladder; their means sum to the total
 
-# %% ../nbs/17_ranks.ipynb #946f9557
+# %% ../nbs/17_ranks.ipynb #e7f15281
 def _rungs(rows, method): # of one set: (name, words) of what was measured, from cross-entropy up to the method
     own = {r["cell"] for r in rows if r["method"] == method}
     def find(name): # the control of the method's own cell, else the one that all share
         named = [m for m in methods(rows) if m in (name, *(f"{name} ({c})" for c in own))]
         return max(named, key=len) if named else None
     base, shifted = method.split(" (")[0], method.endswith(" + label shift")
-    ladder = LADDERS.get(base.split(",")[0].removesuffix(" + label shift"))
-    best = best_control(rows, method)
-    steps = ladder if ladder is not None else [(best, f"its best control, {best}")] if best else []
-    found = [(find("cross-entropy"), "")] + [(find(name), words) for name, words in steps if find(name)]
+    steps = LADDERS.get(base.split(",")[0].removesuffix(" + label shift"), [])
+    steps = [(find(name), words) for name, words in steps if find(name)]
+    if not steps and (best := best_control(rows, method)): steps = [(best, f"its best control, {best}")]
+    found = [(find("cross-entropy"), ""), *steps]
     plain = method.removesuffix(" + label shift")
     if shifted and plain in methods(rows): found.append((plain, f"what is left to {plain}"))
-    words = "taking out the prior" if found[-1][0] == plain else "what is left to the method"
+    words = "taking out the prior of its training" if found[-1][0] == plain else "what is left to the method"
     found = [f for f in found if f[0] != method] + [(method, words)]
     return found if found[0][0] else []
 
@@ -365,13 +384,7 @@ def explain(rows:list[dict] # of all sets
             found.append(Explanation(s, m, paired_on_shared_seeds(shared, m, names[0]), tuple(parts)))
     return found
 
-# %% ../nbs/17_ranks.ipynb #ba959807
-def show_points(d:Difference # as fractions
-               )->str: # "+1.2 [0.4, 2.0]", or "+1.2" where there is no interval
-    "A difference in points, with its interval where there is one"
-    return show_difference(d) if math.isfinite(d.low) else f"{d.mean * 100:+.1f}"
-
-
+# %% ../nbs/17_ranks.ipynb #52585168
 def say_explanation(e:Explanation # of `explain`
                    )->str: # a sentence
     "What each control explains, in words"
