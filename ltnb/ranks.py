@@ -242,7 +242,7 @@ def _means(rows, key): # of one set: method -> its mean over seeds, where it was
     found = {m: by_seed(rows, m, key) for m in methods(rows)}
     return {m: np.mean([*v.values()]) for m, v in found.items() if v}
 
-# %% ../nbs/17_ranks.ipynb #f2e1e440
+# %% ../nbs/17_ranks.ipynb #81bc9f7f
 def rank_methods(rows:list[dict], # of all sets
                  key:str="all", # which number, higher is better
                  alpha:float=0.05 # level of the critical difference
@@ -256,8 +256,9 @@ def rank_methods(rows:list[dict], # of all sets
     names = [m for m in every if all(m in of for of in means.values())]
     scores = np.array([[of[m] for m in names] for of in means.values()]).reshape(len(sets), len(names))
     table, p = average_ranks(scores), friedman(scores)[1]
-    order = np.argsort(table.mean(0), kind="stable") if len(sets) else np.arange(0)
-    return Ranks(tuple(names[i] for i in order), tuple(sets), table[:, order], table.mean(0)[order], p,
+    mean = table.mean(0) if len(sets) else np.zeros(0)
+    order = np.argsort(mean, kind="stable")
+    return Ranks(tuple(names[i] for i in order), tuple(sets), table[:, order], mean[order], p,
                  critical_difference(len(names), len(sets), alpha), tuple(m for m in every if m not in names), kinds)
 
 # %% ../nbs/17_ranks.ipynb #8c68f205
