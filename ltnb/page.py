@@ -7,15 +7,15 @@ __all__ = ['TEX', 'CAPTION', 'CLOCK', 'KIND_WORDS', 'PAGE_SCRIPT', 'PAGE_STYLE',
            'tex_text', 'markdown_table', 'latex_table', 'write_tables', 'sortable_table', 'table_filters',
            'plot_comparisons', 'plot_cost', 'plot_gains', 'html_image', 'sample_grid', 'check_extras', 'write_page']
 
-# %% ../nbs/18_page.ipynb #2eda4301
+# %% ../nbs/18_page.ipynb #9a04c57a
 import base64, csv, io, math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastcore.xml import (FT, H3, Button, Div, Img, Input, Label, Li, Option, P, Select, Span, Table, Tbody, Td, Th,
-                          Thead, Tr, Ul)
+from fastcore.xml import (FT, H3, Button, Details, Div, Img, Input, Label, Li, Option, P, Select, Span, Summary,
+                          Table, Tbody, Td, Th, Thead, Tr, Ul)
 
 from .core import DataError, UsageError, atomic_write, nearest, one_line, write_json
 from .metrics import Calibration, mean_sd, methods, values
@@ -108,26 +108,26 @@ def write_tables(rows:list[dict], # of all sets
     for name, text in texts.items(): _write_text(folder/name, text)
     return [folder/n for n in ("scores.json", "scores.csv", "table.json", "table.csv", "table.md", "table.tex")]
 
-# %% ../nbs/18_page.ipynb #c87e1a99
-def _numbers(record, columns): # of `table_records`: what the cells of its line sort by; None: by their text
-    inner = [record[c.key] for c in columns]
-    return [None, None, record["seeds"], *inner, record["difference"], None, record["p_holm"]]
+# %% ../nbs/18_page.ipynb #ad83e828
+def _sort_keys(record, columns): # attributes of the cells of a line; those without one are sorted by their text
+    inner = [record["seeds"], *(record[c.key] for c in columns), record["difference"]]
+    keys = [{"data_value": "" if n is None else n} for n in (*inner, record["p_holm"])]
+    return [{}, {}, *keys[:-1], {}, keys[-1]]
 
 
-def _line(cells, numbers, kind): # one <tr>, the method first
-    tds = [Td(text, cls="best" if best else None, **({} if by_text else {"data_value": "" if n is None else n}))
-           for (text, best), n, by_text in zip(cells, numbers, [i in (0, 1, len(cells) - 2) for i in range(len(cells))],
-                                               strict=True)]
-    return Tr(tds[1], tds[0], *tds[2:], data_kind=kind)
+def _line(cells, record, columns): # one <tr>, the method first
+    tds = [Td(text, cls="best" if best else None, **key)
+           for (text, best), key in zip(cells, _sort_keys(record, columns), strict=True)]
+    return Tr(tds[1], tds[0], *tds[2:], data_kind=record["kind"])
 
-# %% ../nbs/18_page.ipynb #953bcc8a
+# %% ../nbs/18_page.ipynb #2978ebe7
 def sortable_table(rows:list[dict] # of all sets
                   )->FT: # an HTML table whose headings are buttons
     "The table of all sets and methods"
     head, lines = table_cells(rows)
     records, columns = table_records(rows), shown_columns(rows)
     buttons = [Th(Button(h, type="button"), scope="col", aria_sort="none") for h in head]
-    body = [_line(line, _numbers(r, columns), r["kind"]) for line, r in zip(lines, records, strict=True)]
+    body = [_line(line, r, columns) for line, r in zip(lines, records, strict=True)]
     table = Table(Thead(Tr(buttons[1], buttons[0], *buttons[2:])), Tbody(*body), cls="sortable")
     return Div(table, cls="scroll", tabindex="0", role="region", aria_label="Scores of all methods")
 
@@ -336,15 +336,16 @@ class _Figures:
         save_figure(fig, self.folder/f"{name}.png")
         return html_figure(self.folder/f"{name}.png", alt)
 
-# %% ../nbs/18_page.ipynb #a7453587
+# %% ../nbs/18_page.ipynb #f727e9d1
 def _found(rows, figures): # what the differences say
-    found = compare_with_controls(rows)
-    parts = [Ul(*(Li(say_comparison(c)) for c in found))] if found else [P("No method was compared with a control.")]
-    if found:
+    found, said = compare_with_controls(rows), cannot_say(rows)
+    if not found: parts = [P("No method was compared with a control.")]
+    else:
         alt = "Difference of each method to its best control, in points, with 95 % intervals around or beside zero"
         size = (6.4, .9 + .28 * len(found))
-        parts.append(figures.add("differences", lambda ax: plot_comparisons(found, ax), alt, size))
-    said = cannot_say(rows)
+        words = Ul(*(Li(say_comparison(c)) for c in found))
+        parts = [figures.add("differences", lambda ax: plot_comparisons(found, ax), alt, size),
+                 words if len(found) <= 8 else Details(Summary("In words"), words)]
     return [*parts, *([P("What this cannot tell:"), Ul(*map(Li, said))] if said else [])]
 
 # %% ../nbs/18_page.ipynb #9b4acc85

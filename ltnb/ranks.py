@@ -66,10 +66,12 @@ def _plain_row(row): # with its keys there and of their kind
     return row | {"set": str(name), "method": row["method"], "cell": str(cell), "seed": int(seed), "se": se,
                   "kind": kind_of(row)} | {k: _number(row, k) for k in NUMBERS}
 
-# %% ../nbs/17_ranks.ipynb #5a0e3704
+# %% ../nbs/17_ranks.ipynb #cf55fb53
 def _contradict(rows): # of one set and method: does a seed have two answers?
     told = {}
-    return any(told.setdefault(r["seed"], r["all"]) not in (r["all"],) and not math.isnan(r["all"]) for r in rows)
+    for r in rows:
+        if math.isfinite(r["all"]) and told.setdefault(r["seed"], r["all"]) != r["all"]: return True
+    return False
 
 
 def _cells_named(rows): # of one set: methods that differ between cells carry the cell's name
@@ -167,7 +169,7 @@ def compare_with_controls(rows:list[dict], # of all sets
     corrected = holm([c.difference.p for c in found])
     return [replace(c, p_holm=float(p)) for c, p in zip(found, corrected, strict=True)]
 
-# %% ../nbs/17_ranks.ipynb #f7173e1b
+# %% ../nbs/17_ranks.ipynb #e25c3cc9
 def show_points(d:Difference # as fractions
                )->str: # "+1.2 [0.4, 2.0]", or "+1.2" where there is no interval
     "A difference in points, with its interval where there is one"
@@ -182,8 +184,10 @@ def say_comparison(c:Comparison # of `compare_with_controls`
     if math.isnan(d.low): return f"{said}; with one seed nobody can say how much of it is luck."
     how = "a gain" if d.low > 0 else "a loss" if d.high < 0 else "no clear difference"
     seeds = f"{c.n_seeds} {'seed' if c.n_seeds == 1 else 'seeds'}"
-    said = f"{said}, {how} (95 % interval over {d.over}, {seeds}"
-    return said + (f"; p = {p:.3f} after Holm)." if math.isfinite(p) else "; no p-value).")
+    said = f"{said}, {how} (95 % interval over {d.over}, {seeds}; "
+    if math.isnan(p): return said + "no p-value)."
+    alone = " by itself, not among all comparisons" if p >= .05 and how != "no clear difference" else ""
+    return f"{said}p = {p:.3f} after Holm){alone}."
 
 # %% ../nbs/17_ranks.ipynb #d87f52de
 def average_ranks(scores:np.ndarray # (N, k), a row a data set, higher is better

@@ -49,10 +49,15 @@ def swept_rows(folder):
 WORDS = {"method", "AID loss", "form", "command", "note", "best control"}  # columns of text
 
 
+def unbroken(cell):
+    "A mean with its spread, or a difference with its interval, stays on one line"
+    return cell.replace(" ", "\u00a0") if re.search(r"\d ± \d|\d \[-?\d", cell) else cell
+
+
 def markdown(head, lines):
     "A table; numbers stand to the right"
     rule = ["---" if i == 0 or h in WORDS else "---:" for i, h in enumerate(head)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    return "\n".join("| " + " | ".join(map(unbroken, line)) + " |" for line in (head, rule, *lines))
 
 
 def without_empty(head, lines):
