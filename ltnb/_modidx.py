@@ -1651,6 +1651,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ltnb.ranks._cells_named': ('ranks.html#_cells_named', 'ltnb/ranks.py'),
                             'ltnb.ranks._compared_cells': ('ranks.html#_compared_cells', 'ltnb/ranks.py'),
                             'ltnb.ranks._contradict': ('ranks.html#_contradict', 'ltnb/ranks.py'),
+                            'ltnb.ranks._in_cell': ('ranks.html#_in_cell', 'ltnb/ranks.py'),
                             'ltnb.ranks._means': ('ranks.html#_means', 'ltnb/ranks.py'),
                             'ltnb.ranks._number': ('ranks.html#_number', 'ltnb/ranks.py'),
                             'ltnb.ranks._of_set': ('ranks.html#_of_set', 'ltnb/ranks.py'),

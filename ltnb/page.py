@@ -41,10 +41,11 @@ def tex_text(text:str # anything
     "Text that LaTeX sets as it is"
     return "".join(TEX.get(c, c) for c in one_line(text))
 
-# %% ../nbs/18_page.ipynb #d264af83
+# %% ../nbs/18_page.ipynb #9569dae5
 CAPTION = ("Test accuracy and calibration error in per cent, mean ± standard deviation over seeds; bold: the best mean "
            "of its set. Differences in points on shared seeds, with 95 % intervals, to the control that is best on the "
-           "test set; p-values corrected after Holm over all comparisons.")
+           "test set; p-values corrected after Holm over all comparisons. Seconds are those of the run that a row is "
+           "from; images are drawn and kept.")
 
 
 def markdown_table(rows:list[dict] # of all sets
@@ -224,12 +225,13 @@ def plot_comparisons(found:list[Comparison], # of `compare_with_controls`
     ax.set_yticks(range(len(found)), texts, fontfamily=family)
     return ax
 
-# %% ../nbs/18_page.ipynb #f4772d86
+# %% ../nbs/18_page.ipynb #959e02e9
 def plot_cost(rows:list[dict], # of one set, of `sets_of`
               ax:Any=None # matplotlib Axes; a new one when left out
              )->Any: # the Axes
     "Accuracy against seconds; methods and the best control are named"
     if ax is None: ax = new_axes(5, 3)
+    rows = [r for r in rows if r.get("asked") is not False] # the seconds of a run are not those of each of its rows
     at = {m: (mean_sd(values(rows, m, "seconds"))[0], mean_sd(values(rows, m))[0] * 100) for m in methods(rows)}
     at = {m: xy for m, xy in at.items() if all(map(math.isfinite, xy))}
     kinds = {r["method"]: r["kind"] for r in rows}
@@ -240,7 +242,7 @@ def plot_cost(rows:list[dict], # of one set, of `sets_of`
     for kind in dict.fromkeys(kinds[m] for m in at):
         xy = np.array([at[m] for m in at if kinds[m] == kind])
         ax.plot(*xy.T, "o", color=KIND_COLORS[kind], ms=6, mec="k", mew=.4, label=KIND_WORDS[kind])
-    ax.set(xscale="log", xlabel="seconds, all its steps", ylabel="test accuracy, %")
+    ax.set(xscale="log", xlabel="seconds of its run", ylabel="test accuracy, %")
     ax.margins(x=.25, y=.12)
     ax.legend(frameon=False, fontsize=8)
     return ax
