@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEX', 'CAPTION', 'CLOCK', 'KIND_WORDS', 'PAGE_SCRIPT', 'PAGE_STYLE', 'THUMBNAIL', 'EXTRAS', 'markdown_text',
            'tex_text', 'markdown_table', 'latex_table', 'write_tables', 'sortable_table', 'table_filters',
-           'plot_comparisons', 'plot_cost', 'plot_gains', 'html_image', 'sample_grid', 'check_extras', 'write_page']
+           'plot_comparisons', 'plot_cost', 'plot_gains', 'html_image', 'kept_and_dropped', 'check_extras',
+           'write_page']
 
 # %% ../nbs/18_page.ipynb #9a04c57a
 import base64, csv, io, math
@@ -290,7 +291,7 @@ def _read_image(x): # a path or uint8 array (C, H, W), (H, W, C) or (H, W) -> a 
         raise DataError(f"an image to show must be uint8 (C, H, W) with 1 or 3 channels, got {x.dtype} {x.shape}.")
     return Image.fromarray(x)
 
-# %% ../nbs/18_page.ipynb #a5155bc8
+# %% ../nbs/18_page.ipynb #d036ca37
 def html_image(x:Any, # a path, or uint8 (C, H, W), (H, W, C) or (H, W)
                alt:str # what it shows
               )->FT: # an <img> that carries its own data
@@ -302,10 +303,10 @@ def html_image(x:Any, # a path, or uint8 (C, H, W), (H, W, C) or (H, W)
     return Img(src=f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", alt=alt)
 
 
-def sample_grid(cell:str, # whose images
-                samples:dict, # "kept" and "dropped" -> images, of `html_image`
-                most:int=24 # of each that are shown
-               )->list[FT]: # a heading, and a row of images for each
+def kept_and_dropped(cell:str, # whose images
+                     samples:dict, # "kept" and "dropped" -> images, of `html_image`
+                     most:int=24 # of each that are shown
+                    )->list[FT]: # a heading, and a row of images for each
     "Images that a cell kept, and images that it dropped"
     out = [H3(one_line(cell))]
     for word in ("kept", "dropped"):
@@ -422,10 +423,10 @@ def _reused(parts): # a table of what was made once
 def _named(pairs, first, second): # (name, sentence) as a table
     return Div(html_table([[first, second], *([str(a), str(b)] for a, b in pairs)]), cls="words")
 
-# %% ../nbs/18_page.ipynb #da9fa1d6
+# %% ../nbs/18_page.ipynb #b3920c7d
 def _sections(rows, extras, figures): # (heading, parts) of what there is
     e, explained = {k: extras.get(k) or {} for k in EXTRAS}, [say_explanation(x) for x in explain(rows)]
-    samples = [p for cell, of in e["samples"].items() for p in sample_grid(cell, of)]
+    samples = [p for cell, of in e["samples"].items() for p in kept_and_dropped(cell, of)]
     failed = [(f.get("cell", ""), f.get("sentence", "")) for f in e["failed"]]
     return [("What the differences say", _found(rows, figures)),
             ("The table", [table_filters(rows), sortable_table(rows), P(CAPTION)]),
