@@ -16,10 +16,10 @@ from ltnb.flyp import (
     FineTuning,
     class_captions,
     class_probabilities,
-    copied,
+    copied_clip,
     ensembling_sweep,
     fine_tune_clip,
-    mixed,
+    mixed_clips,
     template_texts,
     watch_clip,
     zero_shot_scores,
@@ -147,7 +147,7 @@ def test_a_curriculum_asks_the_model_that_is_trained(data, start, given, texts, 
     ids = np.array([*data.train.ids, *np.array(data.train.ids)[made]], dtype=object)
     levels, is_hard = np.r_[np.full(n, 100), np.full(len(made), 50)], np.r_[hard, np.zeros(len(made), bool)]
     pool, held = hold_out_sources(Pool(labels, ids, levels, is_hard), (50, 100), 2)
-    own = copied(start)
+    own = copied_clip(start)
     with Run(BaselineConfig(out=str(tmp_path / "run"))) as run:
         watch = watch_clip(own, images, labels, texts, held)
         order = CurriculumOrder(pool, Adaptive((50, 100), 2), Composition(1.0, "all made"), watch)
@@ -156,7 +156,7 @@ def test_a_curriculum_asks_the_model_that_is_trained(data, start, given, texts, 
     assert new is own and first.shape == (2, 2) and not np.array_equal(first, second)  # the weights had moved
     p = class_probabilities(start, images, text_embeddings(start, texts))
     assert np.allclose(first[0], p[held[50], labels[held[50]]], atol=1e-6)
-    with pytest.raises(UsageError, match="copied"):
+    with pytest.raises(UsageError, match="copied_clip"):
         fine_tune_clip(start, *given, HOW, into=start)
 
 
@@ -197,9 +197,9 @@ def test_macro_f1_is_that_of_wilds():
 
 # weights in between
 def test_the_ends_are_the_models_themselves(data, start, tuned, texts):
-    assert mixed(start, tuned, 0).fingerprint == start.fingerprint
-    assert mixed(start, tuned, 1).fingerprint == tuned.fingerprint
-    half, a, b = weights(mixed(start, tuned, 0.25)), weights(start), weights(tuned)
+    assert mixed_clips(start, tuned, 0).fingerprint == start.fingerprint
+    assert mixed_clips(start, tuned, 1).fingerprint == tuned.fingerprint
+    half, a, b = weights(mixed_clips(start, tuned, 0.25)), weights(start), weights(tuned)
     assert all(torch.allclose(v, 0.75 * a[k] + 0.25 * b[k], atol=1e-6) for k, v in half.items())
     tests = {"test": data.test, "train": data.train}
     rows = ensembling_sweep(start, tuned, (0, 0.5, 1), texts, tests)
@@ -208,16 +208,16 @@ def test_the_ends_are_the_models_themselves(data, start, tuned, texts):
         assert {k: row[k] for k in tests} == zero_shot_scores(clip, texts, tests)
     other = new_clip(clip_config(8, ClipTraining(layers=2, width=32, embed_dim=16)), 0.3, 0.4, "other")
     with pytest.raises(DataError, match="can be mixed"):
-        mixed(start, other, 0.5)
+        mixed_clips(start, other, 0.5)
     for bad in (-0.1, 1.01):
         with pytest.raises(UsageError, match="alpha must be between 0 and 1"):
-            mixed(start, tuned, bad)
+            mixed_clips(start, tuned, bad)
         with pytest.raises(UsageError, match="alpha must be between 0 and 1"):
             ensembling_sweep(start, tuned, (0, bad), texts, tests)
 
 
 def test_what_is_forgotten_is_encoded_again(start):
-    clip = copied(start)
+    clip = copied_clip(start)
     was, name = clip.texts(["a three"]), clip.fingerprint
     with torch.no_grad():
         clip.model.text_projection.add_(1)
