@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WILD_TEXTS', 'template_texts', 'class_captions', 'check_classes', 'class_probabilities', 'zero_shot_scores',
-           'FineTuning', 'check_tuning', 'copied', 'fine_tune_clip', 'watch_clip', 'mixed', 'ensembling_sweep']
+           'FineTuning', 'copied_clip', 'fine_tune_clip', 'watch_clip', 'mixed_clips', 'ensembling_sweep']
 
 # %% ../nbs/85_flyp.ipynb #7fe423a0
 import copy
@@ -102,8 +102,8 @@ class FineTuning:
     seed: int = 0 # of all randomness
     after_epoch: Callable|None = None # function of the epoch's number
 
-# %% ../nbs/85_flyp.ipynb #42f3776a
-def check_tuning(images, labels, captions, how): # refuse what cannot be trained, before anything is loaded
+# %% ../nbs/85_flyp.ipynb #946420e0
+def _check_tuning(images, labels, captions, how): # refuse what cannot be trained, before anything is loaded
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or (not isinstance(images, ImageFiles) and images.dtype != np.uint8):
         raise DataError(f"images must be uint8 of shape (N, 1 or 3, H, W), got shape {shape}.")
@@ -175,9 +175,9 @@ def resume(self:_TuningRun, stage):
     if done: (self.epoch, self.done), self.at = meta["at"], more.get("order")
     return done
 
-# %% ../nbs/85_flyp.ipynb #46149373
-def copied(clip:Clip # a model
-          )->Clip: # another one with the same weights
+# %% ../nbs/85_flyp.ipynb #a5035a83
+def copied_clip(clip:Clip # a model
+               )->Clip: # another one with the same weights
     "A copy whose training leaves the model alone"
     return Clip(copy.deepcopy(clip.model), clip.tokenizer, clip.config, clip.name)
 
@@ -195,9 +195,9 @@ def fine_tune_clip(clip:Clip, # where it starts; stays as it is
     "Fine-tune both networks; killed, it goes on where it stopped, bit for bit on the CPU"
     how, where = spread(changes, how or FineTuning(), where or Where())
     where = replace(where, name=where.name or "tuned")
-    check_tuning(images, labels, captions, how)
-    if into is clip: raise UsageError("into is the model itself, which stays as it is: give copied(clip).")
-    new = copied(clip) if into is None else into
+    _check_tuning(images, labels, captions, how)
+    if into is clip: raise UsageError("into is the model itself, which stays as it is: give copied_clip(clip).")
+    new = copied_clip(clip) if into is None else into
     new.model.load_state_dict(clip.model.state_dict())
     run = _TuningRun(new, images, labels, captions, how, where)
     train_pairs(run)
@@ -205,13 +205,13 @@ def fine_tune_clip(clip:Clip, # where it starts; stays as it is
     new.forget()
     return new
 
-# %% ../nbs/85_flyp.ipynb #3c00793e
+# %% ../nbs/85_flyp.ipynb #d42ec9c8
 def watch_clip(clip:Clip, # that is being trained: `into` of `fine_tune_clip`
                images:np.ndarray|ImageFiles, # (N, C, H, W) uint8, of the pool
                labels:np.ndarray, # (N,) their classes
                texts:Sequence[Sequence[str]], # K lists
                held:dict, # level -> (n,) positions, of `hold_out_sources`
-               where:Where|None=None, # device and precision; a run and a name that keep it
+               where:Where|None=None, # precision; a run and a name that keep it
                seed:int=0 # of the training
               )->Watch:
     "A watch on a CLIP model, in evaluation mode, with a new head for each look"
@@ -219,25 +219,26 @@ def watch_clip(clip:Clip, # that is being trained: `into` of `fine_tune_clip`
     check_classes(labels, len(texts))
     def ask(at):
         x, training = images.take(at) if isinstance(images, ImageFiles) else images[at], clip.model.training
+        here = replace(where, device=str(clip.model.logit_scale.device)) # where it is being trained
         clip.model.eval()
         clip.forget()
-        p = class_probabilities(clip, x, text_embeddings(clip, texts, where), where)
+        p = class_probabilities(clip, x, text_embeddings(clip, texts, here), here)
         clip.model.train(training)
         return p[np.arange(len(p)), labels[at]]
     return Watch(held, ask, where.run, f"{where.name or 'tuned'}-looks-seed-{seed}", where.team.writes)
 
-# %% ../nbs/85_flyp.ipynb #24bbc6ef
-def mixed(start:Clip, # theta_0
-          tuned:Clip, # theta_1, fine-tuned from it
-          alpha:float # 0 gives the first, 1 the second
-         )->Clip: # a new model
+# %% ../nbs/85_flyp.ipynb #b053c953
+def mixed_clips(start:Clip, # theta_0
+                tuned:Clip, # theta_1, fine-tuned from it
+                alpha:float # 0 gives the first, 1 the second
+               )->Clip: # a new model
     "Weight-space ensembling"
     if not 0 <= alpha <= 1: raise UsageError(f"alpha must be between 0 and 1, got {alpha:g}.")
     a, b = ({k: v.cpu() for k, v in c.model.state_dict().items()} for c in (start, tuned))
     if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()} or start.config != tuned.config:
         raise DataError(f"{start.name} and {tuned.name} are models of different shapes: only a model and what was "
                         "fine-tuned from it can be mixed.")
-    new = copied(start)
+    new = copied_clip(start)
     new.model.cpu().load_state_dict({k: v.lerp(b[k], alpha) if v.is_floating_point() else v for k, v in a.items()})
     return new
 
@@ -252,4 +253,4 @@ def ensembling_sweep(start:Clip, # theta_0
     "Scores along the way"
     for alpha in alphas:
         if not 0 <= alpha <= 1: raise UsageError(f"alpha must be between 0 and 1, got {alpha:g}.")
-    return [{"alpha": float(a), **zero_shot_scores(mixed(start, tuned, a), texts, tests, where)} for a in alphas]
+    return [{"alpha": float(a), **zero_shot_scores(mixed_clips(start, tuned, a), texts, tests, where)} for a in alphas]
