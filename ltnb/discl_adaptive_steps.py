@@ -8,7 +8,7 @@ __all__ = ['CLIP_ROWS', 'ENSEMBLED', 'HALF', 'clip_schedules', 'clip_rows', 'che
            'tuning_of', 'tune_clip', 'keep_walk', 'ensembled', 'plot_progress', 'plot_ensembling', 'untuned',
            'tuned_along']
 
-# %% ../nbs/86_discl_adaptive_steps.ipynb #ed4915b0
+# %% ../nbs/86_discl_adaptive_steps.ipynb #48225096
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,8 +34,8 @@ from .curriculum import (Adaptive, AllLevels, Composition, CurriculumOrder, Dive
                              RandomLevel, Schedule, SpecificToDiverse, hold_out_sources, pool_of)
 from .discl_steps import (DisCLConfig, check_spectrum, epochs_of, levels_of, pretrained, shown_over_epochs,
                               tuned_of, with_asked)
-from .flyp import (FineTuning, class_captions, copied, ensembling_sweep, fine_tune_clip, mixed, template_texts,
-                       watch_clip)
+from .flyp import (FineTuning, class_captions, copied_clip, ensembling_sweep, fine_tune_clip, mixed_clips,
+                       template_texts, watch_clip)
 
 # %% ../nbs/86_discl_adaptive_steps.ipynb #81701896
 CLIP_ROWS = ("no synthetic", "real repeated", "text only", "all levels", "random level", "diverse to specific", "discl")
@@ -213,7 +213,7 @@ def answer_of(said:dict, # "test", and perhaps "shifted": logits
     away = {f"shifted_{k}": getattr(found, k, float("nan")) for k in ("all", "macro_f1")}
     return Answer(said["test"], np.ones(data.n_classes), away | facts)
 
-# %% ../nbs/86_discl_adaptive_steps.ipynb #8de095ea
+# %% ../nbs/86_discl_adaptive_steps.ipynb #f4bc174b
 def tuning_of(cfg:DisCLConfig, # resolved
               shared:Adapting, # how much is shown
               seed:int # of all randomness
@@ -232,7 +232,7 @@ def tune_clip(s:Stage, # its settings and data
     start, pool, name = shared.start, shared.pool, stage_of(row)
     how, where = tuning_of(s.cfg, shared, s.seed), replace(s.where, name=name)
     def find():
-        clip = copied(start.clip)
+        clip = copied_clip(start.clip)
         order, captions = clip_order(s, shared, row, clip), class_captions(pool.classes, start.texts)
         with s.timed(name):
             fine_tune_clip(start.clip, shared.images, pool.classes, captions, how, where, into=clip, order=order)
@@ -241,7 +241,7 @@ def tune_clip(s:Stage, # its settings and data
         return ensembled(s, shared, row, clip)
     return s.once(f"answers-{name}", find)
 
-# %% ../nbs/86_discl_adaptive_steps.ipynb #e286f9ea
+# %% ../nbs/86_discl_adaptive_steps.ipynb #ae68cc4c
 def keep_walk(s:Stage, # its run
               shared:Adapting, # the pool
               row:str, # of the table
@@ -271,7 +271,7 @@ def ensembled(s:Stage, # its settings and data
     start, tests = shared.start, tests_of(s.data)
     said = {k: start.says(t, s.where, clip) for k, t in tests.items()}
     if row not in ENSEMBLED: return said
-    alphas, half = np.linspace(0, 1, 11).round(2).tolist(), mixed(start.clip, clip, HALF)
+    alphas, half = np.linspace(0, 1, 11).round(2).tolist(), mixed_clips(start.clip, clip, HALF)
     sweep = ensembling_sweep(start.clip, clip, alphas, start.texts, tests, s.where)
     write_json(s.run.path/"ensembling"/f"{stage_of(row)}-seed-{s.seed}.json", sweep)
     return said | {f"mixed {k}": start.says(t, s.where, half) for k, t in tests.items()}
