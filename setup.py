@@ -1,4 +1,7 @@
-"Builds ltnb from settings.ini (nbdev reads name, summary and addresses in pyproject.toml); the wheel also carries the entry notebooks, stripped of their outputs."
+"""Builds ltnb from settings.ini; the wheel also carries the entry notebooks, stripped of their outputs
+
+Name, summary and addresses stand in pyproject.toml as well, where nbdev reads them.
+"""
 
 import json
 from configparser import ConfigParser

@@ -166,6 +166,14 @@ def is_file(proc, path):
 PRIVATE = re.compile(r"(^|\.)_(?!_)")
 
 
+def lost_words(path):
+    "What stands below title and subtitle in a notebook's first cell: nbdev takes the cell for the page's head"
+    first = next(
+        "".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "markdown"
+    )
+    return re.sub(r"\A# .+\n+> .+", "", first.strip()).strip()
+
+
 def private_boxes(page):
     titles = [m[1].replace("\\", "") for box in page.boxes if (m := re.search(r"^#+ (.+)", box, re.M))]
     return [f"{page.name}: {t}" for t in titles if PRIVATE.search(t)]
@@ -298,9 +306,8 @@ def results_page():
     text = (ROOT / "results" / "README.md").read_text("utf-8").replace("](../nbs/", "](")
     at = "https://github.com/ltnb/ltnb/blob/main/results/"
     text = re.sub(r"\]\((?![a-z]+:|#|\d\d_|index|learn|guide)", rf"]({at}", text)
-    parts = re.split(r"\n(?=## )", text.strip())
-    parts[0] = parts[0].replace("# Results\n", f"# Results\n\n> {MEASURED}\n\n{FROM_README}\n", 1)
-    return parts
+    title, *parts = re.split(r"\n(?=## )|(?<=^# Results)\n+", text.strip())
+    return [f"{title}\n\n> {MEASURED}", f"{FROM_README}\n\n{parts[0]}", *parts[1:]]
 
 
 def save(path, nb):
@@ -354,6 +361,7 @@ def figures(proc):
         "pages": len(every),
         "settings left empty": missing_settings(proc),
         "dead links and pictures": dead_links(proc, site_url(proc)),
+        "words that nbdev drops": [p.stem for p in sorted((ROOT / "nbs").glob("*.ipynb")) if lost_words(p)],
         "links to a symbol's source": sum(b.count("{target=") for p in every for b in p.boxes),
         "API boxes": sum(len(p.boxes) for p in every),
         "`__main__.` in pages": sum(has(p, "__main__.") for p in every),

@@ -102,16 +102,17 @@ def icon(path):
     fig.savefig(path)
 
 
-def photograph(page, path, width=1000, height=1050, shown=640):
-    "The top of a run's report, as a small picture"
+def photograph(page, path, width=1340, height=910, shown=960):
+    "The top of a run's report, wide enough for its table, as a small picture"
     from PIL import Image
 
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     with tempfile.TemporaryDirectory() as tmp:
-        shot = f"{tmp}/shot.png"
+        shot, wide = f"{tmp}/shot.png", Path(tmp) / "wide.html"
+        wide.write_text(Path(page).read_text("utf-8").replace("max-width:66rem", "max-width:90rem"), "utf-8")
         size = f"--window-size={width},{height}"
         command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", size, f"--screenshot={shot}"]
-        subprocess.run([*command, Path(page).resolve().as_uri()], check=True, capture_output=True)
+        subprocess.run([*command, wide.as_uri()], check=True, capture_output=True)
         image = Image.open(shot).convert("RGB")
         image = image.resize((shown, shown * image.height // image.width), Image.LANCZOS)
         image.quantize(64).save(path, optimize=True)
