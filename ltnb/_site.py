@@ -4,6 +4,7 @@ Written by hand, and named in `[tool.nbdev]`: nbdev imports it when it makes the
 """
 
 import ast
+import copy
 import inspect
 import re
 import textwrap
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup, patch_name
+from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
 from ltnb._modidx import d as INDEX
@@ -167,15 +169,19 @@ def wrap_outputs(cell):
             data["text/plain"] = "\n".join(map(fold, "".join(data["text/plain"]).split("\n")))
 
 
+def names_of(node):
+    "What a definition is called: `f`, or `Class.f` of a patch"
+    names = patch_name(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+    return [names] if isinstance(names, str) else list(names)
+
+
 @cache
 def headed():
     "Names that have a box somewhere: nbdev makes none for methods that are written inside of their class"
     found = set()
     for path in Path(__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names = patch_name(node)
-                found |= {names} if isinstance(names, str) else set(names)
+            found |= set(names_of(node))
     return {n for n in found if not is_private(n)}
 
 
@@ -194,3 +200,59 @@ def unlink(cell):
     for output in cell.get("outputs", ()):
         if "text/markdown" in output.get("data", {}):
             output["data"]["text/markdown"] = mend("".join(output["data"]["text/markdown"]))
+
+
+def box_of(cell):
+    "The name that a cell of nbdev shows, or None"
+    found = re.search(r"^show_doc\(([\w.]+)\)", cell.source or "", re.M) if cell.cell_type == "code" else None
+    return found and found[1]
+
+
+def only_heading(cell):
+    "A box without what the code below it says; a table of settings stays"
+    for output in cell.get("outputs", ()):
+        text = "".join(output.get("data", {}).get("text/markdown", ""))
+        if "```python" in text:
+            output["data"]["text/markdown"] = re.search(r".*?^#+ .*?$", text, re.S | re.M)[0]
+    return cell
+
+
+def pieces(source, known):
+    """A cell of several definitions in pieces: [(name, code)], a piece a definition that has a box
+
+    What stands between two definitions goes with the second, and what is left with the last.
+    """
+    lines, found, begin = source.splitlines(), [], 0
+    for node in ast.parse(source).body:
+        name = next((n for n in names_of(node) if n in known), None)
+        if name:
+            found.append((name, "\n".join(lines[begin : node.end_lineno]).strip("\n")))
+            begin = node.end_lineno
+    rest = "\n".join(lines[begin:]).strip("\n")
+    if found and rest:
+        found[-1] = (found[-1][0], f"{found[-1][1]}\n\n\n{rest}")
+    return found
+
+
+def taken_apart(cell, boxes):
+    "An exported cell as boxes with their code below them"
+    directives, source = re.match(r"((?:#\|[^\n]*\n)*)(.*)", cell.source, re.S).groups()
+    found, cells = pieces(source, boxes), []
+    for i, (name, code) in enumerate(found):
+        part = copy.deepcopy(cell)
+        part.source, part["id"] = directives + code, f"{cell.get('id', 'cell')}-{i}"
+        part["outputs"] = cell.get("outputs", []) if i == len(found) - 1 else []
+        cells += [only_heading(boxes[name]), part]
+    return cells
+
+
+class one_by_one(Processor):
+    "Each exported definition right below its heading: nbdev shows a signature first, and several in any order"
+
+    def end(self):
+        boxes = {name: c for c in self.nb.cells if (name := box_of(c))}
+        shown = [c for c in self.nb.cells if c.cell_type == "code" and "#| exports" in (c.source or "")]
+        apart = {id(c): taken_apart(c, boxes) for c in shown}
+        placed = {box_of(c) for cells in apart.values() for c in cells} - {None}
+        kept = [c for c in self.nb.cells if box_of(c) not in placed]
+        self.nb.cells = [part for c in kept for part in apart.get(id(c)) or [c]]

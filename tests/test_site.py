@@ -45,6 +45,24 @@ def test_boxes_have_sources_and_no_secrets(processed):
     assert sum(pages.has(p, words) for p in known.values() for words in ("__main__.", " at 0x")) == 0
 
 
+def test_definitions_stand_below_their_headings(processed):
+    from ltnb._site import box_of, pieces
+
+    source = "A = 1\n\n\ndef _help(): pass\n\n\ndef f(x): return x\n\n\n@patch\ndef g(self:C): return 2\nB = 2"
+    found = pieces(source, {"f", "C.g"})
+    assert [n for n, _ in found] == ["f", "C.g"] and found[0][1].startswith("A = 1") and "_help" in found[0][1]
+    assert found[1][1].startswith("@patch") and found[1][1].endswith("B = 2")
+
+    class Cell:
+        def __init__(self, c):
+            self.cell_type, self.source = c["cell_type"], "".join(c["source"])
+
+    cells = [Cell(c) for c in pages.pages(processed)["01_config"].cells]
+    below = [(box_of(a), b.source) for a, b in zip(cells, cells[1:], strict=False) if "#| exports" in b.source]
+    named = [(name.split(".")[-1], code) for name, code in below if name]
+    assert len(named) > 8 and all(re.search(rf"(def|class) {name}\b", code) for name, code in named)
+
+
 def test_printed_sentences_are_wrapped():
     from ltnb._site import fold
 
