@@ -297,19 +297,6 @@ def timed(table):
     return re.sub(r"^(\|.*\]\((\d+)_\w+\.ipynb\).*\| )[\d.]+ (?:min|h) \|$", row, table, flags=re.M)
 
 
-MEASURED = "What was measured, with the command, the machine and the commit of each number"
-FROM_README = "<!-- from results/README.md: `python tests/pages.py --write` -->"
-
-
-def results_page():
-    "results/README.md as a page of the site"
-    text = (ROOT / "results" / "README.md").read_text("utf-8").replace("](../nbs/", "](")
-    at = "https://github.com/ltnb/ltnb/blob/main/results/"
-    text = re.sub(r"\]\((?![a-z]+:|#|\d\d_|index|learn|guide)", rf"]({at}", text)
-    title, *parts = re.split(r"\n(?=## )|(?<=^# Results)\n+", text.strip())
-    return [f"{title}\n\n> {MEASURED}", f"{FROM_README}\n\n{parts[0]}", *parts[1:]]
-
-
 def save(path, nb):
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if not path.exists() or path.read_text("utf-8") != text:
@@ -330,16 +317,8 @@ def is_lessons(text):
 
 
 def write():
-    "Bring the sidebar, the tables of lessons and methods, and the page of results up to date"
+    "Bring the sidebar and the tables of lessons and methods up to date"
     nbs, site = ROOT / "nbs", ROOT / "_quarto.yml"
-    page = nbs / "results.ipynb"
-    if not page.exists() or FROM_README in page.read_text("utf-8"):
-        cells = [
-            {"cell_type": "markdown", "id": f"results-{i:02}", "metadata": {}, "source": part.splitlines(keepends=True)}
-            for i, part in enumerate(results_page())
-        ]
-        kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-        save(page, {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
     text = site.read_text("utf-8")
     site.write_text(re.sub(r"(?<=    contents:\n)      - .*?(?=\n\n)", lambda _: sidebar(), text, count=1, flags=re.S))
     edit(nbs / "learn.ipynb", lambda s: lessons(s) if is_lessons(s) else s)
@@ -395,7 +374,7 @@ def show(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="processed pages")
-    parser.add_argument("--write", action="store_true", help="sidebar, lessons, methods, results")
+    parser.add_argument("--write", action="store_true", help="sidebar, lessons, methods")
     args = parser.parse_args()
     if args.write:
         return write()

@@ -194,13 +194,6 @@ def test_sidebar_is_current():
     assert pages.sidebar() in (ROOT / "_quarto.yml").read_text("utf-8"), "run: python tests/pages.py --write"
 
 
-def test_results_page_is_current():
-    nb = json.loads((ROOT / "nbs" / "results.ipynb").read_text("utf-8"))
-    cells = ["".join(c["source"]) for c in nb["cells"]]
-    if any(pages.FROM_README in c for c in cells):
-        assert cells == pages.results_page(), "run: python tests/pages.py --write"
-
-
 def test_times_of_lessons_are_about_right():
     "Every lesson is in the table of Learn; its time may lag behind by a third"
     nb = json.loads((ROOT / "nbs" / "learn.ipynb").read_text("utf-8"))
