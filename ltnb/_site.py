@@ -6,8 +6,10 @@ Written by hand, and named in `[tool.nbdev]`: nbdev imports it when it makes the
 import ast
 import copy
 import inspect
+import io
 import re
 import textwrap
+import tokenize
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, cached_property
 from html import escape
@@ -157,6 +159,29 @@ def fold(line):
     indent = columns[-1] if columns else len(line) - len(line.lstrip()) + 2
     look = dict(break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * indent)
     return textwrap.fill(line, TEXT, replace_whitespace=False, drop_whitespace=True, **look)
+
+
+CODE = 90  # columns of a line of code
+
+
+def comments_above(cell):
+    "The comment behind a long line moves above it, where the page has room for it; code itself is left alone"
+    if cell.cell_type != "code" or not cell.source:
+        return
+    lines = cell.source.split("\n")
+    try:
+        tokens = tokenize.generate_tokens(io.StringIO(cell.source).readline)
+        comments = [t for t in tokens if t.type == tokenize.COMMENT]
+    except (tokenize.TokenError, IndentationError):
+        return  # a magic
+    for t in comments:
+        line = lines[t.start[0] - 1]
+        code = line[: t.start[1]].rstrip()
+        if len(line) > CODE and code and not re.match(r"\s*(def|class|@)", code):
+            indent = " " * (len(code) - len(code.lstrip()))
+            above = textwrap.wrap(t.string.lstrip("# "), CODE - len(indent) - 2) if len(indent) < 60 else [t.string[2:]]
+            lines[t.start[0] - 1] = "\n".join([*(f"{indent}# {s}" for s in above), code])
+    cell.source = "\n".join(lines)
 
 
 def wrap_outputs(cell):

@@ -19,7 +19,8 @@ import yaml
 import house
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE_COLUMNS, TEXT_COLUMNS = 90, 80  # what a page shows without wrapping
+CODE_COLUMNS, TEXT_COLUMNS = 90, 80  # what a page should show without wrapping
+FITS = 110  # columns of code beside both menus in a window of 1400 pixels; what is wider wraps
 
 
 # pages, as nbdev hands them to Quarto
@@ -209,14 +210,11 @@ def has(page, words):
     return sum(t.count(words) for t in [*page.boxes, *page.texts, *page.prose])
 
 
-def crowded(books):
-    "Exported cells with more than one public definition at their top"
-    found = []
-    for b in books:
-        for s in b.exported:
-            names = re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", s, re.M)
-            found += [f"{b.name}: {', '.join(names)}"] if len(names) > 1 else []
-    return found
+def crowded(page):
+    "Shown exported cells with more than one public definition"
+    cells = [source(c) for c in page.code if "#| exports" in source(c)]
+    names = [re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", s, re.M) for s in cells]
+    return [f"{page.name}: {', '.join(n)}" for n in names if len(n) > 1]
 
 
 def words(text):
@@ -347,16 +345,33 @@ def figures(proc):
         "` at 0x` in pages": sum(has(p, " at 0x") for p in every),
         "boxes of something private": [x for p in every for x in private_boxes(p)],
         "boxes that Markdown breaks": [x for p in every for x in broken_boxes(p)],
-        "exported cells of several public definitions": len(crowded(books)),
+        "exported cells of several public definitions": sum(len(crowded(p)) for p in every),
         "figures": len(alts),
         "figures without alt text": sum(not a for a in alts),
         "code cells shown": house.percent(part, whole),
         "least shown": f"{100 * shares[least]:.0f} % ({least})",
         f"code cells wider than {CODE_COLUMNS}": f"{sum(w > CODE_COLUMNS for w in code)} of {len(code)}",
         f"lines of code wider than {CODE_COLUMNS}": sum(len(wide_lines(p)) for p in every),
+        f"lines of code wider than {FITS}": sum(w > FITS for w in map(len, every_line(every))),
         f"printed outputs wider than {TEXT_COLUMNS}": f"{sum(w > TEXT_COLUMNS for w in texts)} of {len(texts)}",
         "words on the front page": words("\n\n".join(known["index"].prose)),
     }
+
+
+NONE = (  # `--strict`: of these there may be none
+    "settings left empty",
+    "dead links and pictures",
+    "words that nbdev drops",
+    "`__main__.` in pages",
+    "` at 0x` in pages",
+    "boxes of something private",
+    "boxes that Markdown breaks",
+    "figures without alt text",
+)
+
+
+def every_line(known):
+    return [line for p in known for c in p.code for line in house.lines_of(source(c))]
 
 
 def site_url(proc):
@@ -374,14 +389,16 @@ def show(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="processed pages")
+    parser.add_argument("--strict", action="store_true", help="fail where something is dead, empty, private or silent")
     parser.add_argument("--write", action="store_true", help="sidebar, lessons, methods")
     args = parser.parse_args()
     if args.write:
         return write()
-    if args.folder:
-        return show(figures(args.folder))
     with tempfile.TemporaryDirectory() as tmp:
-        show(figures(stage(Path(tmp) / "site")))
+        found = figures(args.folder or stage(Path(tmp) / "site"))
+    show(found)
+    if args.strict and (bad := [name for name in NONE if found[name]]):
+        raise SystemExit(f"there should be none: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,22 @@ def test_printed_sentences_are_wrapped():
     assert others and all(s.startswith(" " * setting.index("sentence")) for s in others)
 
 
+def test_long_comments_move_above_their_lines():
+    from types import SimpleNamespace
+
+    from ltnb._site import comments_above
+
+    said = "a comment that says much " * 4
+    source = (
+        f'def f(a:int, # {said}\n      b:str="#", # {said}\n      ): # short\n    return "# no comment", {"1, " * 25}2'
+    )
+    cell = SimpleNamespace(cell_type="code", source=source)
+    comments_above(cell)
+    lines = cell.source.split("\n")
+    assert lines[0] == source.split("\n")[0] and "      # a comment" in lines[1] and '      b:str="#",' in lines
+    assert lines[-1] == source.split("\n")[-1] and "      ): # short" in lines
+
+
 # boxes, without processing
 def _public():
     for module in house.modules():
