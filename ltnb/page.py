@@ -7,7 +7,8 @@ Docs: https://ltnb.github.io/ltnb/page.html.md"""
 # %% auto #0
 __all__ = ['TEX', 'CAPTION', 'CLOCK', 'KIND_WORDS', 'PAGE_SCRIPT', 'PAGE_STYLE', 'THUMBNAIL', 'EXTRAS', 'markdown_text',
            'tex_text', 'markdown_table', 'latex_table', 'write_tables', 'sortable_table', 'table_filters',
-           'plot_comparisons', 'plot_cost', 'plot_gains', 'html_image', 'sample_grid', 'check_extras', 'write_page']
+           'plot_comparisons', 'plot_cost', 'plot_gains', 'html_image', 'kept_and_dropped', 'check_extras',
+           'write_page']
 
 # %% ../nbs/18_page.ipynb #9a04c57a
 import base64, csv, io, math
@@ -43,10 +44,11 @@ def tex_text(text:str # anything
     "Text that LaTeX sets as it is"
     return "".join(TEX.get(c, c) for c in one_line(text))
 
-# %% ../nbs/18_page.ipynb #d264af83
+# %% ../nbs/18_page.ipynb #9569dae5
 CAPTION = ("Test accuracy and calibration error in per cent, mean ± standard deviation over seeds; bold: the best mean "
            "of its set. Differences in points on shared seeds, with 95 % intervals, to the control that is best on the "
-           "test set; p-values corrected after Holm over all comparisons.")
+           "test set; p-values corrected after Holm over all comparisons. Seconds are those of the run that a row is "
+           "from; images are drawn and kept.")
 
 
 def markdown_table(rows:list[dict] # of all sets
@@ -226,12 +228,13 @@ def plot_comparisons(found:list[Comparison], # of `compare_with_controls`
     ax.set_yticks(range(len(found)), texts, fontfamily=family)
     return ax
 
-# %% ../nbs/18_page.ipynb #f4772d86
+# %% ../nbs/18_page.ipynb #959e02e9
 def plot_cost(rows:list[dict], # of one set, of `sets_of`
               ax:Any=None # matplotlib Axes; a new one when left out
              )->Any: # the Axes
     "Accuracy against seconds; methods and the best control are named"
     if ax is None: ax = new_axes(5, 3)
+    rows = [r for r in rows if r.get("asked") is not False] # the seconds of a run are not those of each of its rows
     at = {m: (mean_sd(values(rows, m, "seconds"))[0], mean_sd(values(rows, m))[0] * 100) for m in methods(rows)}
     at = {m: xy for m, xy in at.items() if all(map(math.isfinite, xy))}
     kinds = {r["method"]: r["kind"] for r in rows}
@@ -242,7 +245,7 @@ def plot_cost(rows:list[dict], # of one set, of `sets_of`
     for kind in dict.fromkeys(kinds[m] for m in at):
         xy = np.array([at[m] for m in at if kinds[m] == kind])
         ax.plot(*xy.T, "o", color=KIND_COLORS[kind], ms=6, mec="k", mew=.4, label=KIND_WORDS[kind])
-    ax.set(xscale="log", xlabel="seconds, all its steps", ylabel="test accuracy, %")
+    ax.set(xscale="log", xlabel="seconds of its run", ylabel="test accuracy, %")
     ax.margins(x=.25, y=.12)
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -290,7 +293,7 @@ def _read_image(x): # a path or uint8 array (C, H, W), (H, W, C) or (H, W) -> a 
         raise DataError(f"an image to show must be uint8 (C, H, W) with 1 or 3 channels, got {x.dtype} {x.shape}.")
     return Image.fromarray(x)
 
-# %% ../nbs/18_page.ipynb #a5155bc8
+# %% ../nbs/18_page.ipynb #d036ca37
 def html_image(x:Any, # a path, or uint8 (C, H, W), (H, W, C) or (H, W)
                alt:str # what it shows
               )->FT: # an <img> that carries its own data
@@ -302,10 +305,10 @@ def html_image(x:Any, # a path, or uint8 (C, H, W), (H, W, C) or (H, W)
     return Img(src=f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", alt=alt)
 
 
-def sample_grid(cell:str, # whose images
-                samples:dict, # "kept" and "dropped" -> images, of `html_image`
-                most:int=24 # of each that are shown
-               )->list[FT]: # a heading, and a row of images for each
+def kept_and_dropped(cell:str, # whose images
+                     samples:dict, # "kept" and "dropped" -> images, of `html_image`
+                     most:int=24 # of each that are shown
+                    )->list[FT]: # a heading, and a row of images for each
     "Images that a cell kept, and images that it dropped"
     out = [H3(one_line(cell))]
     for word in ("kept", "dropped"):
@@ -422,10 +425,10 @@ def _reused(parts): # a table of what was made once
 def _named(pairs, first, second): # (name, sentence) as a table
     return Div(html_table([[first, second], *([str(a), str(b)] for a, b in pairs)]), cls="words")
 
-# %% ../nbs/18_page.ipynb #da9fa1d6
+# %% ../nbs/18_page.ipynb #b3920c7d
 def _sections(rows, extras, figures): # (heading, parts) of what there is
     e, explained = {k: extras.get(k) or {} for k in EXTRAS}, [say_explanation(x) for x in explain(rows)]
-    samples = [p for cell, of in e["samples"].items() for p in sample_grid(cell, of)]
+    samples = [p for cell, of in e["samples"].items() for p in kept_and_dropped(cell, of)]
     failed = [(f.get("cell", ""), f.get("sentence", "")) for f in e["failed"]]
     return [("What the differences say", _found(rows, figures)),
             ("The table", [table_filters(rows), sortable_table(rows), P(CAPTION)]),

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from ltnb.core import DataError, UsageError
-from ltnb.page import EXTRAS, PAGE_SCRIPT, html_image, sample_grid, write_page
+from ltnb.page import EXTRAS, PAGE_SCRIPT, html_image, kept_and_dropped, write_page
 from ltnb.report import write_report
 
 BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
@@ -143,7 +143,7 @@ def test_images_are_small_and_their_kinds_are_told_apart(tmp_path):
     (tmp_path / "no.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="no.png cannot be shown"):
         html_image(tmp_path / "no.png", "a")
-    grid = sample_grid("cell", {"kept": np.zeros((30, 1, 8, 8), np.uint8), "dropped": []}, most=5)
+    grid = kept_and_dropped("cell", {"kept": np.zeros((30, 1, 8, 8), np.uint8), "dropped": []}, most=5)
     assert "kept: 5 of 30" in str(grid) and "dropped" not in str(grid) and str(grid).count("data:image") == 5
 
 

@@ -190,6 +190,27 @@ def test_cells_that_agree_are_merged_and_others_named():
     assert of[-1]["se"] == {"real repeated (b)": 0.1}
 
 
+def test_a_cell_is_named_without_its_set_and_cells_stay_apart():
+    r = rows({"tau-norm": [0.4]}, cell="digits/a") + rows({"tau-norm": [0.3]}, cell="digits/b")
+    assert [x["method"] for x in sets_of(r)["digits"]] == ["tau-norm (a)", "tau-norm (b)"]
+
+
+def test_rows_that_nobody_asked_for_claim_nothing():
+    r = (
+        rows({"label shift": [0.4, 0.5]}, asked=False)
+        + rows({"mine": [0.6, 0.7]})
+        + rows({"more": [0.9, 0.9]}, asked=False)
+    )
+    assert [c.method for c in compare_with_controls(r)] == ["mine"] and len(table_records(r)) == 3
+
+
+def test_costs_have_no_spread_and_no_best():
+    r = rows({"label shift": [0.4, 0.5], "mine": [0.6, 0.7]}, gpu_seconds=0.0)
+    r = [x | {"seconds": 10.0 + 1000 * x["seed"]} for x in r]
+    head, lines = table_cells(r)
+    assert "GPU s" not in head and {line[head.index("s")] for line in lines} == {("510", False)}
+
+
 def test_each_cell_is_explained_by_its_own_controls():
     r = rows({"cross-entropy": [0.5]}, cell="shared")
     for cell, again in (("diffult", 0.55), ("chatdiff", 0.45)):
