@@ -154,6 +154,7 @@ TEXT = 80  # columns of a printed line
 def fold(line):
     "A printed line in several: a sentence anywhere, a row of a table in its last cell; a row of numbers stays whole"
     columns = [m.end() for m in re.finditer(r"(?<=\S)\s{2,}(?=\S)", line)]
+    columns = [] if len(columns) == 1 and columns[0] > TEXT - 20 else columns  # two sentences
     if len(line) <= TEXT or (columns and (len(line) - columns[-1] < 30 or columns[-1] > TEXT - 20)):
         return line
     indent = columns[-1] if columns else len(line) - len(line.lstrip()) + 2
@@ -217,7 +218,11 @@ def unlink(cell):
         name = re.sub(r"^ltnb\.(\w+\.)?|\(\)$", "", m[1])
         return m[0] if name in headed() or m[1].startswith("ltnb.") else f"`{m[1]}`"
 
+    inside = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)]*\)([^\[\]]*)\]\(([^)]*)\)")  # a link's own words, linked
+
     def mend(text):
+        while inside.search(text):
+            text = inside.sub(r"[\1\2\3](\4)", text)
         return re.sub(r"\[`([\w.()]+)`\]\(https?://[^)]*\.html#[^)]*\)", keep, text)
 
     if cell.cell_type == "markdown" and cell.source:

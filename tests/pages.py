@@ -39,7 +39,7 @@ def stage(folder, only=""):
     "Copy the project to `folder`, and process its pages (those whose names match `only`) there; gives `_proc`"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
     for command in (["setup.py", "-q", "egg_info"], ["-c", STAGE, only]):  # the first: symbols link to their source
-        done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=900)
+        done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=3600)
         if done.returncode:
             raise RuntimeError(f"{command[0]} {command[1]}: {done.stderr[-2000:]}")
     return Path(folder) / "_proc"
@@ -173,6 +173,13 @@ def lost_words(path):
         "".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "markdown"
     )
     return re.sub(r"\A# .+\n+> .+", "", first.strip()).strip()
+
+
+def nested_links(page):
+    "Links in the words of a link: Markdown shows their brackets"
+    return [
+        f"{page.name}: {s}" for t in page.prose for s in re.findall(r"\[[^\[\]\n]*\[`[^`]+`\]\([^)]*\)[^\[\]]*\]\(", t)
+    ]
 
 
 def private_boxes(page):
@@ -338,6 +345,7 @@ def figures(proc):
         "pages": len(every),
         "settings left empty": missing_settings(proc),
         "dead links and pictures": dead_links(proc, site_url(proc)),
+        "links in links": [x for p in every for x in nested_links(p)],
         "words that nbdev drops": [p.stem for p in sorted((ROOT / "nbs").glob("*.ipynb")) if lost_words(p)],
         "links to a symbol's source": sum(b.count("{target=") for p in every for b in p.boxes),
         "API boxes": sum(len(p.boxes) for p in every),
@@ -361,6 +369,7 @@ def figures(proc):
 NONE = (  # `--strict`: of these there may be none
     "settings left empty",
     "dead links and pictures",
+    "links in links",
     "words that nbdev drops",
     "`__main__.` in pages",
     "` at 0x` in pages",

@@ -63,6 +63,18 @@ def test_definitions_stand_below_their_headings(processed):
     assert len(named) > 8 and all(re.search(rf"(def|class) {name}\b", code) for name, code in named)
 
 
+def test_links_keep_their_words_and_lead_somewhere():
+    from types import SimpleNamespace
+
+    from ltnb._site import unlink
+
+    at = "https://ltnb.github.io/ltnb/a.html#x"
+    text = f"see [the record [`Where`]({at}) of all](24_team.ipynb), [`_send`]({at}) and [`fit`]({at})"
+    cell = SimpleNamespace(cell_type="markdown", source=text, get=lambda k, d=None: d)
+    unlink(cell)
+    assert cell.source == f"see [the record `Where` of all](24_team.ipynb), `_send` and [`fit`]({at})"
+
+
 def test_printed_sentences_are_wrapped():
     from ltnb._site import fold
 
