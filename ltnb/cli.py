@@ -73,7 +73,8 @@ RECIPES = {e.name: e for e in (
     Entry("ldmlr", "ldmlr", "LDMLR", 92, "diffusion over features, with its controls (Han et al., 2024)"),
     Entry("diffult", "diffult", "DiffuLT", 93, "diffusion on the long tail itself (Shao et al., 2024)"),
     Entry("chatdiff", "chatdiff", "ChatDiff", 94, "class knowledge drawn and judged by CLIP: a reconstruction"),
-    Entry("discl", "discl", "DisCL", 95, "a spectrum from text to real image, and a curriculum (Liang et al., 2025)"),
+    Entry("discl", "discl_adaptive", "DisCLAdaptive", 95,
+          "a spectrum from text to real image, and a curriculum (Liang et al., 2025)"),
     Entry("diffusion", "generator", "Diffusion", 96, "an image diffusion model, judged; for `ltnb generate`"))}
 
 
@@ -130,7 +131,7 @@ def run_command(args:list[str] # after `ltnb run`
     entry = find_recipe(args[0])
     recipe, about = entry.load(), f"{entry.name}: {entry.help}."
     config, given = begin(f"run {entry.name}", about, recipe.config, args[1:], ("plain", "quiet", "debug"))
-    execute(recipe, config, entry.notebook, given["plain"], given["quiet"])
+    execute(recipe.of(config), config, entry.notebook, given["plain"], given["quiet"])
 
 # %% ../nbs/99_cli.ipynb #25662c66
 def demo_command(args:list[str] # after `ltnb demo`

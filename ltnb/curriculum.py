@@ -40,6 +40,7 @@ class Schedule:
     among: tuple # levels in per cent, ascending; 100 = the real images
     n_curriculum_epochs: int # later epochs show real images alone; 0: all of them do
     seed: int = 0 # of a schedule that draws
+    probe: bool = False # is every other epoch of the curriculum a random set of real images, to measure by?
 
     def __post_init__(self):
         object.__setattr__(self, "among", checked_levels(self.among, self.with_real))
@@ -51,13 +52,20 @@ class Schedule:
                state:Sequence[dict]|None=None # what was measured before the epochs so far, as of `Watch`
               )->list[int]: # in per cent
         "The levels of an epoch"
-        return self._active(epoch, state) if epoch < self.n_curriculum_epochs else [REAL]
+        if epoch >= self.n_curriculum_epochs or self.probes(epoch): return [REAL]
+        return self._active(epoch, state)
 
     def probes(self,
                epoch:int # from 0
               )->bool:
         "Does this epoch only measure?"
-        return False
+        return self.probe and epoch % 2 == 0 and epoch < self.n_curriculum_epochs
+
+    def turn(self,
+             epoch:int # from 0
+            )->int: # which turn it belongs to: an epoch, or a probe and the epoch after it
+        "The number of times that levels were chosen before"
+        return epoch // 2 if self.probe else epoch
 
     def _active(self, epoch, state): # -> the levels of an epoch of the curriculum
         raise NotImplementedError
@@ -78,13 +86,13 @@ class DiverseToSpecific(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        block_sizes(self.n_curriculum_epochs, len(self.among))
+        block_sizes(self.turn(self.n_curriculum_epochs), len(self.among))
 
     def stages(self): return self.among # in their order
 
     def _active(self, epoch, state):
-        ends = np.cumsum(block_sizes(self.n_curriculum_epochs, len(self.among)))
-        return [self.stages()[int(np.searchsorted(ends, epoch, side="right"))]]
+        ends = np.cumsum(block_sizes(self.turn(self.n_curriculum_epochs), len(self.among)))
+        return [self.stages()[int(np.searchsorted(ends, self.turn(epoch), side="right"))]]
 
 
 class SpecificToDiverse(DiverseToSpecific):
@@ -123,7 +131,7 @@ class ZigZag(Schedule):
 
     def _active(self, epoch, state):
         top = len(self.among) - 1
-        at = epoch % max(2 * top, 1)
+        at = self.turn(epoch) % max(2 * top, 1)
         return [self.among[min(at, 2 * top - at)]]
 
 # %% ../nbs/81_curriculum.ipynb #4fc3198f
@@ -147,14 +155,10 @@ def best_level(progress:dict # level -> mean change
 @dataclass(frozen=True)
 class Adaptive(Schedule):
     "The level on which the classifier has made the most progress"
-    probe: bool = False # is every other epoch a random set of real images, to measure by?
     trimmed: bool = True # without outliers
 
-    def probes(self, epoch):
-        return self.probe and epoch % 2 == 0 and epoch < self.n_curriculum_epochs
-
     def _active(self, epoch, state):
-        if self.probes(epoch) or state is None or len(state) < 2: return [REAL]
+        if state is None or len(state) < 2: return [REAL]
         before, after = state[-2:]
         return [best_level({v: learning_progress(before[v], after[v], self.trimmed) for v in self.among})]
 
@@ -262,6 +266,7 @@ class Composition:
     tail_share: float|str = .136
     with_hard: bool = True # also show the hard real images where made ones are shown
     probe_size: int = 30_000 # real images of a probe, at most
+    most_made: int|None = None # "all made": made items of an epoch, at most, drawn anew in every epoch
 
     def __post_init__(self):
         if not 0 <= self.head_fraction <= 1:
@@ -306,7 +311,7 @@ def compose_epoch(pool:Pool, # what there is
     (n_head, n_tail), made = epoch_sizes(pool, how), pool.made(levels)
     hard = pool.tail if how.with_hard or not len(made) else pool.tail[:0]
     n = n_tail - len(hard)
-    if how.tail_share == "all made": n = len(made)
+    if how.tail_share == "all made": n = min(len(made), len(made) if how.most_made is None else how.most_made)
     head = _draw(pool.head, n_head, g)
     rest = _draw(made, n, g) if len(made) else _draw(pool.tail, n, g, again=True)
     at = torch.cat([head, hard, rest])

@@ -6,8 +6,8 @@ Docs: https://ltnb.github.io/ltnb/knowledge.html.md"""
 
 # %% auto #0
 __all__ = ['CONTEXT', 'SHIPPED', 'LIMITS', 'Knowledge', 'with_article', 'prompt_text', 'clip_tokenizer', 'token_count',
-           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'knowledge_table',
-           'longest_prompt', 'check_knowledge']
+           'check_tokens', 'shipped', 'read_knowledge', 'write_knowledge', 'knowledge_of', 'called_so',
+           'knowledge_table', 'longest_prompt', 'check_knowledge']
 
 # %% ../nbs/70_knowledge.ipynb #62abc134
 import re
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from . import __version__
 from .core import FORMAT, DataError, UsageError, check_format, nearest, one_line, read_json, some_of, write_json
+from .labels import read_common_names
 
 # %% ../nbs/70_knowledge.ipynb #07431534
 def _schema(schema): # as a language model is given it: every field is asked for
@@ -185,6 +186,7 @@ def knowledge_of(dataset:str, # whose classes they are
     "The knowledge of these classes, in their order"
     if dataset == "camera_digits": dataset = "digits" # the same classes
     source = str(path or dataset)
+    if source.lower().endswith((".csv", ".tsv")): return called_so(source, class_names)
     if path is None and dataset not in SHIPPED:
         raise UsageError(f"no knowledge ships for {one_line(dataset)!r}: give a file with --knowledge (ltnb know "
                          f"writes one), or the name of a set with the same classes ({', '.join(SHIPPED)}).")
@@ -198,6 +200,14 @@ def knowledge_of(dataset:str, # whose classes they are
     def own(k): return [names[n] for n in k.confused_with if n in names] # the other classes are not in the data
     both = zip(class_names, found, strict=True)
     return [k.model_copy(update={"name": c, "confused_with": own(k)}) for c, k in both]
+
+# %% ../nbs/70_knowledge.ipynb #f69a5ed5
+def called_so(path:str|Path, # .csv or .tsv: scientific name, common name
+              class_names:Sequence[str] # K names
+             )->list[Knowledge]: # K; a class that is not in the table keeps its name
+    "Classes of which only their common names are known"
+    common = read_common_names(path, class_names)
+    return [Knowledge(name=str(c), called=common.get(str(c), "")) for c in class_names]
 
 # %% ../nbs/70_knowledge.ipynb #9e973c72
 def knowledge_table(known:Sequence[Knowledge], # of classes

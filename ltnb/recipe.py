@@ -167,6 +167,12 @@ class Recipe:
     beside: ClassVar[tuple] = () # methods repeated above the ablations, as what these change
     shared: ClassVar[bool] = True # can several processes compute one seed?
 
+    def of(self,
+           cfg:Config # as given
+          )->"Recipe": # itself, where the settings do not choose among several
+        "The recipe that these settings ask for"
+        return self
+
     def check(self,
               cfg:Config # as given
              ):
