@@ -169,9 +169,7 @@ class Recipe:
 
     def of(self,
            cfg:Config # as given
-          )->"Recipe": # itself, where the settings do not choose among several
-        "The recipe that these settings ask for"
-        return self
+          )->"Recipe": return self # that these settings ask for, where there are several
 
     def check(self,
               cfg:Config # as given
@@ -388,8 +386,7 @@ def notes_of(self:Run,
             )->dict: # for config.json
     "What was done to the data on the way: said once, and kept"
     notes = list(getattr(data, "notes", ()))
-    if not Progress.quiet:
-        for n in notes: tell(f"note: {n}")
+    for n in notes if not Progress.quiet else (): tell(f"note: {n}")
     return {"notes": notes} if notes else {}
 
 
@@ -454,8 +451,7 @@ def begin(self:Run,
     "Write the settings, and let all processes agree on them"
     cfg, train = team.told("the settings", cfg), data.fingerprint()
     if team.writes:
-        own = replace(cfg, device=device, precision=precision)
-        self.start(own, device, precision, train=train, **self.notes_of(data))
+        self.start(replace(cfg, device=device, precision=precision), device, precision, train=train, **self.notes_of(data))
     team.agree("training set", train)
     there, end = self.path/"config.json", time.monotonic() + 60 # a network mount can take its time
     while not there.exists() and time.monotonic() < end: time.sleep(.5)
