@@ -449,10 +449,10 @@ def begin(self:Run,
           team:Team # who takes part
          )->Config: # the same in all processes
     "Write the settings, and let all processes agree on them"
-    cfg, train = team.told("the settings", cfg), data.fingerprint()
+    cfg, fp = team.told("the settings", cfg), data.fingerprint()
     if team.writes:
-        self.start(replace(cfg, device=device, precision=precision), device, precision, train=train, **self.notes_of(data))
-    team.agree("training set", train)
+        self.start(replace(cfg, device=device, precision=precision), device, precision, train=fp, **self.notes_of(data))
+    team.agree("training set", fp)
     there, end = self.path/"config.json", time.monotonic() + 60 # a network mount can take its time
     while not there.exists() and time.monotonic() < end: time.sleep(.5)
     team.agree("answer to whether config.json is there", there.exists())
