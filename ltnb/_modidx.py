@@ -1676,6 +1676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ltnb.report._two_starts': ('report.html#_two_starts', 'ltnb/report.py'),
                              'ltnb.report.html_figure': ('report.html#html_figure', 'ltnb/report.py'),
                              'ltnb.report.html_table': ('report.html#html_table', 'ltnb/report.py'),
+                             'ltnb.report.in_lines': ('report.html#in_lines', 'ltnb/report.py'),
                              'ltnb.report.render': ('report.html#render', 'ltnb/report.py'),
                              'ltnb.report.table': ('report.html#table', 'ltnb/report.py'),
                              'ltnb.report.verdict': ('report.html#verdict', 'ltnb/report.py'),
