@@ -116,7 +116,8 @@ def plot_counts(counts:np.ndarray, # (K,) training images
         label = f"{band} ({_named(len(at), 'class', 'classes')})"
         if len(at): ax.bar(at, counts[rank[at]], width=width, color=BAND_COLORS[band], label=label)
     (title,), family = figure_names([name or " "], 60)
-    title = f"{title if name else ''}: {counts.sum():,} images, {counts.max():,} to {counts.min():,} a class".lstrip(": ")
+    sizes = f"{counts.sum():,} images, {counts.max():,} to {counts.min():,} a class"
+    title = f"{title}: {sizes}" if name else sizes
     ax.set(yscale="log", ylim=(0.7, None), xlabel="class, largest first", ylabel="training images")
     ax.set_title(title, fontfamily=family)
     if class_names is not None and len(rank) <= 20:
