@@ -122,9 +122,19 @@ def differences_list(folder):
     "The pairs of a recipe, in words"
     from ltnb.chatdiff import ChatDiff
     from ltnb.discl import DisCL
+    from ltnb.discl_adaptive import DisCLAdaptive
 
-    recipe = {"chatdiff": ChatDiff, "discl": DisCL}[read_json(RESULTS / folder / "config.json")["recipe"]]
+    config = read_json(RESULTS / folder / "config.json")
+    discl = DisCLAdaptive if config.get("tuned") == "clip" else DisCL
+    recipe = {"chatdiff": ChatDiff, "discl": discl}[config["recipe"]]
     return "\n".join(f"- {markdown_text(s)}" for s in recipe().verdict(rows_of(folder)))
+
+
+def shifted_table(folder):
+    "Macro-F1 on a test set and on one of other conditions"
+    from ltnb.discl_adaptive import f1_table
+
+    return cells_table(f1_table(main_rows(folder)))
 
 
 def spectrum_table(folder):
@@ -312,6 +322,7 @@ TABLES = {
     "differences": differences_list,
     "judged images": judged_table,
     "spectrum": spectrum_table,
+    "both test sets": shifted_table,
     "forms": forms_table,
     "gains": form_gains_table,
     "comparison": comparison_table,
