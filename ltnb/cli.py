@@ -6,7 +6,8 @@
 __all__ = ['RECIPES', 'CARD', 'GENERATED', 'COMMANDS', 'RESUMED', 'COMPUTING', 'begin', 'Entry', 'find_recipe', 'execute',
            'run_command', 'demo_command', 'has_card', 'keep_card', 'data_command', 'PredictConfig', 'EncodeConfig',
            'required', 'is_predictions', 'is_features', 'is_job', 'predict_command', 'encode_command', 'export_command',
-           'generate_command', 'know_command', 'list_command', 'usage', 'failure', 'call', 'threads_for', 'main']
+           'generate_command', 'know_command', 'compare_command', 'list_command', 'usage', 'failure', 'call',
+           'threads_for', 'main']
 
 # %% ../nbs/99_cli.ipynb #e1c0aab5
 import importlib, os, sys, traceback, zipfile
@@ -377,6 +378,19 @@ def know_command(args:list[str] # after `ltnb know`
     from ltnb.know import know_typed
     with work_is_kept(): know_typed(args)
 
+# %% ../nbs/99_cli.ipynb #13df8a00
+def compare_command(args:list[str] # after `ltnb compare`
+                   ):
+    "ltnb compare: methods x image sets x seeds, as a matrix of runs and one table"
+    from ltnb.compare import compare, summary_of
+    from ltnb.matrix import CompareConfig
+    about = ("Run methods on image sets with the same seeds, each cell as the directory that ltnb run would write, and "
+             "put all rows into one table. Run it again to go on; what is finished stays as it is.")
+    config, given = begin("compare", about, CompareConfig, args)
+    with work_is_kept(): plan, failed = compare(config, RECIPES, tuple(given))
+    print(summary_of(plan, failed))
+    if failed: raise LtnbError(f"{len(failed)} of {len(plan.cells)} cells failed: see above and {plan.out/'logs'}.")
+
 # %% ../nbs/99_cli.ipynb #58455a65
 def list_command(args:list[str] # after `ltnb list`
                 ):
@@ -397,9 +411,9 @@ def list_command(args:list[str] # after `ltnb list`
 
 # %% ../nbs/99_cli.ipynb #8e8ce12a
 COMMANDS = {"demo": demo_command, "run": run_command, "data": data_command, "generate": generate_command,
-            "know": know_command, "encode": encode_command, "predict": predict_command, "export": export_command,
-            "list": list_command}
-RESUMED = ("run", "demo", "generate", "know") # commands that go on where they stopped
+            "know": know_command, "compare": compare_command, "encode": encode_command, "predict": predict_command,
+            "export": export_command, "list": list_command}
+RESUMED = ("run", "demo", "generate", "know", "compare") # commands that go on where they stopped
 
 
 def usage()->str: # the help text

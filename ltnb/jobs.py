@@ -21,6 +21,7 @@ from . import __version__
 from .core import (FORMAT, LtnbError, UsageError, check_format, os_error, plain, read_jsonl, save_tensors,
                        stable_seed, write_jsonl)
 from .runs import lock_file, show_differences, unlock_file
+from .store import Store, alone_with, content_key
 from .team import Team
 
 # %% ../nbs/30_jobs.ipynb #d777b762
@@ -250,6 +251,8 @@ class Job:
     wait: float = 1800. # seconds without a new shard until the other workers are given up; 0 does not wait for them
     keep: bool = True # items and manifest in memory; False reads them from the folder
     team: Team|None = None # who takes turns with `draw_until`; its ranks are the workers there
+    store: Store|None = None # where shards are shared with other folders
+    depends: tuple = () # what the items depend on besides, for the store
 
 
 def job_header(model:str, # fingerprint of what makes the items
@@ -408,6 +411,26 @@ def write(self:JobFolder,
     if part.others: tensors["ids"] = torch.from_numpy(part.codes.view(np.uint8).reshape(len(part), -1))[good]
     save_tensors(self.path(s), tensors, {"key": self.key(s), "rows": _text(rows), "failed": failed})
 
+# %% ../nbs/30_jobs.ipynb #2caf0cf8
+@patch
+def obtain(self:JobFolder,
+           s:int, # number of the shard
+           make:Callable, # as in `make_synthetic`
+           job:Job # its store, and what the items depend on
+          ):
+    "Shard s: from the store, or made"
+    store, what = job.store, ("shard", self.key(s), job.attempts, job.check, job.depends)
+    key = None if store is None else content_key(*what)
+    if key is None: return self.write(s, make, job)
+    start, name = time.perf_counter(), f"{self.folder.name}/{self.path(s).stem}"
+    with alone_with(store, key, name) as there:
+        if there:
+            store.take(key, self.path(s), name, start, seed=self.header["seed"])
+            return
+        start = time.perf_counter()
+        self.write(s, make, job)
+        store.put(key, self.path(s), time.perf_counter() - start, what=name, seed=self.header["seed"])
+
 # %% ../nbs/30_jobs.ipynb #5ca4b8c3
 def shard_facts(path:Path # of a shard
                )->dict: # key, rows and failed; empty for a torn or missing one
@@ -457,7 +480,7 @@ def claim(self:JobFolder,
     try:
         left = self.folder.glob(f".{self.path(s).name}.*.part") # of a worker that was killed
         for p in left: p.unlink(missing_ok=True)
-        if not self.whole(s): self.write(s, make, job)
+        if not self.whole(s): self.obtain(s, make, job)
     finally: unlock_file(claim, fd)
     return True
 
