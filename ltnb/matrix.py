@@ -146,7 +146,7 @@ def written_settings(given:dict # of a file: name -> value, or method or set -> 
             out.append(Setting(scope, name.replace("-", "_"), value))
     return out
 
-# %% ../nbs/89_matrix.ipynb #ef1980c4
+# %% ../nbs/89_matrix.ipynb #cc35b34e
 @dataclass(frozen=True)
 class CompareConfig(Config):
     "Settings of `ltnb compare`"
@@ -164,6 +164,7 @@ class CompareConfig(Config):
     workers: str = "auto" # cells at once: auto or a number; of local and slurm, jobs
     launch: str|None = None # what starts a cell, such as "torchrun --nproc-per-node 2"
     slurm: str|None = None # of its jobs, such as "partition=gpu time=600 gpus_per_node=1"
+    wait: bool = True # for cells that other processes are at
     dry_run: bool = False # print the plan with what it will take, and stop
     device: Literal["auto", "cpu", "cuda"] = "auto" # where to compute
     precision: Literal["auto", "fp32", "bf16"] = "auto" # number format of the forward passes
@@ -172,7 +173,7 @@ class CompareConfig(Config):
     download: bool = False # fetch a missing set of torchvision
     paths: ClassVar[tuple] = ("plan", "store", "data_root")
 
-# %% ../nbs/89_matrix.ipynb #3edab68b
+# %% ../nbs/89_matrix.ipynb #be3c18df
 def words(given:Any # text with commas, or a list of a file
          )->list[str]: # without empty ones
     "Names of a list"
@@ -210,7 +211,9 @@ def complete(cfg:CompareConfig, # as typed
     own = there.get("settings") or {}
     given = typed_settings(own) if isinstance(own, str) else written_settings(own)
     named["settings"] = given + typed_settings(cfg.settings or "")
-    return replace(cfg, **flat), named
+    cfg = replace(cfg, **flat)
+    if not cfg.out: raise UsageError("ltnb compare needs --out: the folder of the comparison.")
+    return cfg, named
 
 # %% ../nbs/89_matrix.ipynb #74e3310b
 @dataclass(frozen=True)
