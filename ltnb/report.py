@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fastcore.xml import (FT, H1, H2, Body, Div, Head, Html, Img, Link, Meta, P, Safe, Style, Table, Tbody, Td, Th,
-                          Thead, Title, Tr, to_xml)
+from fastcore.xml import (FT, H1, H2, Body, Div, Head, Html, Img, Link, Meta, P, Safe, Script, Style, Table, Tbody, Td,
+                          Th, Thead, Title, Tr, to_xml)
 
 from .core import atomic_write, os_error
 from .data import BANDS, THIRDS
@@ -136,7 +136,9 @@ table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums
 th,td{padding:.35rem .45rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}
 .scroll{overflow-x:auto}img{max-width:100%;height:auto}.lead{color:#555}
-pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}"""
+pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:.8rem}
+@media(prefers-color-scheme:dark){:root{color-scheme:dark}body{background:#15171a;color:#e4e4e4}.lead{color:#b5b5b5}
+th,td{border-color:#3b3f45}th{border-color:#777}pre{background:#22252a}img{background:#fff}a{color:#8ab4ff}}"""
 
 # %% ../nbs/15_report.ipynb #2825012c
 def html_table(cells:list[list[str]] # header and lines
@@ -169,7 +171,9 @@ class Figure:
 def write_report(path:str|Path, # the .html file
                  title:str, # of the page
                  lead:str, # a sentence below it
-                 sections:list[tuple] # (heading, what follows): text, an element of fastcore.xml, or several of these
+                 sections:list[tuple], # (heading, what follows): text, an element of fastcore.xml, or several of these
+                 style:str="", # more CSS
+                 script:str="" # JavaScript that runs when the page is there
                 ):
     "Write a self-contained page, atomically"
     body = []
@@ -177,7 +181,8 @@ def write_report(path:str|Path, # the .html file
         parts = content if isinstance(content, (list, tuple)) else [content]
         body += [H2(heading), *(P(c) if type(c) is str else c for c in parts)]
     head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width,initial-scale=1"),
-                Link(rel="icon", href="data:,"), Title(title), Style(Safe(_CSS)))
+                Link(rel="icon", href="data:,"), Title(title), Style(Safe(_CSS + style)))
+    if script: body.append(Script(Safe(script)))
     page = Html(head, Body(H1(title), P(lead, cls="lead"), *body), lang="en")
     with atomic_write(path) as f: f.write(to_xml(page, indent=False) + "\n")
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, once
 from ltnb.progress import Progress
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "results")  # which tests/results.py writes
 IDS = [p.stem for p in NOTEBOOKS]
 
 
