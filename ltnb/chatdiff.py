@@ -21,7 +21,7 @@ from fastcore.xml import Li, Ul
 
 # %% ../nbs/79_chatdiff.ipynb #a7007987
 from .core import UsageError, read_json, some_of, write_json
-from .config import auto, limited
+from .config import BUNDLED, auto, limited
 from .runs import Run
 from .data import LongTail
 from .sources import load_data
@@ -82,7 +82,7 @@ class ChatDiff(SmallImages):
 def _largest(cfg, data): return int(data.counts.max())
 def _sampler(cfg, data): return "own" if cfg.pipeline else "dpm++"
 def _spacing(cfg, data): return None if cfg.sampler == "own" else sampler_spacing(cfg.sampler)
-def _steps(cfg, data): return 30 if cfg.pipeline else 10 if cfg.dataset == "digits" else 20
+def _steps(cfg, data): return 30 if cfg.pipeline else 10 if cfg.dataset in BUNDLED else 20
 def _guidance(cfg, data): return 7.5 if cfg.pipeline else 2.
 
 # %% ../nbs/79_chatdiff.ipynb #ccade8c5

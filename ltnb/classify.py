@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .core import UsageError, nearest
-from .config import auto, limited
+from .config import BUNDLED, auto, limited
 from .priors import class_prior
 from .data import LongTail
 from .sources import DataConfig
@@ -33,7 +33,7 @@ def usual_arch(side:int # pixels along the shorter side
 
 
 def _arch(cfg, data): return usual_arch(min(data.train.images.shape[2:]))
-def _batch(cfg, data): return min(32 if cfg.dataset == "digits" else 128, len(data.train))
+def _batch(cfg, data): return min(32 if cfg.dataset in BUNDLED else 128, len(data.train))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_classifier(cfg:ClassifierConfig # as given
 def usual_schedule(cfg:DataConfig # whose data
                   )->tuple[str, int]: # a name of `LR_SCHEDULES`, epochs of linear warm-up
     "How the learning rate falls"
-    return ("multistep", 0) if cfg.dataset == "digits" else ("ldam", 5)
+    return ("multistep", 0) if cfg.dataset in BUNDLED else ("ldam", 5)
 
 # %% ../nbs/34_classify.ipynb #510de129
 LOSS_HEADS = {name: build_loss(name, [2., 1.]).head for name in LOSSES} # the last layer that a loss needs

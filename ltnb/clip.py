@@ -92,6 +92,11 @@ class Clip:
         for v in self.model.state_dict().values(): h.update(v.detach().cpu().float().numpy().tobytes())
         return h.hexdigest()
 
+    def forget(self):
+        "To be called where the weights have changed: texts are encoded again"
+        self._known.clear()
+        self.__dict__.pop("fingerprint", None)
+
     @property
     def id(self)->str: return f"{self.name} {self.fingerprint}" # for the manifest
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLIPS', 'ClipTraining', 'clip_config', 'new_clip', 'caption_pool', 'draw_groups', 'group_loss', 'token_states',
-           'encode_tokens', 'check_captions', 'train_clip']
+           'encode_tokens', 'text_vectors', 'ContrastiveRun', 'train_pairs', 'check_captions', 'train_clip']
 
 # %% ../nbs/75_clip_training.ipynb #3269bf94
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,29 +131,106 @@ def encode_tokens(model:nn.Module, # an open_clip CLIP whose text network is cau
     x, end = token_states(model, tokens), tokens.argmax(1)
     return x[torch.arange(len(x), device=x.device), end] @ model.text_projection
 
-# %% ../nbs/75_clip_training.ipynb #a315b50e
-class _ClipRun:
-    "The changing state of one `train_clip`"
 
-    def __init__(self, clip, images, labels, captions, how, where):
+def text_vectors(model:nn.Module, # an open_clip model of any kind
+                 tokens:torch.Tensor # (B, context length) int64
+                )->torch.Tensor: # (B, d)
+    "Texts encoded without their padding where the network allows that"
+    plain = getattr(model, "attn_mask", None) is not None and getattr(model, "text_pool_type", "") == "argmax"
+    if plain and isinstance(model.text_projection, nn.Parameter): return encode_tokens(model, tokens)
+    return model.encode_text(tokens)
+
+# %% ../nbs/75_clip_training.ipynb #a315b50e
+class ContrastiveRun:
+    "The changing state of a contrastive training; each kind of it says what a step shows"
+
+    def __init__(self,
+                 clip:Clip, # trained in place
+                 captions:Sequence[Sequence[str]], # texts of each image
+                 how:Any, # lr, wd, seed
+                 where:Where # device, format, run and name
+                ):
         self.clip, self.model, self.captions = clip, clip.model.train().to(where.device), captions
-        self.how, self.where = how, where
-        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(where.device)
-        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(where.device)
-        self.size = min(len(np.unique(labels)), how.group, how.bs)
-        self.tokens = {}
+        self.how, self.where, self.tokens = how, where, {}
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": how.wd}, {"params": others, "weight_decay": 0.}]
         fused = device_type(where.device) == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(.9, .98), eps=1e-6, fused=fused)
 
-    def told(self, at, g): # (B, context length): a caption of each image, drawn
+    def told(self,
+             at:torch.Tensor, # (B,) positions
+             g:torch.Generator # on the device
+            )->torch.Tensor: # (B, context length)
+        "A caption of each image, drawn"
         u = torch.rand(len(at), generator=g, device=self.where.device).tolist()
         texts = [own[int(v * len(own))] for own, v in zip(map(self.captions.__getitem__, at.tolist()), u, strict=True)]
         new = [t for t in dict.fromkeys(texts) if t not in self.tokens]
         if new: self.tokens |= zip(new, self.clip.tokenizer(new), strict=True)
         return torch.stack([self.tokens[t] for t in texts]).to(self.where.device)
+
+# %% ../nbs/75_clip_training.ipynb #d22ef915
+@patch
+def update(self:ContrastiveRun,
+           x:torch.Tensor, # (B, C, H, W) uint8
+           tokens:torch.Tensor, # (B, context length)
+           size:int, # pairs of a group; B compares all with all
+           lr:float # learning rate
+          )->torch.Tensor: # the loss
+    "Look, compare, update"
+    where, model = self.where, self.model
+    seen = prepared(x, self.clip.config["preprocess_cfg"]).expand(-1, 3, -1, -1)
+    for group in self.optimizer.param_groups: group["lr"] = lr
+    with autocast(where.device, where.precision): z = model.encode_image(seen), text_vectors(model, tokens)
+    z = [F.normalize(v.float(), dim=-1).unflatten(0, (-1, size)) for v in z]
+    loss = group_loss(*z, model.logit_scale.exp())
+    self.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    self.optimizer.step()
+    with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
+    return loss.detach()
+
+# %% ../nbs/75_clip_training.ipynb #19c0e61e
+@patch(as_prop=True)
+def length(self:ContrastiveRun)->int: # of the whole training, in the units of `reached`
+    "How far it goes"
+    return self.how.n_steps
+
+
+@patch
+def reached(self:ContrastiveRun,
+            done:int # steps
+           )->int:
+    "How far it is"
+    return done
+
+
+@patch
+def resume(self:ContrastiveRun,
+           stage:str # name of the checkpoint
+          )->int: # steps that are done
+    "Go on from a checkpoint, where there is one"
+    return restore(self.where.run, stage, self.model, self.optimizer) if self.where.run else 0
+
+
+@patch
+def save(self:ContrastiveRun,
+         stage:str, # name of the checkpoint
+         done:int # steps
+        ):
+    "Make a checkpoint"
+    keep(self.where.run, stage, done, self.model, self.optimizer)
+
+# %% ../nbs/75_clip_training.ipynb #185bf474
+class _ClipRun(ContrastiveRun):
+    "One `train_clip`"
+
+    def __init__(self, clip, images, labels, captions, how, where):
+        super().__init__(clip, captions, how, where)
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(where.device)
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(where.device)
+        self.size = min(len(np.unique(labels)), how.group, how.bs)
 
     def batch(self, step): # pixels, tokens
         how, g = self.how, generator(self.how.seed, "clip", step, device=self.where.device)
@@ -162,25 +240,8 @@ class _ClipRun:
         if how.nudge: x = nudge(x, g, how.nudge)
         return x, self.told(at, g)
 
-# %% ../nbs/75_clip_training.ipynb #185bf474
-@patch
-def step(self:_ClipRun,
-         step:int # from 0
-        )->torch.Tensor: # the loss
-    "Draw pairs, compare, update"
-    how, where, model = self.how, self.where, self.model
-    x, tokens = self.batch(step)
-    seen = prepared(x, self.clip.config["preprocess_cfg"]).expand(-1, 3, -1, -1)
-    for group in self.optimizer.param_groups: group["lr"] = how.lr * diffusion_rate(step, how.n_steps)
-    with autocast(where.device, where.precision): z = model.encode_image(seen), encode_tokens(model, tokens)
-    z = [F.normalize(v.float(), dim=-1).unflatten(0, (-1, self.size)) for v in z]
-    loss = group_loss(*z, model.logit_scale.exp())
-    self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.)
-    self.optimizer.step()
-    with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-    return loss.detach()
+    def step(self, step): # the loss
+        return self.update(*self.batch(step), self.size, self.how.lr * diffusion_rate(step, self.how.n_steps))
 
 # %% ../nbs/75_clip_training.ipynb #30f44b73
 def _log(t, values, done, writer): # check and log the losses since the last look
@@ -192,21 +253,23 @@ def _log(t, values, done, writer): # check and log the losses since the last loo
     values.clear()
 
 
-def _train(t): # a `_ClipRun`: all steps that are left
-    how, where = t.how, t.where
-    stage, n = f"{where.name}-seed-{how.seed}", how.n_steps
-    writer = where.run if where.team.writes else None
-    first = restore(where.run, stage, t.model, t.optimizer) if where.run else 0
-    where.team.agree(f"position in {stage}", first)
-    if writer and first < n: writer.cut_back(first, stage=where.name, seed=how.seed)
-    bar, saved, values = Progress(f"seed {how.seed}: {where.name}", n, first), Clock(), []
-    for step in range(first, n):
-        values.append(t.step(step))
-        bar.step()
-        done = step + 1
-        if done % LOOK_EVERY and done != n: continue
+def train_pairs(t:ContrastiveRun # with a method `step`
+               ):
+    "All steps that are left, logged and kept"
+    where, seed = t.where, t.how.seed
+    stage, writer = f"{where.name}-seed-{seed}", where.run if where.team.writes else None
+    done = t.resume(stage)
+    where.team.agree(f"position in {stage}", done)
+    if writer and t.reached(done) < t.length: writer.cut_back(done, stage=where.name, seed=seed)
+    bar, saved, values = Progress(f"seed {seed}: {where.name}", t.length, t.reached(done)), Clock(), []
+    while (before := t.reached(done)) < t.length:
+        values.append(t.step(done))
+        done += 1
+        bar.step(t.reached(done) - before)
+        over = t.reached(done) == t.length
+        if done % LOOK_EVERY and not over: continue
         _log(t, values, done, writer)
-        if writer and (done == n or saved.older_than(where.save_every)): keep(writer, stage, done, t.model, t.optimizer)
+        if writer and (over or saved.older_than(where.save_every)): t.save(stage, done)
     bar.close()
     where.team.share(list(t.model.state_dict().values()))
 
@@ -218,6 +281,7 @@ def check_captions(captions:Sequence[Sequence[str]], # a list of texts for each 
     if len(captions) != n: raise DataError(f"{n} images need {n} lists of captions, got {len(captions)}.")
     if any(isinstance(own, str) or not len(own) for own in captions):
         raise DataError("captions are a list of texts for each image, with at least one text.")
+    if any(not t.strip() for own in captions for t in own): raise DataError("captions are texts, and one is empty.")
 
 
 def train_clip(images:np.ndarray, # (N, 1 or 3, H, W) uint8
@@ -244,5 +308,5 @@ def train_clip(images:np.ndarray, # (N, 1 or 3, H, W) uint8
     clip = new_clip(cfg, float(images.mean() / 255), max(float(images.std() / 255), 1e-3), "ltnb", how.seed)
     run = _ClipRun(clip, images, labels, captions, how, where)
     parts = "clip", run.model, cfg, images, labels, captions, how
-    with shared_training(where, where.name, how.seed, lambda: parts): _train(run)
+    with shared_training(where, where.name, how.seed, lambda: parts): train_pairs(run)
     return Clip(run.model.cpu().eval(), clip.tokenizer, clip.config, clip.name)

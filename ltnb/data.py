@@ -223,7 +223,7 @@ def duplicates(a:ImageSet, # where to look
 
 # %% ../nbs/11_data.ipynb #b054f873
 def _check_part(data, # a LongTail
-                part # "test" or "val"
+                part # "test", "val" or "shifted"
                ):
     other, train = getattr(data, part), data.train
     if other.class_names != train.class_names:
@@ -254,11 +254,13 @@ class LongTail:
     val: ImageSet|None = None # held-out training images, where there are any
     kept: np.ndarray|None = None # positions of train in the set that it was cut from
     notes: tuple = () # what was done to the data on the way, in sentences
+    shifted: ImageSet|None = None # test images taken under other conditions, where there are any
+    groups: dict|None = None # id of an image -> what it was taken with, such as a camera, where that is known
 
     def __post_init__(self):
         if self.n_classes < 2:
             raise DataError(f"{self.name} has one class only, {self.class_names[0]!r}: at least 2 are needed.")
-        for part in ("test", "val"):
+        for part in ("test", "val", "shifted"):
             if getattr(self, part) is not None: _check_part(self, part)
         if (empty := np.flatnonzero(self.train.counts == 0)).size: raise DataError(_empty_classes(self, empty))
 
@@ -274,7 +276,7 @@ class LongTail:
     def bands(self)->dict[str, np.ndarray]: return bands(self.counts)
     @property
     def parts(self)->dict[str, ImageSet]:
-        return {p: s for p in ("train", "val", "test") if (s := getattr(self, p)) is not None}
+        return {p: s for p in ("train", "val", "test", "shifted") if (s := getattr(self, p)) is not None}
 
 # %% ../nbs/11_data.ipynb #377fa383
 @patch
@@ -399,6 +401,7 @@ def _sizes(d # of `describe`
     if "val" in d["images"]: yield "val", f"{d['images']['val']:,} images"
     a_class = f"{low:,} images a class" if low == high else f"{low:,} to {high:,} images a class"
     yield "test", f"{d['images']['test']:,} images, {a_class}"
+    if "shifted" in d["images"]: yield "shifted", f"{d['images']['shifted']:,} test images under other conditions"
 
 # %% ../nbs/11_data.ipynb #7136368a
 def _remarks(d # of `describe`

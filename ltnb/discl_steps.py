@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .core import UsageError, generator, nearest, write_json
-from .config import auto, limited
+from .config import BUNDLED, auto, limited
 from .data import LongTail
 from .store import sharing
 from .classifier import Classifier
@@ -54,7 +54,7 @@ def _side(cfg, data):
     return None if _own(cfg) or fits else 512
 
 def _head(cfg, data): return .3 if cfg.hard == "frequency" else 1.
-def _held(cfg, data): return 4 if cfg.dataset == "digits" else 100
+def _held(cfg, data): return 4 if cfg.dataset in BUNDLED else 100
 
 # %% ../nbs/83_discl_steps.ipynb #f111bc15
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def knowledge_of(dataset:str, # whose classes they are
                  path:str|Path|None=None # a file, or the name of a shipped set; None takes what ships for `dataset`
                 )->list[Knowledge]: # K
     "The knowledge of these classes, in their order"
+    if dataset == "camera_digits": dataset = "digits" # the same classes
     source = str(path or dataset)
     if path is None and dataset not in SHIPPED:
         raise UsageError(f"no knowledge ships for {one_line(dataset)!r}: give a file with --knowledge (ltnb know "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNUSED_CLASS', 'NAME_WORDS', 'KEY_WORDS', 'read_text', 'unique_names', 'folders_of', 'whole_number', 'Reading',
            'read_lines', 'Unclear', 'decide_names', 'word', 'read_rows', 'unique_keys', 'json_rows', 'csv_rows',
-           'read_class_names', 'names_in_order', 'quoted', 'ordered']
+           'read_class_names', 'names_in_order', 'quoted', 'ordered', 'read_common_names']
 
 # %% ../nbs/05_labels.ipynb #ef4e7e19
 import csv, io, json, os, re
@@ -430,3 +430,29 @@ def ordered(names:Iterable, # of class folders
     if len(lines) > len(by):
         raise UsageError(f"{order} names {quoted([n for n, k in Counter(lines).items() if k > 1][:1])} more than once.")
     return [by[line] for line in lines]
+
+# %% ../nbs/05_labels.ipynb #c2671bda
+def read_common_names(path:str|Path, # .csv or .tsv: scientific name, common name; a header may say which is which
+                      class_names:Sequence # K scientific names
+                     )->dict[str, str]: # class name -> common name, of the classes in the table
+    "Common names of classes"
+    text = read_text(path)
+    sign = "\t" if Path(path).suffix.lower() == ".tsv" or "\t" in text.split("\n")[0] else ","
+    rows = [[c.strip() for c in r] for r in csv.reader(text.splitlines(), delimiter=sign) if any(c.strip() for c in r)]
+    if not rows or min(map(len, rows)) < 2:
+        raise DataError(f"{path} must have a scientific name and a common name on each line.")
+    head = [word(c) for c in rows[0]]
+    find = {kind: [i for i, w in enumerate(head) if w.startswith(kind)] for kind in ("scien", "common")}
+    headed = any(find.values())
+    a = find["scien"][0] if find["scien"] else 0
+    b = find["common"][0] if find["common"] else int(a == 0)
+    common = {_latin(r[a]): r[b] for r in rows[headed:] if r[a] and r[b]}
+    found = {str(n): common[_latin(n)] for n in class_names if _latin(n) in common}
+    if not found:
+        raise DataError(f"{path} names none of the {len(class_names)} classes, such as {quoted(class_names[:2])}.")
+    return found
+
+
+def _latin(name # of a class
+          ): # what it is looked up by
+    return " ".join(str(name).replace("_", " ").casefold().split())

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import UsageError, nearest
-from .config import Config, auto, limited
+from .config import BUNDLED, Config, auto, limited
 from .data import BANDS, bands
 from .sources import DataConfig, usual_ratio
 from .report import table
@@ -89,7 +89,7 @@ def check_bands(names:str, # joined by +, or all
 
 # %% ../nbs/43_ldmlr_settings.ipynb #3a10d9f5
 def corrected(cfg:Config): return cfg.variant == "corrected"
-def _small(cfg): return cfg.dataset == "digits" and not cfg.features
+def _small(cfg): return cfg.dataset in BUNDLED and not cfg.features
 def _known(data): return getattr(data, "head", True) is not None # was the encoder trained on these classes?
 def _n(data): return int(np.sum(data.counts))
 
@@ -195,11 +195,11 @@ CORRECTED_ONLY = ("pull", "kappa", "temperature", "guidance_scale", "syn_weight"
 
 # %% ../nbs/43_ldmlr_settings.ipynb #40cd1ba0
 def _arch(cfg, data): return "convnet" if min(data.train.images.shape[2:]) < 16 else "resnet32"
-def _batch(cfg, data): return min(32 if cfg.dataset == "digits" else 64, _n(data))
+def _batch(cfg, data): return min(32 if cfg.dataset in BUNDLED else 64, _n(data))
 
 
 def _by_set(digits, other): # a rule of the set's name, for images
-    def rule(cfg, data): return digits if cfg.dataset == "digits" else other
+    def rule(cfg, data): return digits if cfg.dataset in BUNDLED else other
     return _of_images(rule)
 
 # %% ../nbs/43_ldmlr_settings.ipynb #57d093fa

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATH_COLUMNS', 'LABEL_COLUMNS', 'SPLIT_COLUMNS', 'SPLIT_VALUES', 'Listing', 'read_list', 'find_column', 'Columns',
            'read_table', 'read_listing', 'number_labels', 'random_split', 'leak', 'group_split', 'split_listing',
-           'crossing', 'read_parts', 'with_suffix', 'listed_files']
+           'crossing', 'read_parts', 'with_suffix', 'listed_files', 'read_iwildcam']
 
 # %% ../nbs/06_listings.ipynb #95fb7595
 import csv, io, math, os, re
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import DataError, UsageError, nearest
-from .labels import read_text, whole_number, word
+from .labels import UNUSED_CLASS, read_text, whole_number, word
 
 # %% ../nbs/06_listings.ipynb #3f3f4256
 @dataclass(frozen=True)
@@ -408,3 +408,28 @@ def listed_files(root:str|Path|None, # the folder of the images; None takes the 
         raise DataError(f"{len(missing):,} of {len(paths):,} images of {listing.source} are not under {root}, such as "
                         f"{missing[0]!r}: check --data-root, or leave them out with --bad-images skip.")
     return paths
+
+# %% ../nbs/06_listings.ipynb #ed2fedbc
+def read_iwildcam(table:str|Path, # metadata.csv
+                  wanted:dict # its split -> part, such as "train"
+                 )->tuple[dict, int]: # part -> (paths, (N,) int64); how many photographs have no class
+    "The photographs of iWildCam2020-WILDS by their split"
+    found, unused = {p: ([], []) for p in wanted.values()}, 0
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(table)))
+        if lacks := {"split", "y", "filename"} - set(reader.fieldnames or ()):
+            has = ", ".join(reader.fieldnames or ["nothing"])
+            raise DataError(f"{table} lacks the column {min(lacks)}; it has {has}.")
+        for row in reader:
+            if not re.fullmatch(r"\d{1,9}", row["y"] or "", re.ASCII) or not row["filename"]:
+                raise DataError(f"{table}, line {reader.line_num}: y must be a class number and filename a name, got "
+                                f"{row['y']!r} and {row['filename']!r}.")
+            if row["split"] not in wanted: continue
+            if int(row["y"]) == UNUSED_CLASS:
+                unused += 1
+                continue
+            paths, labels = found[wanted[row["split"]]]
+            paths.append(f"train/{row['filename']}")
+            labels.append(int(row["y"]))
+    except csv.Error as e: raise DataError(f"{table} is no csv file ({e}).") from e
+    return {p: (paths, np.array(labels, dtype=np.int64)) for p, (paths, labels) in found.items()}, unused

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from .core import LtnbError, UsageError, choose_precision, device_type
-from .config import Config
+from .config import BUNDLED, Config
 from .files import free_memory
 from .data import LongTail
 from .sources import DATASETS
@@ -78,7 +78,7 @@ def smaller_and_smaller(cfg:Config, # settings of a diffusion model, as given
                        )->list: # the same settings with unet and diff_bs, from the usual choice down
     "Networks and batches that can be tried"
     usual = "tiny" if side < 16 else "cifar"
-    first = cfg.diff_bs or (64 if cfg.dataset == "digits" else 512 if side <= 32 else 128)
+    first = cfg.diff_bs or (64 if cfg.dataset in BUNDLED else 512 if side <= 32 else 128)
     unets = [cfg.unet] if cfg.unet else [usual, *(["medium"] if usual == "cifar" else [])]
     def batches(u): # from the usual one down
         if cfg.diff_bs: return [cfg.diff_bs]

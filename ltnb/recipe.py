@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.xml import Pre
 
 from .core import choose_device, choose_precision, read_json, work_is_kept, write_json
-from .config import Config
+from .config import BUNDLED, Config
 from .progress import Progress, tell
 from .runs import Run
 from .priors import class_prior
@@ -155,7 +155,7 @@ class Finished:
     @property
     def class_names(self)->list[str]|None: # None where they differ between seeds, as those of Digits-LT do
         "Names for figures that show all seeds"
-        return None if self.cfg.dataset == "digits" and self.cfg.seeds > 1 else self.data.class_names
+        return None if self.cfg.dataset in BUNDLED and self.cfg.seeds > 1 else self.data.class_names
 
 # %% ../nbs/33_recipe.ipynb #226d14c3
 class Recipe:

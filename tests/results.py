@@ -83,12 +83,18 @@ def methods_table(folder):
     return markdown(*without_empty(*columns(rows, methods(rows))))
 
 
+ABOVE = {  # recipe -> the rows of its own that are repeated above what is changed
+    "diffult": ("label shift", "generation", "aid loss"),
+    "ldmlr": ("ldmlr + label shift",),
+    "discl": ("cross-entropy", "real repeated", "discl"),
+}
+
+
 def changes_table(folder):
     "What is changed in a run, below what it changes"
     rows, swept = rows_of(folder), methods(swept_rows(folder))
     config = read_json(RESULTS / folder / "config.json")
-    above = ["label shift", "generation", "aid loss"] if config["recipe"] == "diffult" else ["ldmlr + label shift"]
-    return markdown(*without_empty(*columns(rows, [*above, *swept])))
+    return markdown(*without_empty(*columns(rows, [*ABOVE[config["recipe"]], *swept])))
 
 
 def cells_table(cells):
@@ -112,10 +118,20 @@ def generators_table(folder):
 
 
 def differences_list(folder):
-    "ChatDiff's pairs, in words"
+    "The pairs of a recipe, in words"
     from ltnb.chatdiff import ChatDiff
+    from ltnb.discl import DisCL
 
-    return "\n".join(f"- {markdown_text(s)}" for s in ChatDiff().verdict(rows_of(folder)))
+    recipe = {"chatdiff": ChatDiff, "discl": DisCL}[read_json(RESULTS / folder / "config.json")["recipe"]]
+    return "\n".join(f"- {markdown_text(s)}" for s in recipe().verdict(rows_of(folder)))
+
+
+def spectrum_table(folder):
+    "What the first seed's spectrum holds, level by level"
+    from ltnb.spectrum import levels_table
+
+    config = read_json(RESULTS / folder / "config.json")
+    return cells_table(levels_table(read_json(RESULTS / folder / f"levels-seed-{config['seed']}.json")))
 
 
 def judged_table(folder):
@@ -294,6 +310,7 @@ TABLES = {
     "generators": generators_table,
     "differences": differences_list,
     "judged images": judged_table,
+    "spectrum": spectrum_table,
     "forms": forms_table,
     "gains": form_gains_table,
     "comparison": comparison_table,

@@ -712,6 +712,10 @@ def test_iwildcam(tmp_path):
         and own.class_names == ("empty", "peccary")
     )
     assert "class 99999" in ood.notes[0] and ood.train[0][0].shape == (3, 30, 30)
+    both = load_data(DataConfig(dataset="iwildcam", data_root=str(root), domain="both"), 0)
+    assert own.shifted is None and (both.val.ids, both.test.ids) == (own.val.ids, own.test.ids)
+    assert both.shifted.ids == ood.test.ids and len({d.fingerprint() for d in (ood, own, both)}) == 3
+    assert both.in_memory().shifted.images.shape == (5, 3, 30, 30)
     assert LongTail.iwildcam(
         root.parent if root.name == "iwildcam_v2.0" else root.rename(tmp_path / "iwildcam_v2.0").parent
     ).counts.tolist() == [3, 2]

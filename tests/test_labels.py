@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ltnb.core import DataError, LtnbError, UsageError
-from ltnb.labels import read_class_names
+from ltnb.labels import read_class_names, read_common_names
 from ltnb.data import ImageSet, LongTail
 from ltnb.sources import DataConfig, check_source, load_data
 from ltnb.labels import unique_names
@@ -632,3 +632,28 @@ def test_read_table_takes_what_spreadsheets_write(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeff"Image Path";"Class"\r\n"a, b.png";"owl"\r\n\r\nc.png;jay\r\n'.encode())
     t = read_table(tmp_path / "a.csv")
     assert t.paths == ["a, b.png", "c.png"] and t.labels == ["owl", "jay"]
+
+
+# common names
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("n.csv", "puma concolor,puma\ntayassu pecari,white-lipped peccary\n"),
+        ("n.csv", "id,common name,scientific name\n7,puma,Puma concolor\n8,white-lipped peccary,Tayassu_pecari\n"),
+        ("n.tsv", "scientific\tcommon\nPuma  concolor\tpuma\nTayassu pecari\twhite-lipped peccary\n\nx y\t\n"),
+    ],
+)
+def test_common_names(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    wanted = {"tayassu pecari": "white-lipped peccary", "puma concolor": "puma"}
+    assert read_common_names(tmp_path / name, ["empty", *wanted]) == wanted
+    assert list(read_common_names(tmp_path / name, ["empty", *wanted])) == list(wanted)  # in the order of the classes
+
+
+def test_common_names_that_are_none(tmp_path):
+    for text, word in (("", "on each line"), ("puma\n", "on each line"), ("lynx lynx,lynx\n", "none of the 2 classes")):
+        (tmp_path / "n.csv").write_text(text)
+        with pytest.raises(DataError, match=word):
+            read_common_names(tmp_path / "n.csv", ["empty", "puma concolor"])
+    with pytest.raises(UsageError, match="does not exist"):
+        read_common_names(tmp_path / "other.csv", ["empty"])

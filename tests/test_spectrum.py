@@ -1,5 +1,7 @@
 "Spectra: the noise of a level, items that do not depend on their batch, pipelines, tries, a job a level."
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,23 @@ def test_pipelines_that_count_otherwise_are_refused(tmp_path):
     saved(tmp_path / "lcm", stable_diffusion("LatentConsistencyModelPipeline"))
     with pytest.raises(UsageError, match="LatentConsistencyModelPipeline"):
         ImageToImage.open(tmp_path / "lcm")
+
+
+def test_a_slider_walks_along_the_levels():
+    "In JupyterLab: what it shows follows it; where there are no widgets there is none"
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: the slider was not moved")
+    import matplotlib.pyplot as plt
+    from ltnb import spectrum
+
+    columns = {v: np.zeros((2, 1, 8, 8), np.uint8) for v in (0, 30, 100)}
+    drawn, real = [], spectrum.plot_spectrum
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(spectrum, "plot_spectrum", lambda shown, notes: (drawn.append(list(shown)), real(shown, notes))[1])
+        m.setattr(plt, "show", lambda: plt.close("all"))
+        slider = spectrum.level_slider(columns, {v: ["", ""] for v in columns})
+        for level in (30, 100, 0):
+            slider.children[0].value = level
+            assert drawn[-1] == [level]
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(sys.modules, "ipywidgets", None)
+        assert spectrum.level_slider(columns, {}) is None
