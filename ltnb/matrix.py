@@ -333,15 +333,18 @@ def _joined(there, cell): # two methods of one cell; None where the cell is new
 
 # %% ../nbs/87_matrix.ipynb #82f7c8e4
 @lru_cache(maxsize=2)
-def _read(source): # cells of one set read it once
-    return load_data(source, source.data_seed(source.seed))
+def _read(source, need_images): # cells of one set read it once
+    return load_data(source, source.data_seed(source.seed), need_images)
 
 
-def data_of(config:Config # of a cell
+def data_of(config:Config, # of a cell
+            need_images:bool=True # lists only: False reads the lists alone
            )->LongTail: # of its first seed
     "The image set of a cell, without what belongs to its recipe"
     names = [f.name for f in fields(DataConfig) if f.name not in ("seeds", "device", "precision", "threads")]
-    return _read(DataConfig(**{n: getattr(config, n) for n in names}))
+    source = DataConfig(**{n: getattr(config, n) for n in names})
+    if source.dataset == "lists" and not need_images: source = replace(source, data_root=None, bad_images=None)
+    return _read(source, need_images)
 
 
 def check_cell(cell:Cell, # of a matrix
