@@ -77,10 +77,12 @@ def workers_of(cfg:CompareConfig # as given
 def environments(cfg:CompareConfig, # of the comparison
                  n:int # workers
                 ): # number of a worker -> variables of its cells
-    "Each worker has a GPU of its own, where there are some"
-    gpus = gpus_here() if cfg.device != "cpu" and n > 1 and not cfg.launch else ()
+    "Each worker has a GPU of its own where there are some; with a launcher, its share of them"
+    gpus = gpus_here() if cfg.device != "cpu" and n > 1 else ()
+    each = max(len(gpus) // n, 1) if cfg.launch else 1 # a launcher starts a process on each of its cell's
     shared = {"LTNB_STORE": os.path.abspath(cfg.store or Path(cfg.out)/"store")}
-    def own(i): return shared | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
+    def of(i): return ",".join(gpus[(i * each + k) % len(gpus)] for k in range(each))
+    def own(i): return shared | ({"CUDA_VISIBLE_DEVICES": of(i)} if gpus else {})
     return own
 
 # %% ../nbs/90_compare.ipynb #a1b2c3d1

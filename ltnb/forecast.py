@@ -10,7 +10,7 @@ __all__ = ['WORK', 'BASES', 'LIKE', 'forward_flops', 'Part', 'Sizes', 'fitted_pa
            'show_minutes', 'show_bytes', 'show_range', 'plan_table', 'plan_summary']
 
 # %% ../nbs/88_forecast.ipynb #ab5db744
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .core import DataError, LtnbError, UsageError, choose_device, read_json, re
 from .config import Config
 from .runs import Run
 from .data import LongTail
+from .sources import check_source
 from .models import build_model
 from .decoupled import MAX_DRAWS
 from .classify import usual_arch
@@ -31,6 +32,7 @@ from .diffult_steps import images_wanted
 from .guidance import REAL, hard_classes
 from .curriculum import Pool, epoch_sizes
 from .discl_steps import asked_rows, composition, levels_of
+from .combine import combination_of
 from .matrix import Cell, Matrix, data_of
 
 # %% ../nbs/88_forecast.ipynb #14b26d11
@@ -197,7 +199,33 @@ def _discl(z, cfg, data):
             *(fitted_part(n, z, cfg.arch, shown) for n in names)]
 
 
-WORK = {"baseline": _baseline, "ldmlr": _ldmlr, "diffult": _diffult, "chatdiff": _chatdiff, "discl": _discl}
+def _combined_images(z, cfg, c, w): # what makes them, and the drawing
+    text, kind = c.make == "text", "drawing" if c.keep == "all" else "drawing until enough pass"
+    own = [diffusion_part("text to image", z, cfg, "text diffusion")] if text and not cfg.pipeline else []
+    plain = replace(cfg, cb_tau=0.) if c.make == "labels" else cfg
+    if not text: own.append(diffusion_part("cbdm", z, plain))
+    if c.make == "cbdm-aid": own.append(diffusion_part("aid", z, cfg, "diffusion with the AID loss"))
+    return [*own, drawn_part("images", z, cfg, w, f"text {kind}" if text else kind)]
+
+
+def _combine(z, cfg, data):
+    c, once = combination_of(cfg), z.n * cfg.n_epochs
+    if c.make == "spectrum": # as DisCL, with other rows
+        rows = ("", "", c.order) if c.order != "mixed" else ()
+        known = [p for p in _discl(z, cfg, data) if p.kind != "classifier"]
+        mixed = [] if rows else [fitted_part("combined", z, cfg.arch, 2. * once)] # about as many made as real ones
+        return [fitted_part("cross-entropy", z, cfg.arch, once), *known, *mixed,
+                *(fitted_part(n, z, cfg.arch, shown_of(z, cfg) * cfg.fine_epochs) for n in rows)]
+    w = float(images_wanted(cfg, data).sum())
+    eyes = [fitted_part("phi", z, cfg.arch, once)] if c.make == "cbdm-aid" or c.keep.startswith("aid") else []
+    eyes += clip_part(z, cfg) if c.make == "text" or c.keep.startswith("clip") else []
+    fits = ("combined",) if c.keep == "all" else ("generation", "random-filter", "combined")
+    return [*eyes, *_combined_images(z, cfg, c, w), fitted_part("cross-entropy", z, cfg.arch, once),
+            *control_parts(z, cfg, w), *(fitted_part(n, z, cfg.arch, (z.n + w) * cfg.n_epochs) for n in fits)]
+
+
+WORK = {"baseline": _baseline, "ldmlr": _ldmlr, "diffult": _diffult, "chatdiff": _chatdiff, "discl": _discl,
+        "combine": _combine}
 
 # %% ../nbs/88_forecast.ipynb #30591560
 def parts_of(recipe:str, # a name of the command's list
@@ -271,12 +299,14 @@ def images_to_make(recipe:str, # a name of the command's list
     "How many images one seed draws"
     z = Sizes.of(data)
     if recipe == "ldmlr": return (int(planned_counts(z.counts, cfg.per_class, cfg.ratio, cfg.bands).sum()),) * 2
-    if recipe == "discl":
+    spectrum = recipe == "discl" or (recipe == "combine" and cfg.make == "spectrum")
+    if spectrum:
         each = hard_images_of(z, cfg) * cfg.per_image * len(levels_of(cfg))
         return each, each * cfg.tries
-    if recipe not in ("diffult", "chatdiff"): return 0, 0
+    if recipe not in ("diffult", "chatdiff", "combine"): return 0, 0
     w = images_wanted(cfg, data)
     most = int(np.ceil(cfg.cap * w).sum())
+    if recipe == "combine": return int(w.sum()), int(w.sum()) if cfg.keeps == "all" else most
     if recipe == "diffult": return 2 * int(w.sum()), 2 * most
     plain = (2 if cfg.pipeline else 3) * int(w.sum())
     return plain + int(w.sum()), plain + most
@@ -326,11 +356,11 @@ def without_images(cell:Cell, # of a matrix
                    recipe:Any # of it
                   )->tuple[Any, str]: # the set, None where it is not there; and a note
     "The image set of a cell, as far as it can be had without opening an image"
-    cfg = cell.config
-    try:
-        if getattr(cfg, "features", None): return recipe.load(cfg, cfg.seed), ""
-        return data_of(cfg, need_images=False), "read from its lists alone" if cfg.dataset == "lists" else ""
-    except DataError as e: return None, f"cannot be estimated: {e}"
+    cfg, featured = cell.config, getattr(cell.config, "features", None)
+    if not featured: check_source(cfg)
+    if cfg.dataset == "lists" and not featured: return data_of(cfg, need_images=False), "read from its lists alone"
+    try: return recipe.load(cfg, cfg.seed) if featured else data_of(cfg), ""
+    except (DataError, UsageError) as e: return None, f"cannot be estimated: {e}"
 
 # %% ../nbs/88_forecast.ipynb #e689d3e7
 def resolved_cell(cell:Cell, # of a matrix

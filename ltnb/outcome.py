@@ -125,8 +125,8 @@ def passes_of(cell:Cell # finished
              ): # manifest row -> bool; None where nothing is filtered
     "The filter of a cell"
     cfg, path = read_json(cell.path/"config.json"), cell.path/"clip"/"thresholds.json"
-    if "keep" in cfg and "cap" in cfg:
-        zones = cfg["keep"].split("+")
+    if cell.recipe == "diffult" or str(cfg.get("keeps")).startswith("aid"):
+        zones = ("id",) if cfg.get("keeps") == "aid:id" else cfg.get("keep", "id+aid").split("+")
         return lambda row: zone_of(row["scores"].get("aid_ratio")) in zones
     if "rule" not in cfg or not path.exists(): return None
     real = Thresholds.load(path)
@@ -135,7 +135,8 @@ def passes_of(cell:Cell # finished
                      thresholds=real.per_class(cfg["rule_quantile"]))
 
 # %% ../nbs/89_outcome.ipynb #54dffed4
-FILTERED = {"diffult": "aid-seed-{}", "chatdiff": "knowledge-seed-{}", "discl": "spectrum-seed-{}/level-*"}
+FILTERED = {"diffult": "aid-seed-{}", "chatdiff": "knowledge-seed-{}", "discl": "spectrum-seed-{}/level-*",
+            "combine": "images-seed-{}"}
 
 
 def samples_of(cell:Cell, # finished
