@@ -1,4 +1,7 @@
-"Builds ltnb from settings.ini; the wheel also carries the entry notebooks, stripped of their outputs."
+"""Builds ltnb from settings.ini; the wheel also carries the entry notebooks, stripped of their outputs
+
+Name, summary and addresses stand in pyproject.toml as well, where nbdev reads them.
+"""
 
 import json
 from configparser import ConfigParser
@@ -42,15 +45,12 @@ class build_py_with_notebooks(build_py):
 
 setup(
     version=cfg["version"],
-    description=cfg["description"],
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author=cfg["author"],
     author_email=cfg["author_email"],
     keywords=cfg["keywords"].split(),
-    url=cfg["git_url"],
-    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
@@ -62,6 +62,9 @@ setup(
     package_data={"ltnb": ["known/*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": [cfg["console_scripts"]]},
+    entry_points={
+        "console_scripts": [cfg["console_scripts"]],
+        "nbdev": [f"ltnb={cfg['lib_name']}._modidx:d"],  # names in backticks become links, here and in other projects
+    },
     cmdclass={"build_py": build_py_with_notebooks},
 )

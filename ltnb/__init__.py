@@ -29,4 +29,5 @@ def run(name:str, # of the recipe: "baseline", "ldmlr", "diffusion" or "diffult"
     "Run a recipe, as `ltnb run NAME --plain` does: the same call finds its run again, and goes on where it stopped"
     from ltnb.cli import find_recipe
     recipe = find_recipe(name).load()
-    return recipe.run(recipe.config.from_dict(settings))
+    config = recipe.config.from_dict(settings)
+    return recipe.of(config).run(config)

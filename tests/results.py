@@ -18,6 +18,7 @@ from ltnb.ranks import cannot_say, compare_with_controls, say_comparison, show_p
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "results", ROOT / "nbs" / "results.ipynb"
+ONLINE = "https://github.com/ltnb/ltnb/blob/main/results"
 MARK = re.compile(r"^\[Table: ([a-z ]+) of ([\w-]+)\]\(\.\./nbs/results\.ipynb\)$", re.M)
 
 
@@ -330,13 +331,15 @@ def filled(text):
             raise SystemExit(f"results/README.md asks for a table of {kind!r}: give one of {', '.join(TABLES)}.")
         return TABLES[kind](folder)
 
-    return MARK.sub(table, text).replace("](../nbs/", "](").replace("](references/", "](../results/references/")
+    return MARK.sub(table, text).replace("](../nbs/", "](").replace("](references/", f"]({ONLINE}/references/")
 
 
 def notebook():
     "The page: a Markdown cell a section"
     text = filled((RESULTS / "README.md").read_text(encoding="utf-8"))
-    parts = [p.strip() for p in re.split(r"(?m)^(?=## )", text)]
+    # nbdev takes a page's first cell for its head, and drops whatever else stands in it
+    title, rest = re.match(r"(# [^\n]+\n+> [^\n]+)\n+(.+)", text, re.S).groups()
+    parts = [title, *(p.strip() for p in re.split(r"(?m)^(?=## )", rest))]
     cells = [
         {
             "cell_type": "markdown",

@@ -151,11 +151,11 @@ def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
 
 
-def test_opening_and_end(cells):
+def test_opening_and_end(path, cells):
     first = [c for c in cells if c["cell_type"] == "markdown"][0]
     assert re.match(r"# .+\n\n> .+", source(first)), "a notebook opens with a title and a subtitle"
     text = "\n".join(source(c) for c in cells if c["cell_type"] == "markdown")
-    if "# ltnb" not in source(first):
+    if path.stem[0].isdigit():  # a lesson
         assert "## Summary" in text and "### Exercises" in text
 
 
@@ -179,7 +179,7 @@ def test_imports_stand_alone(cells):
 def test_stored_outputs(path, cells):
     code = [c for c in cells if c["cell_type"] == "code"]
     assert path.stat().st_size < 1_000_000
-    assert any(c["outputs"] for c in code), "no stored output"
+    assert any(c["outputs"] for c in code) or not code, "no stored output"
     kinds = {o["output_type"] for c in code for o in c["outputs"]}
     assert "error" not in kinds
     text = json.dumps(

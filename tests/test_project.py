@@ -24,7 +24,9 @@ def test_doubled_keys_agree():
 
     nbdev = TOML["tool"]["nbdev"]
     assert TOML["project"]["name"] == CFG["lib_name"] and TOML["project"]["requires-python"] == f">={CFG['min_python']}"
-    assert ltnb.__version__ == CFG["version"]
+    assert ltnb.__version__ == CFG["version"] and TOML["project"]["description"] == CFG["description"]
+    site = CFG["doc_host"] + CFG["doc_baseurl"]
+    assert TOML["project"]["urls"] == {"Repository": CFG["git_url"], "Documentation": site}
     for key in (
         "lib_path",
         "nbs_path",
@@ -61,17 +63,6 @@ def test_readme_opens_with_the_two_commands():
     assert [head.index(line) for line in lines] == sorted(head.index(line) for line in lines)
 
 
-def test_site_lists_every_notebook():
-    import yaml
-
-    assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
-    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    listed = [
-        c for e in site["website"]["sidebar"]["contents"] for c in (e["contents"] if isinstance(e, dict) else [e])
-    ]
-    assert sorted(listed) == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
-
-
 def test_links_resolve():
     for path in [*(ROOT / "nbs").glob("*.ipynb"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         text = (
@@ -86,24 +77,6 @@ def test_links_resolve():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             if not re.match(r"\w+:", target):
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-@pytest.mark.slow_process
-def test_site_pages_can_be_processed(tmp_path):
-    "What `nbdev-docs` does before it calls Quarto, in a copy"
-    import shutil
-
-    shutil.copytree(
-        ROOT,
-        tmp_path / "p",
-        ignore=shutil.ignore_patterns(".git", "runs", "_proc", "*.egg-info", ".venv", "build"),
-        symlinks=True,
-    )
-    code = "from nbdev.serve import proc_nbs; proc_nbs()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "p", capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    pages = sorted(p.name for p in (tmp_path / "p" / "_proc").glob("*.ipynb"))
-    assert pages == sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
 
 
 def test_imports_run_one_way():

@@ -28,6 +28,9 @@ def test_contents(wheel):
         assert {f"ltnb/known/{p.name}" for p in (ROOT / "ltnb/known").glob("*.json")} <= set(names)
         assert not [n for n in names if n.startswith(("tests", "nbs"))]
         meta = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
+        entries = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert "ltnb = ltnb.cli:main" in entries and "[nbdev]\nltnb = ltnb._modidx:d" in entries
+    assert "Project-URL: Repository, https://github.com/" in meta and "Project-URL: Documentation, https://" in meta
     assert "Apache-2.0" in meta and "Requires-Python: >=3.11" in meta
     assert "nbdev" not in "".join(l for l in meta.split("\n") if l.startswith("Requires-Dist") and "extra" not in l), (
         "nbdev is a dev tool"
