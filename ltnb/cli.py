@@ -393,9 +393,7 @@ def compare_command(args:list[str] # after `ltnb compare`
     about = ("Run methods on image sets with the same seeds, each cell as the directory that ltnb run would write, and "
              "put all rows into one table. Run it again to go on; what is finished stays as it is.")
     config, given = begin("compare", about, CompareConfig, args)
-    if config.dry_run:
-        print(plan_of(config, CELLS, tuple(given)))
-        return
+    if config.dry_run: return print(plan_of(config, CELLS, tuple(given)))
     with work_is_kept(): plan, failed = compare(config, CELLS, tuple(given))
     print(summary_of(plan, failed))
     if failed: raise LtnbError(f"{len(failed)} of {len(plan.cells)} cells failed: see above and {plan.out/'logs'}.")

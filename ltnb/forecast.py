@@ -14,6 +14,7 @@ __all__ = ['WORK', 'BASES', 'LIKE', 'forward_flops', 'Part', 'Sizes', 'fitted_pa
 # %% ../nbs/89_forecast.ipynb #ab5db744
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def measured_rates(path:Path, # of a run, which need not be finished
 
 def known_rates()->list[Rate]: # of the package
     "Rates of the runs in `results/`"
-    return [Rate(**r) for r in read_json(Path(__file__).parent/"known"/"rates.json")["rates"]]
+    return [Rate(**r) for r in read_json(Path(str(files("ltnb")))/"known"/"rates.json")["rates"]]
 
 # %% ../nbs/89_forecast.ipynb #2318d0e6
 BASES = ("measured here", "measured elsewhere", "from other work", "not measured") # from near to far

@@ -23,7 +23,7 @@ from . import __version__
 from .core import (FORMAT, LtnbError, UsageError, check_format, os_error, plain, read_jsonl, save_tensors,
                        stable_seed, write_jsonl)
 from .runs import lock_file, show_differences, unlock_file
-from .store import Store, alone_with, content_key
+from .store import Store, obtain_file
 from .team import Team
 
 # %% ../nbs/30_jobs.ipynb #d777b762
@@ -421,17 +421,9 @@ def obtain(self:JobFolder,
            job:Job # its store, and what the items depend on
           ):
     "Shard s: from the store, or made"
-    store, what = job.store, ("shard", self.key(s), job.attempts, job.check, job.depends)
-    key = None if store is None else content_key(*what)
-    if key is None: return self.write(s, make, job)
-    start, name = time.perf_counter(), f"{self.folder.name}/{self.path(s).stem}"
-    with alone_with(store, key, name) as there:
-        if there:
-            store.take(key, self.path(s), name, start, seed=self.header["seed"])
-            return
-        start = time.perf_counter()
-        self.write(s, make, job)
-        store.put(key, self.path(s), time.perf_counter() - start, what=name, seed=self.header["seed"])
+    what = "shard", self.key(s), job.attempts, job.check, job.depends
+    name, seed = f"{self.folder.name}/{self.path(s).stem}", self.header["seed"]
+    obtain_file(job.store, what, self.path(s), lambda: self.write(s, make, job), name, seed)
 
 # %% ../nbs/30_jobs.ipynb #5ca4b8c3
 def shard_facts(path:Path # of a shard
