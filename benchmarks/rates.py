@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ltnb.cli import RECIPES
 from ltnb.core import DataError, UsageError, read_json, write_json
-from ltnb.forecast import measured_rates, parts_of
+from ltnb.forecast import measured_rates, work_of
 
 KNOWN = Path(__file__).resolve().parent.parent / "ltnb" / "known" / "rates.json"
 
@@ -35,7 +35,7 @@ def rates_of(path, roots):
         recipe, cfg, data = config_of(path, roots)
     except (DataError, UsageError, KeyError) as e:
         return [], f"{path.name} is left out: {e}"
-    found = measured_rates(path, parts_of(cfg.recipe, cfg, data), path.name)
+    found = measured_rates(path, work_of(cfg.recipe, cfg, data), path.name)
     return [asdict(r) | {"per_second": float(f"{r.per_second:.4g}")} for r in found], ""
 
 

@@ -227,8 +227,7 @@ def draw_words(s:Stage, # its settings and data
     wanted = images_wanted(s.cfg, s.data)
     passes, cap = (eye.passes, s.cfg.cap) if what == "knowledge" else (lambda row: True, 1.)
     plan = prompt_plan(known, np.ceil(cap * wanted).astype(int), what, s.seed)
-    shared = {} if s.cfg.pipeline else sharing(s.where) # a pipeline's weights can change behind its name
-    job = Job(seed=s.seed, settings=painter.settings, attempts=3, team=s.team, **shared)
+    job = Job(seed=s.seed, settings=painter.settings, attempts=3, team=s.team, **sharing(s.where, piped=s.cfg.pipeline))
     with s.timed(f"images of {what}"):
         return draw_until(folder_of(s, what), wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
 

@@ -350,7 +350,7 @@ def draw_spectrum(s:Stage, # its settings and data
     settings = painter.settings | cut_settings(s.data) | {"tries": cfg.tries, "rule": cfg.rule, "by": eye.score.by}
     bar = Progress("spectrum", len(plan))
     judged = cfg.text_only, cfg.rule_quantile, cfg.rule_cosine, eye.real, s.data.train.images, s.data.train.labels
-    shared = {} if cfg.pipeline else sharing(s.where, *judged) # a pipeline's weights can change behind its name
+    shared = sharing(s.where, *judged, piped=cfg.pipeline)
     job = Job(s.seed, settings, attempts=3, worker=(s.team.rank, s.team.size), progress=bar.step, **shared)
     make = best_of(painter.make, eye.score, eye.passes, cfg.tries)
     made = make_spectrum(folder, plan, make, painter.fingerprint, job, lambda v: s.timed(f"level {v}"))

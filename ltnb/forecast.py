@@ -6,9 +6,8 @@ Docs: https://ltnb.github.io/ltnb/forecast.html.md"""
 
 # %% auto #0
 __all__ = ['WORK', 'BASES', 'LIKE', 'forward_flops', 'Part', 'Sizes', 'fitted_part', 'diffusion_part', 'drawn_part',
-           'control_parts', 'judge_part', 'clip_part', 'hard_images_of', 'shown_of', 'parts_of', 'Rate',
-           'measured_rates', 'known_rates', 'nearest_rate', 'images_to_make', 'features_of', 'bytes_to_write',
-           'Forecast', 'state_of', 'without_images', 'resolved_cell', 'device_of', 'forecast', 'forecasts',
+           'control_parts', 'hard_images_of', 'work_of', 'Rate', 'measured_rates', 'known_rates', 'nearest_rate',
+           'images_to_make', 'Forecast', 'state_of', 'unopened', 'resolved_cell', 'forecast', 'forecasts',
            'show_minutes', 'show_bytes', 'show_range', 'plan_table', 'plan_summary']
 
 # %% ../nbs/89_forecast.ipynb #ab5db744
@@ -126,12 +125,12 @@ def control_parts(z:Sizes, # of the set
     return [fitted_part(n, z, cfg.arch, (z.n + wanted) * cfg.n_epochs) for n in names]
 
 
-def judge_part(z, cfg): # who saw everything
+def _judge_part(z, cfg): # who saw everything
     arch = usual_arch(min(z.shape[1:]))
     return [fitted_part("judge", z, arch, (z.n + z.n_test) * cfg.judge_epochs)] if cfg.judge_epochs else []
 
 
-def clip_part(z, cfg): # the small CLIP: 16 patches of a small image, 64 of a larger one
+def _clip_part(z, cfg): # the small CLIP: 16 patches of a small image, 64 of a larger one
     if cfg.clip: return []
     return [Part("clip", "small CLIP", f"at {z.shape[1]}", float(cfg.clip_steps * (16 if z.shape[1] <= 16 else 64)))]
 
@@ -155,7 +154,7 @@ def _diffult(z, cfg, data):
     mixed = (z.n + w) * cfg.n_epochs
     names = ["generation-all", "generation-filter", "generation-weight", "aid loss-all", "aid loss-filter", "diffult"]
     names += ["diffult-bsm", "diffult-strong", "diffult-ldam"] if cfg.pipelines else []
-    return [fitted_part("phi", z, cfg.arch, z.n * cfg.n_epochs), *judge_part(z, cfg), *control_parts(z, cfg, w),
+    return [fitted_part("phi", z, cfg.arch, z.n * cfg.n_epochs), *_judge_part(z, cfg), *control_parts(z, cfg, w),
             diffusion_part("cbdm", z, cfg), drawn_part("cbdm: images", z, cfg, w, "drawing until enough pass"),
             diffusion_part("aid", z, cfg, "diffusion with the AID loss"),
             drawn_part("aid: images", z, cfg, w, "drawing until enough pass"),
@@ -170,7 +169,7 @@ def _chatdiff(z, cfg, data):
     drawn = [drawn_part(f"images of {n}", z, cfg, w, "text drawing") for n in ("name only", "shuffled knowledge")]
     drawn.append(drawn_part("images of knowledge", z, cfg, w, "text drawing until enough pass"))
     made += () if cfg.pipeline else ("",)
-    return [*clip_part(z, cfg), *own, *drawn, *judge_part(z, cfg), *control_parts(z, cfg, w),
+    return [*_clip_part(z, cfg), *own, *drawn, *_judge_part(z, cfg), *control_parts(z, cfg, w),
             fitted_part("cross-entropy", z, cfg.arch, z.n * cfg.n_epochs),
             *(fitted_part(n, z, cfg.arch, (z.n + w) * cfg.n_epochs) for n in made)]
 
@@ -183,7 +182,7 @@ def hard_images_of(z:Sizes, # of the set
     return int(z.counts[hard_classes(z.counts, cfg.hard_below)].sum())
 
 
-def shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
+def _shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
     hard = hard_images_of(z, cfg)
     if cfg.hard == "confidence": return cfg.head_fraction * (z.n - hard) + hard * (1 + cfg.per_image)
     y = np.repeat(np.arange(len(z.counts)), z.counts)
@@ -192,13 +191,13 @@ def shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
 
 
 def _discl(z, cfg, data):
-    shown, each = shown_of(z, cfg) * cfg.fine_epochs, float(hard_images_of(z, cfg) * cfg.per_image)
+    shown, each = _shown_of(z, cfg) * cfg.fine_epochs, float(hard_images_of(z, cfg) * cfg.per_image)
     names = ["no-synthetic", *(r.replace(" ", "-") for r in asked_rows(cfg)), "discl-balanced"]
     kind = "text diffusion" if cfg.maker == "text" else "diffusion"
     own = [] if cfg.pipeline else [diffusion_part("generator", z, cfg, kind)]
     levels = [drawn_part(f"level {v}", z, cfg, each * (1 - v / 100), "drawing of a spectrum") for v in levels_of(cfg)]
-    return [fitted_part("cross-entropy", z, cfg.arch, z.n * cfg.n_epochs), *clip_part(z, cfg), *own, *levels,
-            *judge_part(z, cfg), fitted_part("balanced-softmax", z, cfg.arch, z.n * cfg.n_epochs + shown),
+    return [fitted_part("cross-entropy", z, cfg.arch, z.n * cfg.n_epochs), *_clip_part(z, cfg), *own, *levels,
+            *_judge_part(z, cfg), fitted_part("balanced-softmax", z, cfg.arch, z.n * cfg.n_epochs + shown),
             *(fitted_part(n, z, cfg.arch, shown) for n in names)]
 
 
@@ -218,10 +217,10 @@ def _combine(z, cfg, data):
         known = [p for p in _discl(z, cfg, data) if p.kind != "classifier"]
         mixed = [] if rows else [fitted_part("combined", z, cfg.arch, 2. * once)] # about as many made as real ones
         return [fitted_part("cross-entropy", z, cfg.arch, once), *known, *mixed,
-                *(fitted_part(n, z, cfg.arch, shown_of(z, cfg) * cfg.fine_epochs) for n in rows)]
+                *(fitted_part(n, z, cfg.arch, _shown_of(z, cfg) * cfg.fine_epochs) for n in rows)]
     w = float(images_wanted(cfg, data).sum())
     eyes = [fitted_part("phi", z, cfg.arch, once)] if c.make == "cbdm-aid" or c.keep.startswith("aid") else []
-    eyes += clip_part(z, cfg) if c.make == "text" or c.keep.startswith("clip") else []
+    eyes += _clip_part(z, cfg) if c.make == "text" or c.keep.startswith("clip") else []
     fits = ("combined",) if c.keep == "all" else ("generation", "random-filter", "combined")
     return [*eyes, *_combined_images(z, cfg, c, w), fitted_part("cross-entropy", z, cfg.arch, once),
             *control_parts(z, cfg, w), *(fitted_part(n, z, cfg.arch, (z.n + w) * cfg.n_epochs) for n in fits)]
@@ -231,7 +230,7 @@ WORK = {"baseline": _baseline, "ldmlr": _ldmlr, "diffult": _diffult, "chatdiff":
         "combine": _combine}
 
 # %% ../nbs/89_forecast.ipynb #30591560
-def parts_of(recipe:str, # a name of the command's list
+def work_of(recipe:str, # a name of the command's list
              cfg:Config, # resolved
              data:Any # a LongTail, or Features
             )->list[Part]: # of one seed; none where a recipe is not known here
@@ -315,14 +314,14 @@ def images_to_make(recipe:str, # a name of the command's list
     return plain + int(w.sum()), plain + most
 
 
-def features_of(z, cfg): # how wide a feature is
+def _features_of(z, cfg): # how wide a feature is
     if len(z.shape) == 1: return z.shape[0]
     with torch.device("meta"): return build_model(cfg.arch, len(z.counts), z.shape[0]).n_features
 
 
-def bytes_to_write(recipe, cfg, data, parts, images): # one seed, at most: images, and a checkpoint of each training
+def _bytes_to_write(recipe, cfg, data, parts, images): # one seed, at most: images, and a checkpoint of each training
     z, kept = Sizes.of(data), images[recipe != "discl"] # what a level tries again is not kept
-    total = kept * (4 * features_of(z, cfg) if recipe == "ldmlr" else int(np.prod(z.shape)))
+    total = kept * (4 * _features_of(z, cfg) if recipe == "ldmlr" else int(np.prod(z.shape)))
     for p in parts:
         name = p.network.split(" at ")[0]
         if p.kind == "classifier": total += 8 * forward_flops(name, z.shape, len(z.counts))[1] # weights and momentum
@@ -355,7 +354,7 @@ def state_of(cell:Cell # of a matrix
     return f"goes on at seed {left[0]}" if begun else "new", len(left)
 
 # %% ../nbs/89_forecast.ipynb #14b563bd
-def without_images(cell:Cell, # of a matrix
+def unopened(cell:Cell, # of a matrix
                    recipe:Any # of it
                   )->tuple[Any, str]: # the set, None where it is not there; and a note
     "The image set of a cell, as far as it can be had without opening an image"
@@ -374,14 +373,14 @@ def resolved_cell(cell:Cell, # of a matrix
     try:
         recipe.directory(cell.config)
         recipe.check(cell.config)
-        data, note = without_images(cell, recipe)
+        data, note = unopened(cell, recipe)
         if data is None: return None, None, note
         return recipe.resolve(cell.config, data), data, note
     except (UsageError, DataError) as e: raise type(e)(f"{cell.name}: {e}") from e
     except LtnbError as e: return None, None, f"cannot be estimated on this machine: {e}"
 
 
-def device_of(cell): # cpu or cuda
+def _device_of(cell): # cpu or cuda
     return cell.config.device if cell.config.device != "auto" else choose_device("auto").partition(":")[0]
 
 # %% ../nbs/89_forecast.ipynb #db2956e6
@@ -393,13 +392,13 @@ def forecast(cell:Cell, # of a matrix
     "What is left of a cell, and what it will take"
     (cfg, data, note), (state, left) = found, state_of(cell)
     if cfg is None or not left: return Forecast(cell.name, state, left, 0. if not left else None, note=note)
-    parts, images = parts_of(cell.recipe, cfg, data), images_to_make(cell.recipe, cfg, data)
-    rated = [(p, *nearest_rate(p, device_of(cell), here, known)) for p in parts if p.amount]
+    parts, images = work_of(cell.recipe, cfg, data), images_to_make(cell.recipe, cfg, data)
+    rated = [(p, *nearest_rate(p, _device_of(cell), here, known)) for p in parts if p.amount]
     lost = sorted({f"{p.kind} ({p.network})" for p, rate, _ in rated if rate is None})
     basis = max((b for *_, b in rated), key=BASES.index, default="not measured")
     seconds = None if lost or not rated else left * sum(p.amount / rate for p, rate, _ in rated)
     if lost: note = "; ".join(filter(None, [note, f"not measured: {', '.join(lost)}"]))
-    size = bytes_to_write(cell.recipe, cfg, data, parts, images)
+    size = _bytes_to_write(cell.recipe, cfg, data, parts, images)
     return Forecast(cell.name, state, left, seconds, basis, tuple(left * n for n in images), left * size, note)
 
 
@@ -409,7 +408,7 @@ def forecasts(plan:Matrix, # of a comparison
     "What every cell will take; nothing is started"
     found = [resolved_cell(c, recipes) for c in plan.cells]
     here = [r for c, (cfg, data, _) in zip(plan.cells, found, strict=True) if cfg is not None
-            for r in measured_rates(c.path, parts_of(c.recipe, cfg, data), c.name)]
+            for r in measured_rates(c.path, work_of(c.recipe, cfg, data), c.name)]
     return [forecast(c, f, here, known_rates()) for c, f in zip(plan.cells, found, strict=True)]
 
 # %% ../nbs/89_forecast.ipynb #3f6bf72d

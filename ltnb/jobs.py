@@ -415,15 +415,9 @@ def write(self:JobFolder,
 
 # %% ../nbs/30_jobs.ipynb #2caf0cf8
 @patch
-def obtain(self:JobFolder,
-           s:int, # number of the shard
-           make:Callable, # as in `make_synthetic`
-           job:Job # its store, and what the items depend on
-          ):
-    "Shard s: from the store, or made"
-    what = "shard", self.key(s), job.attempts, job.check, job.depends
-    name, seed = f"{self.folder.name}/{self.path(s).stem}", self.header["seed"]
-    obtain_file(job.store, what, self.path(s), lambda: self.write(s, make, job), name, seed)
+def _obtain(self:JobFolder, s, make, job): # shard s: from the store of the job, or made
+    what, name = ("shard", self.key(s), job.attempts, job.check, job.depends), f"{self.folder.name}/{self.path(s).stem}"
+    obtain_file(job.store, what, self.path(s), lambda: self.write(s, make, job), name, self.header["seed"])
 
 # %% ../nbs/30_jobs.ipynb #5ca4b8c3
 def shard_facts(path:Path # of a shard
@@ -474,7 +468,7 @@ def claim(self:JobFolder,
     try:
         left = self.folder.glob(f".{self.path(s).name}.*.part") # of a worker that was killed
         for p in left: p.unlink(missing_ok=True)
-        if not self.whole(s): self.obtain(s, make, job)
+        if not self.whole(s): self._obtain(s, make, job)
     finally: unlock_file(claim, fd)
     return True
 

@@ -48,35 +48,35 @@ class Content:
 
     def __init__(self): self.hash, self.seen = hashlib.blake2b(digest_size=16), {}
 
-    def text(self, *words): self.hash.update("\x1f".join(map(str, words)).encode("utf-8", "surrogateescape") + b"\x1e")
+    def _text(self, *words): self.hash.update("\x1f".join(map(str, words)).encode("utf-8", "surrogateescape") + b"\x1e")
 
     def feed(self,
              x:Any # what a part depends on
             )->"Content": # itself
         "Take in one thing, with all that it holds"
-        if x is None or isinstance(x, (bool, int, str, bytes)): self.text(type(x).__name__, repr(x))
+        if x is None or isinstance(x, (bool, int, str, bytes)): self._text(type(x).__name__, repr(x))
         elif isinstance(x, float): self.hash.update(b"float" + struct.pack("<d", x))
         elif torch.is_tensor(x) or isinstance(x, np.ndarray):
             kind, flat = _array(x)
-            self.text("array", kind, tuple(x.shape))
+            self._text("array", kind, tuple(x.shape))
             self.hash.update(flat.data)
-        elif id(x) in self.seen: self.text("again", self.seen[id(x)][0])
-        else: self.one(x)
+        elif id(x) in self.seen: self._text("again", self.seen[id(x)][0])
+        else: self._one(x)
         return self
 
-    def one(self, x): # something that holds others
+    def _one(self, x): # something that holds others
         self.seen[id(x)] = len(self.seen), x # kept, so that no other thing gets its number
-        if isinstance(x, dict): self.all("dict", *(v for pair in x.items() for v in pair))
-        elif isinstance(x, (list, tuple)): self.all(type(x).__name__, *x)
-        elif isinstance(x, (set, frozenset)): self.all("set", *sorted(x, key=repr))
+        if isinstance(x, dict): self._all("dict", *(v for pair in x.items() for v in pair))
+        elif isinstance(x, (list, tuple)): self._all(type(x).__name__, *x)
+        elif isinstance(x, (set, frozenset)): self._all("set", *sorted(x, key=repr))
         elif isinstance(x, np.generic): self.feed(x.item())
-        elif isinstance(x, (torch.dtype, torch.device, Path, range)): self.text(type(x).__name__, x)
-        elif isinstance(x, type): self.text("class", x.__module__, x.__qualname__)
-        elif callable(x) and not hasattr(x, "__dict__") or isinstance(x, _FUNCTIONS): self.function(x)
-        else: self.object(x)
+        elif isinstance(x, (torch.dtype, torch.device, Path, range)): self._text(type(x).__name__, x)
+        elif isinstance(x, type): self._text("class", x.__module__, x.__qualname__)
+        elif callable(x) and not hasattr(x, "__dict__") or isinstance(x, _FUNCTIONS): self._function(x)
+        else: self._object(x)
 
-    def all(self, kind, *parts):
-        self.text(kind, len(parts))
+    def _all(self, kind, *parts):
+        self._text(kind, len(parts))
         for part in parts: self.feed(part)
 
 
@@ -84,12 +84,12 @@ _FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType, fu
 
 # %% ../nbs/19_store.ipynb #66742c25
 def _function(self, x): # by its name, and what it encloses
-    if isinstance(x, functools.partial): return self.all("partial", x.func, x.args, x.keywords)
-    if isinstance(x, types.MethodType): return self.all("method", x.__func__, x.__self__)
+    if isinstance(x, functools.partial): return self._all("partial", x.func, x.args, x.keywords)
+    if isinstance(x, types.MethodType): return self._all("method", x.__func__, x.__self__)
     name = getattr(x, "__module__", None), getattr(x, "__qualname__", None)
     if None in name: raise NotShared(f"a {type(x).__name__}")
     enclosed = [c.cell_contents for c in getattr(x, "__closure__", None) or ()]
-    self.all("function", *name, getattr(x, "__defaults__", None), getattr(x, "__kwdefaults__", None), enclosed)
+    self._all("function", *name, getattr(x, "__defaults__", None), getattr(x, "__kwdefaults__", None), enclosed)
 
 
 def _object(self, x): # by its class, and what it holds
@@ -97,11 +97,11 @@ def _object(self, x): # by its class, and what it holds
     if type(x).__module__.split(".")[0] not in ("ltnb", "torch", "diffusers", "open_clip", "__main__", "numpy"):
         raise NotShared(f"a {type(x).__name__} of {type(x).__module__}")
     left = _remembered(x) | {"training"}
-    if isinstance(x, torch.nn.Module): self.all("network", x._parameters, x._buffers, x._modules)
-    self.all("object", type(x), {n: v for n, v in sorted(vars(x).items()) if n not in left})
+    if isinstance(x, torch.nn.Module): self._all("network", x._parameters, x._buffers, x._modules)
+    self._all("object", type(x), {n: v for n, v in sorted(vars(x).items()) if n not in left})
 
 
-Content.function, Content.object = _function, _object
+Content._function, Content._object = _function, _object
 
 
 def content_key(*what:Any # all that a part depends on
@@ -136,7 +136,12 @@ class Store:
                 ):
         self.folder, self.run = Path(folder)/code_hash(), run
 
-    def file(self, key, suffix=".safetensors")->Path: return self.folder/f"{key}{suffix}"
+    def file(self,
+             key:str, # of a part
+             suffix:str=".safetensors" # .json for its facts, .lock while it is made
+            )->Path:
+        "Where a part lies"
+        return self.folder/f"{key}{suffix}"
 
     def facts(self,
               key:str|None # of a part
@@ -232,9 +237,11 @@ def store_of(where:Any # a `Where`
 
 
 def sharing(where:Any, # a `Where`
-            *more:Any # what made items depend on, beside model, settings and plan
+            *more:Any, # what made items depend on, beside model, settings and plan
+            piped:str|None=None # name of a pipeline whose weights can change behind it: then nothing is shared
            )->dict: # fields of a `Job`
     "What a job needs to share its shards"
+    if piped: return {}
     return {"store": store_of(where), "depends": (arithmetic(where.device), where.precision, where.compiled, *more)}
 
 # %% ../nbs/19_store.ipynb #ff44eae8

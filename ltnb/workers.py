@@ -117,14 +117,20 @@ class Workers:
         self.environments, self.running, self.ended = environments, {}, []
         self.lock, self.stopped, self.taken = threading.Lock(), False, set()
 
-    def take(self, seen): # -> a task that no thread of ours is at, or None
+    def take(self,
+             seen:set # names of tasks that others are at
+            )->Task|None: # that no thread of ours is at
+        "The next task"
         with self.lock:
             free = (t for t in self.left if t.name not in self.taken and t.name not in seen)
             task = next(free, None)
             if task: self.taken.add(task.name)
             return task
 
-    def settle(self, done): # an `Attempt`
+    def settle(self,
+               done:Attempt # ended, or busy
+              ):
+        "Put a task back, or off the list"
         with self.lock:
             self.taken.discard(done.task.name)
             if done.state == "busy": return
@@ -132,7 +138,10 @@ class Workers:
             self.ended.append(done)
         say_attempt(done)
 
-    def loop(self, number):
+    def loop(self,
+             number:int # of the worker
+            ):
+        "What each thread does"
         busy = set() # seen in this round
         while self.left and not self.stopped:
             task = self.take(busy)
