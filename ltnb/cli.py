@@ -390,7 +390,7 @@ def compare_command(args:list[str] # after `ltnb compare`
     "ltnb compare: methods x image sets x seeds, as a matrix of runs and one table"
     from ltnb.compare import compare, plan_of, summary_of
     from ltnb.matrix import CompareConfig
-    about = "Run methods on image sets, each as the directory that ltnb run would write, into one table; again, to go on."
+    about = "Run methods on image sets, each as ltnb run would, and put all rows into one table. Run it again to go on."
     config, typed = begin("compare", about, CompareConfig, args)
     if config.dry_run: return print(plan_of(config, CELLS, tuple(typed)))
     with work_is_kept(): plan, failed = compare(config, CELLS, tuple(typed))
