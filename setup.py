@@ -14,7 +14,8 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-lab, evaluation, onnx, dev = (cfg[f"{name}_requirements"].split() for name in ("lab", "eval", "onnx", "dev"))
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "eval", "slurm", "onnx", "dev")}
+extras["dev"] = [r for own in extras.values() for r in own]  # all of them
 
 
 def is_entry(path):
@@ -60,7 +61,7 @@ setup(
     packages=["ltnb"],
     package_data={"ltnb": ["known/*.json"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "eval": evaluation, "onnx": onnx, "dev": lab + evaluation + onnx + dev},
+    extras_require=extras,
     entry_points={
         "console_scripts": [cfg["console_scripts"]],
         "nbdev": [f"ltnb={cfg['lib_name']}._modidx:d"],  # names in backticks become links, here and in other projects

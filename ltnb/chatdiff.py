@@ -27,6 +27,7 @@ from .config import BUNDLED, auto, limited
 from .runs import Run
 from .data import LongTail
 from .sources import load_data
+from .store import sharing
 from .metrics import methods, values
 from .pictures import plot_distribution, plot_per_class
 from .report import Figure, table, verdict_on_pairs
@@ -226,7 +227,7 @@ def draw_words(s:Stage, # its settings and data
     wanted = images_wanted(s.cfg, s.data)
     passes, cap = (eye.passes, s.cfg.cap) if what == "knowledge" else (lambda row: True, 1.)
     plan = prompt_plan(known, np.ceil(cap * wanted).astype(int), what, s.seed)
-    job = Job(seed=s.seed, settings=painter.settings, attempts=3, team=s.team)
+    job = Job(seed=s.seed, settings=painter.settings, attempts=3, team=s.team, **sharing(s.where, piped=s.cfg.pipeline))
     with s.timed(f"images of {what}"):
         return draw_until(folder_of(s, what), wanted, painter.make, painter.fingerprint, eye.score, passes, plan, job)
 

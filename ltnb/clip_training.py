@@ -23,6 +23,7 @@ from torch import nn
 from .core import DataError, LtnbError, UsageError, autocast, device_type, generator, seeded
 from .config import spread
 from .progress import Progress
+from .store import shared_training
 from .augment import flip as flip_half
 from .team import Where
 from .checkpoint import LOOK_EVERY, Clock, keep, restore
@@ -308,5 +309,6 @@ def train_clip(images:np.ndarray, # (N, 1 or 3, H, W) uint8
     cfg = clip_config(min(images.shape[2:]), how)
     clip = new_clip(cfg, float(images.mean() / 255), max(float(images.std() / 255), 1e-3), "ltnb", how.seed)
     run = _ClipRun(clip, images, labels, captions, how, where)
-    train_pairs(run)
+    parts = "clip", run.model, cfg, images, labels, captions, how
+    with shared_training(where, where.name, how.seed, lambda: parts): train_pairs(run)
     return Clip(run.model.cpu().eval(), clip.tokenizer, clip.config, clip.name)

@@ -21,6 +21,7 @@ import torch
 from .config import auto, limited
 from .data import ImageSet, LongTail
 from .metrics import diversity, frechet_distance
+from .store import sharing
 from .classifier import Classifier, encode
 from .losses import build_loss
 from .synthetic import Synthetic
@@ -131,7 +132,7 @@ def draw(s:Stage, # its settings and data
     cfg, where = s.cfg, replace(s.where, compiled=s.cfg.compiled)
     make, settings = image_maker(model, sampling_of(cfg), where, s.seed)
     how = dict(keep=tuple(cfg.keep.split("+")), cap=cfg.cap, class_names=s.data.class_names)
-    job = dict(seed=s.seed, settings=settings, attempts=3)
+    job = dict(seed=s.seed, settings=settings, attempts=3, **sharing(where))
     wanted = images_wanted(cfg, s.data, only)
     seen = replace(where, precision="fp32") # as the classes themselves were measured
     return draw_filtered(folder, wanted, make, model.fingerprint, eye.phi, eye.geometry, where=seen, **how, **job)

@@ -28,6 +28,7 @@ from .core import (FORMAT, DataError, LtnbError, UsageError, atomic_write, check
 from .config import spread
 from .progress import Progress
 from .runs import Run
+from .store import shared_training
 from .batches import power_indices
 from .augment import flip as flip_half
 from .team import Where, dropout_seeded
@@ -369,7 +370,8 @@ def train_network(net:nn.Module, # with its first weights
     every = how.sample_every if on_sample and where.team.writes else 0
     def looks(done):
         if every and done % every == 0: on_sample(done, t.averaged().cpu())
-    _steps(t, extra_losses, looks)
+    parts = "diffusion", t.net, objective, images, conditions, replace(how, sample_every=0), extra_losses
+    with shared_training(where, where.name, how.seed, lambda: None if every else parts): _steps(t, extra_losses, looks)
     t.alike()
     return t.averaged().cpu()
 

@@ -97,6 +97,7 @@ def keep(self:DisCL,
         ):
     "The first seed's models and classifier, and the picture of a spectrum"
     eye.clip.save(s.run.path/"clip", seed=s.seed)
+    eye.real.save(s.run.path/"clip"/"thresholds.json")
     if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
     clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed), s.run.load(f"discl-seed-{s.seed}")
     clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})

@@ -22,6 +22,7 @@ import torch
 from .core import UsageError, generator, nearest, write_json
 from .config import Config, auto, limited
 from .data import LongTail
+from .store import sharing
 from .classifier import Classifier
 from .losses import build_loss
 from .augment import Augment
@@ -348,7 +349,9 @@ def draw_spectrum(s:Stage, # its settings and data
     for there in sorted(folder.glob("level-*/shards.jsonl")): check_cut(there.parent, s.data)
     settings = painter.settings | cut_settings(s.data) | {"tries": cfg.tries, "rule": cfg.rule, "by": eye.score.by}
     bar = Progress("spectrum", len(plan))
-    job = Job(s.seed, settings, attempts=3, worker=(s.team.rank, s.team.size), progress=bar.step)
+    judged = cfg.text_only, cfg.rule_quantile, cfg.rule_cosine, eye.real, s.data.train.images, s.data.train.labels
+    shared = sharing(s.where, *judged, piped=cfg.pipeline)
+    job = Job(s.seed, settings, attempts=3, worker=(s.team.rank, s.team.size), progress=bar.step, **shared)
     make = best_of(painter.make, eye.score, eye.passes, cfg.tries)
     made = make_spectrum(folder, plan, make, painter.fingerprint, job, lambda v: s.timed(f"level {v}"))
     bar.close()

@@ -25,6 +25,7 @@ from .runs import Run
 from .data import ImageSet, LongTail
 from .classifier import Classifier
 from .sources import DataConfig, load_data
+from .store import sharing
 from .pictures import figure_names, new_figure, save_figure, show_images
 from .team import Team, Where, in_memory_together
 from .jobs import Job, Plan
@@ -237,7 +238,7 @@ def make_images(model:DiffusionModel, # trained
     how, where, job = spread(changes, how or Sampling(), where or Where(), job or Job(attempts=3))
     make, settings = image_maker(model, how, where, job.seed)
     bar = Progress(where.name or "sample", len(plan))
-    job = replace(job, settings=settings, progress=job.progress or bar.step)
+    job = replace(job, settings=settings, progress=job.progress or bar.step, **sharing(where))
     made = make_synthetic(folder, plan, make, model.fingerprint, job)
     bar.close()
     return made

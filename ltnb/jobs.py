@@ -23,6 +23,7 @@ from . import __version__
 from .core import (FORMAT, LtnbError, UsageError, check_format, os_error, plain, read_jsonl, save_tensors,
                        stable_seed, write_jsonl)
 from .runs import lock_file, show_differences, unlock_file
+from .store import Store, obtain_file
 from .team import Team
 
 # %% ../nbs/30_jobs.ipynb #d777b762
@@ -252,6 +253,8 @@ class Job:
     wait: float = 1800. # seconds without a new shard until the other workers are given up; 0 does not wait for them
     keep: bool = True # items and manifest in memory; False reads them from the folder
     team: Team|None = None # who takes turns with `draw_until`; its ranks are the workers there
+    store: Store|None = None # where shards are shared with other folders
+    depends: tuple = () # what the items depend on besides, for the store
 
 
 def job_header(model:str, # fingerprint of what makes the items
@@ -410,6 +413,12 @@ def write(self:JobFolder,
     if part.others: tensors["ids"] = torch.from_numpy(part.codes.view(np.uint8).reshape(len(part), -1))[good]
     save_tensors(self.path(s), tensors, {"key": self.key(s), "rows": _text(rows), "failed": failed})
 
+# %% ../nbs/30_jobs.ipynb #2caf0cf8
+@patch
+def _obtain(self:JobFolder, s, make, job): # shard s: from the store of the job, or made
+    what, name = ("shard", self.key(s), job.attempts, job.check, job.depends), f"{self.folder.name}/{self.path(s).stem}"
+    obtain_file(job.store, what, self.path(s), lambda: self.write(s, make, job), name, self.header["seed"])
+
 # %% ../nbs/30_jobs.ipynb #5ca4b8c3
 def shard_facts(path:Path # of a shard
                )->dict: # key, rows and failed; empty for a torn or missing one
@@ -459,7 +468,7 @@ def claim(self:JobFolder,
     try:
         left = self.folder.glob(f".{self.path(s).name}.*.part") # of a worker that was killed
         for p in left: p.unlink(missing_ok=True)
-        if not self.whole(s): self.write(s, make, job)
+        if not self.whole(s): self._obtain(s, make, job)
     finally: unlock_file(claim, fd)
     return True
 

@@ -21,6 +21,7 @@ from .progress import Progress
 from .runs import Run
 from .data import LongTail
 from .sources import load_data
+from .store import sharing
 from .pictures import SHOWN, drawn_and_not, new_figure, plot_feature_map, plot_per_class, save_figure
 from .report import Figure, table, verdict as verdict_of
 from .models import LinearNet
@@ -135,7 +136,7 @@ def sampled(s:Stage, # its settings
     def make(rows): return sample_features(there, rows, around, how)
     settings = (cfg.pull, cfg.kappa, cfg.temperature, cfg.guidance_scale, cfg.sample_steps, around.fingerprint)
     made = make_synthetic(folder, plan, make, model.fingerprint, seed=s.seed, settings=settings, progress=bar.step,
-                          keep=False)
+                          keep=False, **sharing(s.where))
     bar.close()
     items = made.items.tensor() if isinstance(made.items, ShardItems) else made.items
     return Synthetic(items, made.manifest) # the rows stay on disk

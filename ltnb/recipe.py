@@ -25,6 +25,7 @@ from .runs import Run
 from .priors import class_prior
 from .data import LongTail
 from .sources import DataConfig, load_data
+from .store import using_store
 from .metrics import expected_accuracy, paired_over_images, score
 from .pictures import new_figure, plot_counts, save_figure
 from .report import Figure, html_figure, html_table, render, table, write_report
@@ -365,7 +366,8 @@ def run(self:Recipe,
         where = Where(device, precision, run=run, team=team[0])
         return self.scored(Stage(cfg, ready(data), seed, where, lambda n: ready(read(config.data_seed(n)))))
     def finish(run, cfg, rows, data): self.report(Finished(run, cfg, rows, data))
-    return run.carry_out(lambda seed: read(config.data_seed(seed)), settle, one_seed, finish, join)
+    with using_store(run):
+        return run.carry_out(lambda seed: read(config.data_seed(seed)), settle, one_seed, finish, join)
 
 # %% ../nbs/33_recipe.ipynb #07b0931e
 @patch

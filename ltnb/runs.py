@@ -78,6 +78,7 @@ class Run:
                 ):
         self.config = config
         self.threads, self._lock = None, None # `threads`: how it computes, once that is chosen
+        self.store = None # where its parts are shared with other runs, if they are
         self.path = Path(config.out) if config.out else _folder(config, name or config.recipe)
 
 # %% ../nbs/03_runs.ipynb #be6614ef

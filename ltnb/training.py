@@ -23,6 +23,7 @@ from .core import DataError, LtnbError, UsageError, device_type, generator, near
 from .progress import Progress
 from .files import ImageFiles
 from .metrics import score
+from .store import shared_training
 from .batches import Batches, epoch_order
 from .classifier import Classifier
 from .losses import Loss, build_loss
@@ -224,15 +225,10 @@ def fit(clf:Classifier, # trained in place, from the weights it has
     how, where = spread(changes, how or Fitting(), where or Where())
     check_fit(len(labels), how, held_out)
     t = _Training(clf, images, labels, how, where, loss, weights, held_out)
-    t.resume()
-    bar = Progress(f"seed {how.seed}: {t.name}", how.n_epochs, t.epoch)
-    with gradients_of(t.optimizer, clf.net):
-        while t.epoch < how.n_epochs and not t.stopped:
-            t.steps(t.begin_epoch())
-            t.end_epoch()
-            if how.after_epoch: how.after_epoch(t.epoch - 1)
-            bar.step()
-    bar.close()
+    parts = "classifier", t.name, clf, images, labels, weights, t.loss, held_out, how
+    with shared_training(where, t.name, how.seed, lambda: None if how.after_epoch else parts):
+        t.resume()
+        t.train()
     return t.result()
 
 # %% ../nbs/26_training.ipynb #58680889
@@ -281,6 +277,19 @@ class _Training:
         self.best, self.meta, self.stopped, self.values, self.saved = {}, {}, False, None, Clock()
         self.epoch, self.done, self.before = 0, 0, 0 # where it is: epoch, steps in it, steps before it
         self.halfway = None # the epoch's positions, of an order of one's own
+
+# %% ../nbs/26_training.ipynb #196a9605
+@patch
+def train(self:_Training): # all epochs that are left
+    how, clf = self.how, self.clf
+    bar = Progress(f"seed {how.seed}: {self.name}", how.n_epochs, self.epoch)
+    with gradients_of(self.optimizer, clf.net):
+        while self.epoch < how.n_epochs and not self.stopped:
+            self.steps(self.begin_epoch())
+            self.end_epoch()
+            if how.after_epoch: how.after_epoch(self.epoch - 1)
+            bar.step()
+    bar.close()
 
 # %% ../nbs/26_training.ipynb #df92fe4d
 @patch
