@@ -217,9 +217,21 @@ def form_gains_table(folder):
 
 def comparison_table(folder):
     "Methods over sets and seeds, as `ltnb compare` leaves them"
-    rows = rows_of(folder)
+    rows = [r for r in rows_of(folder) if r.get("asked", True)]  # of all rows, those that were asked for
     said = [say_comparison(c) for c in compare_with_controls(rows)] + cannot_say(rows)
     return markdown_table(rows) + "\n" + "\n".join(f"- {markdown_text(s)}" for s in said)
+
+
+def costs_table(folder):
+    "Seconds of each cell of a comparison, summed over seeds, and what others had made"
+    cells = read_json(RESULTS / folder / "costs.json")["cells"]
+    names = dict.fromkeys(c["cell"] for c in cells)
+
+    def total(name, key):
+        return f"{sum(c[key] for c in cells if c['cell'] == name):,.0f}"
+
+    lines = [[name, total(name, "seconds"), total(name, "saved")] for name in names]
+    return markdown(["run", "seconds", "of them reused"], lines)
 
 
 # over all folders
@@ -326,6 +338,7 @@ TABLES = {
     "forms": forms_table,
     "gains": form_gains_table,
     "comparison": comparison_table,
+    "costs": costs_table,
     "findings": findings_list,
     "sets": set_tables,
     "runs": runs_table,
