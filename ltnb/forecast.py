@@ -33,7 +33,7 @@ from .diffusion import build_unet
 from .diffult_steps import images_wanted
 from .guidance import REAL, hard_classes
 from .curriculum import Pool, epoch_sizes
-from .discl_steps import asked_rows, composition, levels_of
+from .discl_steps import asked_rows, composition, levels_of, tuned_of
 from .combine import combination_of
 from .matrix import Cell, Matrix, data_of, recipe_of
 
@@ -191,6 +191,7 @@ def _shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
 
 # %% ../nbs/89_forecast.ipynb #2ae86625
 def _discl(z, cfg, data):
+    if tuned_of(cfg) == "clip": return [] # its work is that of a large CLIP, which is not counted here
     shown, each = _shown_of(z, cfg) * cfg.fine_epochs, float(hard_images_of(z, cfg) * cfg.per_image)
     names = ["no-synthetic", *(r.replace(" ", "-") for r in asked_rows(cfg)), "discl-balanced"]
     kind = "text diffusion" if cfg.maker == "text" else "diffusion"
