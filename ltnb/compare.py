@@ -41,7 +41,7 @@ def python_of(cell:Cell, # of a matrix
               recipes:dict # of the command
              )->list[str]: # the beginning of a command
     "What starts a cell; a recipe that one process runs is started by Python alone"
-    if not launch or not recipes[cell.recipe].load().shared: return [sys.executable]
+    if not launch or not recipes[cell.recipe].load().of(cell.config).shared: return [sys.executable]
     return shlex.split(launch)
 
 

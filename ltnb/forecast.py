@@ -33,7 +33,7 @@ from .diffusion import build_unet
 from .diffult_steps import images_wanted
 from .guidance import REAL, hard_classes
 from .curriculum import Pool, epoch_sizes
-from .discl_steps import asked_rows, composition, levels_of
+from .discl_steps import asked_rows, composition, levels_of, tuned_of
 from .combine import combination_of
 from .matrix import Cell, Matrix, data_of
 
@@ -191,6 +191,7 @@ def _shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
 
 
 def _discl(z, cfg, data):
+    if tuned_of(cfg) == "clip": return [] # its work is that of a large CLIP, which is not counted here
     shown, each = _shown_of(z, cfg) * cfg.fine_epochs, float(hard_images_of(z, cfg) * cfg.per_image)
     names = ["no-synthetic", *(r.replace(" ", "-") for r in asked_rows(cfg)), "discl-balanced"]
     kind = "text diffusion" if cfg.maker == "text" else "diffusion"
@@ -369,7 +370,7 @@ def resolved_cell(cell:Cell, # of a matrix
                   recipes:dict # of the command
                  )->tuple[Config|None, Any, str]: # settings with nothing left open, data, note
     "What a cell would begin with; settings that make no sense are errors that name it"
-    recipe = recipes[cell.recipe].load()
+    recipe = recipes[cell.recipe].load().of(cell.config)
     try:
         recipe.directory(cell.config)
         recipe.check(cell.config)

@@ -369,7 +369,7 @@ def check_cell(cell:Cell, # of a matrix
                recipes:dict # of the command
               )->bool: # is it finished?
     "Fail now on what cannot be run; errors name the cell"
-    recipe = recipes[cell.recipe].load()
+    recipe = recipes[cell.recipe].load().of(cell.config)
     try:
         run = recipe.directory(cell.config)
         if run.finished: return True

@@ -233,7 +233,7 @@ def obtain_file(store:Store|None, # that may have it; None makes it
 def store_of(where:Any # a `Where`
             )->Store|None: # that of its run
     "Where parts are shared, if they are"
-    return where.run.store if where.run is not None and where.team.size == 1 else None
+    return getattr(where.run, "store", None) if where.team.size == 1 else None
 
 
 def sharing(where:Any, # a `Where`
