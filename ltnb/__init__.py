@@ -22,7 +22,7 @@ def load(run # a run directory, or its folder `model`
     return load_classifier(run)
 
 
-def run(name:str, # of the recipe: "baseline", "ldmlr", "diffusion" or "diffult"
+def run(name:str, # of the recipe: "baseline", "ldmlr", "diffult", "chatdiff", "discl", "diffusion" or "combine"
         /,
         **settings # of its config; a name that it does not have is a `UsageError`
        ): # the finished Run

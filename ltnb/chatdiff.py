@@ -26,13 +26,11 @@ from .core import UsageError, read_json, some_of, write_json
 from .config import BUNDLED, auto, limited
 from .runs import Run
 from .data import LongTail
-from .sources import load_data
 from .store import sharing
 from .metrics import methods, values
 from .pictures import plot_distribution, plot_per_class
 from .report import Figure, table, verdict_on_pairs
 from .losses import effective_counts
-from .team import Team
 from .jobs import Job, make_plan
 from .synthetic import Synthetic
 from .copies import flag_copies
@@ -371,26 +369,6 @@ def resolve(self:ChatDiff,
     raise UsageError(f"target_per_class={cfg.target_per_class} is no more than any class has (the smallest: "
                      f"{data.counts.min()}), so there is nothing to draw: give a larger one, such as "
                      f"{2 * data.counts.max()}.")
-
-# %% ../nbs/79_chatdiff.ipynb #54eb8f4c
-@patch
-def load(self:ChatDiff,
-         cfg:ChatDiffConfig, # as given
-         seed:int # of the data
-        )->LongTail: # nothing decoded yet
-    "Images of any size with a pipeline; else such as pixel diffusion can make"
-    return load_data(cfg, seed) if cfg.pipeline else SmallImages.load(self, cfg, seed)
-
-
-@patch
-def settle(self:ChatDiff,
-           cfg:ChatDiffConfig, # as given
-           data:LongTail, # images
-           run:Run, # its directory
-           team:Team # who takes part
-          )->ChatDiffConfig: # with nothing left open
-    "As this directory's run was resolved before"
-    return self.resolve(cfg, data) if cfg.pipeline else SmallImages.settle(self, cfg, data, run, team)
 
 # %% ../nbs/79_chatdiff.ipynb #5e8f9c42
 _MADE = ("Recognised: a judge who saw every real image sees the class that was asked for. Copies: nearer to a training "

@@ -21,10 +21,8 @@ from .core import UsageError
 from .config import auto, limited
 from .runs import Run
 from .data import LongTail
-from .sources import load_data
 from .store import sharing
 from .classifier import Classifier
-from .team import Team
 from .decoupled import crt, lws, nearest_mean, tau_norm
 from .heads import Features
 from .jobs import Job
@@ -276,7 +274,7 @@ def keep(self:Combine,
     eyes.clip.clip.save(s.run.path/"clip", seed=s.seed)
     eyes.clip.real.save(s.run.path/"clip"/"thresholds.json")
 
-
+# %% ../nbs/88_combine.ipynb #5802e7bf
 @patch
 def check(self:Combine,
           cfg:CombineConfig # as given
@@ -289,7 +287,7 @@ def check(self:Combine,
     if cfg.pipeline and c.make not in ("text", "spectrum"):
         raise UsageError(f"{c.name}: a pipeline reads texts, and {c.make} is told classes: take text or spectrum.")
 
-
+# %% ../nbs/88_combine.ipynb #32428083
 @patch
 def resolve(self:Combine,
             cfg:CombineConfig, # as given
@@ -306,26 +304,6 @@ def resolve(self:Combine,
                      f"{data.counts.min()}), so there is nothing to draw: give a larger one.")
 
 # %% ../nbs/88_combine.ipynb #b310994a
-@patch
-def load(self:Combine,
-         cfg:CombineConfig, # as given
-         seed:int # of the data
-        )->LongTail: # nothing decoded yet
-    "Images of any size with a pipeline; else such as pixel diffusion can make"
-    return load_data(cfg, seed) if cfg.pipeline else SmallImages.load(self, cfg, seed)
-
-
-@patch
-def settle(self:Combine,
-           cfg:CombineConfig, # as given
-           data:LongTail, # images
-           run:Run, # its directory
-           team:Team # who takes part
-          )->CombineConfig: # with nothing left open
-    "As this directory's run was resolved before"
-    return self.resolve(cfg, data) if cfg.pipeline else SmallImages.settle(self, cfg, data, run, team)
-
-
 @patch
 def heading(self:Combine,
             f:Finished # all seeds

@@ -31,7 +31,7 @@ from .classifier import Classifier
 from .synthetic import Synthetic
 from .workers import Attempt, Task, Workers, job_settings, last_words, submit, wait_for
 from .aid import zone_of
-from .matrix import Cell, CompareConfig, Matrix, check_cell, complete, data_of, matrix
+from .matrix import Cell, CompareConfig, Matrix, check_cell, complete, data_of, matrix, recipe_of
 from .discriminator import Thresholds, keep_rule, kept_by
 from .forecast import forecasts, plan_summary, plan_table
 
@@ -41,7 +41,7 @@ def python_of(cell:Cell, # of a matrix
               recipes:dict # of the command
              )->list[str]: # the beginning of a command
     "What starts a cell; a recipe that one process runs is started by Python alone"
-    if not launch or not recipes[cell.recipe].load().of(cell.config).shared: return [sys.executable]
+    if not launch or not recipe_of(cell, recipes).shared: return [sys.executable]
     return shlex.split(launch)
 
 

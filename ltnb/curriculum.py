@@ -61,11 +61,7 @@ class Schedule:
         "Does this epoch only measure?"
         return self.probe and epoch % 2 == 0 and epoch < self.n_curriculum_epochs
 
-    def turn(self,
-             epoch:int # from 0
-            )->int: # which turn it belongs to: an epoch, or a probe and the epoch after it
-        "The number of times that levels were chosen before"
-        return epoch // 2 if self.probe else epoch
+    def _turn(self, epoch): return epoch // 2 if self.probe else epoch # a probe and the epoch after it are one turn
 
     def _active(self, epoch, state): # -> the levels of an epoch of the curriculum
         raise NotImplementedError
@@ -86,13 +82,13 @@ class DiverseToSpecific(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        block_sizes(self.turn(self.n_curriculum_epochs), len(self.among))
+        block_sizes(self._turn(self.n_curriculum_epochs), len(self.among))
 
     def stages(self): return self.among # in their order
 
     def _active(self, epoch, state):
-        ends = np.cumsum(block_sizes(self.turn(self.n_curriculum_epochs), len(self.among)))
-        return [self.stages()[int(np.searchsorted(ends, self.turn(epoch), side="right"))]]
+        ends = np.cumsum(block_sizes(self._turn(self.n_curriculum_epochs), len(self.among)))
+        return [self.stages()[int(np.searchsorted(ends, self._turn(epoch), side="right"))]]
 
 
 class SpecificToDiverse(DiverseToSpecific):
@@ -131,7 +127,7 @@ class ZigZag(Schedule):
 
     def _active(self, epoch, state):
         top = len(self.among) - 1
-        at = self.turn(epoch) % max(2 * top, 1)
+        at = self._turn(epoch) % max(2 * top, 1)
         return [self.among[min(at, 2 * top - at)]]
 
 # %% ../nbs/81_curriculum.ipynb #4fc3198f

@@ -1,4 +1,4 @@
-"""Where the images come from, how a long tail is cut, how its classes are grouped, and what it does to a classifier
+"""How a long tail is cut, how its classes are grouped, and what it does to a classifier: the lesson to begin with
 
 Docs: https://ltnb.github.io/ltnb/data.html.md"""
 

@@ -169,7 +169,7 @@ def lws(head:Head, # of the first stage
         how:SecondStage|None=None, # how to optimise; the decay pulls the scales to 0, not to 1
         **changes # fields of `SecondStage`, such as n_epochs=50
        )->Head: # with rows s_k w_k, and equal counts
-    "Learnable weight scaling: s_k (w_k z + b_k), only s trained, by class-balanced sampling (LWS, Kang et al., 2020)"
+    "Learnable weight scaling: s_k (w_k f + b_k), only s trained, by class-balanced sampling (LWS, Kang et al., 2020)"
     how, = spread(changes, how or SecondStage())
     counts = class_counts(features, labels, len(head.weight))
     w, b = head.weight.to(features), head.bias.to(features)
@@ -286,10 +286,10 @@ class DirectionHead(Head):
     "A linear head on features of length 1"
 
     def logits(self,
-               z:torch.Tensor # (N, d) features of any length
+               f:torch.Tensor # (N, d) features of any length
               )->torch.Tensor: # (N, K)
         "Cosines, where the rows have length 1 too"
-        return super().logits(F.normalize(z, dim=1))
+        return super().logits(F.normalize(f, dim=1))
 
 
 def nearest_mean(features:torch.Tensor, # (N, d) frozen, of the training set
@@ -303,4 +303,4 @@ def nearest_mean(features:torch.Tensor, # (N, d) frozen, of the training set
     means = torch.stack([features[i].mean(0) for i in labels.argsort(stable=True).split(counts.long().tolist())])
     equal = torch.ones_like(counts)
     if metric == "cosine": return DirectionHead(F.normalize(means, dim=1), means.new_zeros(len(counts)), equal)
-    return Head(2 * means, -(means**2).sum(1), equal) # -||z - m||^2 = 2 m z - ||m||^2 - ||z||^2; all share the last
+    return Head(2 * means, -(means**2).sum(1), equal) # -||f - m||^2 = 2 m f - ||m||^2 - ||f||^2; all share the last

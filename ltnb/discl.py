@@ -17,12 +17,10 @@ from fastcore.xml import Li, Ul
 from .core import read_json, write_json
 from .runs import Run
 from .data import LongTail
-from .sources import load_data
 from .metrics import methods, values
 from .pictures import new_figure, plot_per_class, save_figure
 from .report import Figure, table, verdict_on_pairs
 from .classifier import Classifier
-from .team import Team
 from .synthetic import Synthetic
 from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
 from .classify import aim_of, classify, keep_classifier, new_classifier
@@ -138,26 +136,6 @@ def resolve(self:DisCL,
            )->DisCLConfig: # with nothing left open but rule_cosine and tail_share
     "Fill in what depends on the data, and refuse what cannot be run on it"
     return resolve_discl(cfg, data)
-
-# %% ../nbs/84_discl.ipynb #e323c18c
-@patch
-def load(self:DisCL,
-         cfg:DisCLConfig, # as given
-         seed:int # of the data
-        )->LongTail: # nothing decoded yet
-    "Images of any size with a pipeline; else such as pixel diffusion can make"
-    return load_data(cfg, seed) if cfg.pipeline else SmallImages.load(self, cfg, seed)
-
-
-@patch
-def settle(self:DisCL,
-           cfg:DisCLConfig, # as given
-           data:LongTail, # images
-           run:Run, # its directory
-           team:Team # who takes part
-          )->DisCLConfig: # with nothing left open
-    "As this directory's run was resolved before"
-    return self.resolve(cfg, data) if cfg.pipeline else SmallImages.settle(self, cfg, data, run, team)
 
 # %% ../nbs/84_discl.ipynb #26037cbc
 DISCL_PAIRS = [("no synthetic", "cross-entropy"), ("real repeated", "no synthetic"), ("text only", "real repeated"),

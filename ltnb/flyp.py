@@ -71,8 +71,8 @@ def class_probabilities(clip:Clip, # a model
                         where:Where|None=None # device and precision
                        )->np.ndarray: # (N, K) float32
     "What a zero-shot classifier says"
-    z = clip.images(images, where)
-    return torch.softmax(clip.scale * z @ head.float().cpu().T, 1).numpy()
+    u = clip.images(images, where)
+    return torch.softmax(clip.scale * u @ head.float().cpu().T, 1).numpy()
 
 
 def zero_shot_scores(clip:Clip, # a model

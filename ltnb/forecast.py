@@ -35,7 +35,7 @@ from .guidance import REAL, hard_classes
 from .curriculum import Pool, epoch_sizes
 from .discl_steps import asked_rows, composition, levels_of, tuned_of
 from .combine import combination_of
-from .matrix import Cell, Matrix, data_of
+from .matrix import Cell, Matrix, data_of, recipe_of
 
 # %% ../nbs/89_forecast.ipynb #14b26d11
 @lru_cache(maxsize=64)
@@ -181,7 +181,7 @@ def hard_images_of(z:Sizes, # of the set
     if cfg.hard == "confidence": return max(round(cfg.hard_fraction * z.n), 1)
     return int(z.counts[hard_classes(z.counts, cfg.hard_below)].sum())
 
-
+# %% ../nbs/89_forecast.ipynb #83b3fe14
 def _shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
     hard = hard_images_of(z, cfg)
     if cfg.hard == "confidence": return cfg.head_fraction * (z.n - hard) + hard * (1 + cfg.per_image)
@@ -189,7 +189,7 @@ def _shown_of(z, cfg): # of DisCL: images an epoch of the fine-tuning shows
     pool = Pool(y, np.arange(z.n), np.full(z.n, REAL), np.isin(y, hard_classes(z.counts, cfg.hard_below)))
     return sum(epoch_sizes(pool, composition(cfg)))
 
-
+# %% ../nbs/89_forecast.ipynb #2ae86625
 def _discl(z, cfg, data):
     if tuned_of(cfg) == "clip": return [] # its work is that of a large CLIP, which is not counted here
     shown, each = _shown_of(z, cfg) * cfg.fine_epochs, float(hard_images_of(z, cfg) * cfg.per_image)
@@ -201,7 +201,7 @@ def _discl(z, cfg, data):
             *_judge_part(z, cfg), fitted_part("balanced-softmax", z, cfg.arch, z.n * cfg.n_epochs + shown),
             *(fitted_part(n, z, cfg.arch, shown) for n in names)]
 
-
+# %% ../nbs/89_forecast.ipynb #5ee423d4
 def _combined_images(z, cfg, c, w): # what makes them, and the drawing
     text, kind = c.make == "text", "drawing" if c.keep == "all" else "drawing until enough pass"
     own = [diffusion_part("text to image", z, cfg, "text diffusion")] if text and not cfg.pipeline else []
@@ -210,7 +210,7 @@ def _combined_images(z, cfg, c, w): # what makes them, and the drawing
     if c.make == "cbdm-aid": own.append(diffusion_part("aid", z, cfg, "diffusion with the AID loss"))
     return [*own, drawn_part("images", z, cfg, w, f"text {kind}" if text else kind)]
 
-
+# %% ../nbs/89_forecast.ipynb #d70ebbe6
 def _combine(z, cfg, data):
     c, once = combination_of(cfg), z.n * cfg.n_epochs
     if c.make == "spectrum": # as DisCL, with other rows
@@ -370,7 +370,7 @@ def resolved_cell(cell:Cell, # of a matrix
                   recipes:dict # of the command
                  )->tuple[Config|None, Any, str]: # settings with nothing left open, data, note
     "What a cell would begin with; settings that make no sense are errors that name it"
-    recipe = recipes[cell.recipe].load().of(cell.config)
+    recipe = recipe_of(cell, recipes)
     try:
         recipe.directory(cell.config)
         recipe.check(cell.config)

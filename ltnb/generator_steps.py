@@ -134,8 +134,8 @@ class SmallImages(Recipe):
              cfg:GeneratorConfig, # as given
              seed:int # of the data
             )->LongTail: # nothing decoded yet
-        "Images that pixel diffusion can make"
-        return load_small(cfg, seed)
+        "Images that pixel diffusion can make; of any size where a pipeline makes them"
+        return load_data(cfg, seed) if getattr(cfg, "pipeline", None) else load_small(cfg, seed)
 
     def ready(self,
               data:LongTail, # as loaded
@@ -157,7 +157,8 @@ class SmallImages(Recipe):
                run:Run, # its directory
                team:Team # who takes part
               )->GeneratorConfig: # with nothing left open
-        "As this directory's run was resolved before"
+        "As this directory's run was resolved before; with a pipeline nothing depends on the machine"
+        if getattr(cfg, "pipeline", None): return self.resolve(cfg, data)
         return settled(self.resolve, cfg, data, run, team)
 
 # %% ../nbs/56_generator_steps.ipynb #84506d6e

@@ -37,29 +37,29 @@ class Head:
     counts: torch.Tensor # (K,) items per class in its fit: real + omega x generated
 
     def logits(self,
-               z:torch.Tensor # (N, d) features
+               f:torch.Tensor # (N, d) features
               )->torch.Tensor: # (N, K)
         "Scores that contain the prior of the fit: for plain argmax"
-        return z @ self.weight.T + self.bias
+        return f @ self.weight.T + self.bias
 
     def corrected(self,
-                  z:torch.Tensor # (N, d) features
+                  f:torch.Tensor # (N, d) features
                  )->torch.Tensor: # (N, K)
         "Scores without that prior, removed exactly once: label shift by the effective counts"
-        return self.logits(z) - log_prior(self.counts).to(z.device)
+        return self.logits(f) - log_prior(self.counts).to(f.device)
 
 # %% ../nbs/28_heads.ipynb #db514d7b
 def by_rows(say:Callable, # function of (n, d) features that gives (n, K) logits
-            z:torch.Tensor, # (N, d) features
+            f:torch.Tensor, # (N, d) features
             n_classes:int, # K
             entries:int=2**26, # how many logits are made at a time
             progress:Callable=lambda n: None # told the number of rows after each part
            )->torch.Tensor: # (N, K)
     "Logits of many features, some rows at a time, so that nothing but the result is as large as the result"
-    n, out = max(1, entries // n_classes), z.new_empty(len(z), n_classes)
-    for i in range(0, len(z), n):
-        out[i:i + n] = say(z[i:i + n])
-        progress(len(z[i:i + n]))
+    n, out = max(1, entries // n_classes), f.new_empty(len(f), n_classes)
+    for i in range(0, len(f), n):
+        out[i:i + n] = say(f[i:i + n])
+        progress(len(f[i:i + n]))
     return out
 
 # %% ../nbs/28_heads.ipynb #3159180d
@@ -163,10 +163,10 @@ def fingerprint(self:Features
     return h.hexdigest()
 
 # %% ../nbs/28_heads.ipynb #652109a6
-def _check_part(part, z, y, k): # train or test, its features and labels, the number of classes
-    if len(z) != len(y): raise DataError(f"{len(z)} {part}_features need {len(z)} {part}_labels, got {len(y)}.")
-    if bad := int((~torch.isfinite(z)).any(1).sum()):
-        raise DataError(f"{bad} of {len(z)} {part}_features hold NaN or infinite values: encode them again, "
+def _check_part(part, f, y, k): # train or test, its features and labels, the number of classes
+    if len(f) != len(y): raise DataError(f"{len(f)} {part}_features need {len(f)} {part}_labels, got {len(y)}.")
+    if bad := int((~torch.isfinite(f)).any(1).sum()):
+        raise DataError(f"{bad} of {len(f)} {part}_features hold NaN or infinite values: encode them again, "
                         "or drop them.")
     if len(y) and int(y.max()) >= k:
         raise DataError(f"{part}_labels must be 0 to {k - 1} for {k} classes, got {int(y.max())}.")
@@ -237,14 +237,14 @@ def encode(cls:Features,
           )->Features: # with the classifier's own head where it is linear, else with none
     "Encode a set through a classifier"
     parts = data.train, data.test
-    z = [encode_images(clf, s.images, device=device, precision=precision, progress=progress) for s in parts]
+    f = [encode_images(clf, s.images, device=device, precision=precision, progress=progress) for s in parts]
     fc, head = clf.net.fc, None
     if isinstance(fc, nn.Linear) and clf.class_names == data.class_names:
         bias = fc.weight.new_zeros(data.n_classes) if fc.bias is None else fc.bias
         own = (p.detach().cpu().float().clone() for p in (fc.weight, bias)) # the classifier may be refitted later
         head = Head(*own, torch.from_numpy(data.counts).double())
     y = [torch.from_numpy(s.labels) for s in parts]
-    return cls(z[0], y[0], z[1], y[1], data.class_names, head)
+    return cls(f[0], y[0], f[1], y[1], data.class_names, head)
 
 # %% ../nbs/28_heads.ipynb #510ff204
 @patch

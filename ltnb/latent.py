@@ -33,19 +33,19 @@ from .jobs import draw_items, item_noise
 from .synthetic import ManifestRows, Synthetic
 
 # %% ../nbs/40_latent.ipynb #5a1d0001
-def standardisation(z:torch.Tensor # (N, d) features
+def standardisation(f:torch.Tensor # (N, d) features
                    )->tuple[torch.Tensor, torch.Tensor, float]: # mean and standard deviation, (d,) each, and floor
     "Scale of features, and whether a ReLU made them"
-    return z.mean(0), z.std(0).clamp_min(1e-6), 0. if z.min() >= 0 else -math.inf
+    return f.mean(0), f.std(0).clamp_min(1e-6), 0. if f.min() >= 0 else -math.inf
 
 # %% ../nbs/40_latent.ipynb #5a1d0003
-def class_means(z:torch.Tensor, # (N, d) features
+def class_means(f:torch.Tensor, # (N, d) features
                 y:torch.Tensor, # (N,) their classes
                 n_classes:int # K
                )->torch.Tensor: # (K, d); 0 for a class without items
     "The mean feature of each class"
     counts = torch.bincount(y, minlength=n_classes).clamp_min(1)[:, None]
-    return z.new_zeros(n_classes, z.shape[1]).index_add_(0, y, z) / counts
+    return f.new_zeros(n_classes, f.shape[1]).index_add_(0, y, f) / counts
 
 # %% ../nbs/40_latent.ipynb #bd15f7b5
 def alpha_sigma(t:torch.Tensor # (B,) times in (0, 1)
@@ -224,7 +224,7 @@ def train_steps(loss_of:Callable[[int], torch.Tensor], # number of a step -> its
     bar.close()
 
 # %% ../nbs/40_latent.ipynb #5a5b720d
-def train_latent(z:torch.Tensor, # (N, d) features
+def train_latent(f:torch.Tensor, # (N, d) features
                  y:torch.Tensor, # (N,) their classes
                  n_classes:int, # K
                  how:LatentTraining|None=None, # steps, batches, rate, size of the network
@@ -233,20 +233,20 @@ def train_latent(z:torch.Tensor, # (N, d) features
                 )->LatentModel: # on the CPU
     "Train a feature diffusion model; one that was killed goes on where it stopped"
     how, where = spread(changes, how or LatentTraining(), where or Where())
-    if len(z) < 2: raise UsageError(f"a diffusion model needs at least 2 features, got {len(z)}.")
+    if len(f) < 2: raise UsageError(f"a diffusion model needs at least 2 features, got {len(f)}.")
     where, device = replace(where, name=where.name or "denoiser"), where.device
-    mean, sd, floor = standardisation(z)
+    mean, sd, floor = standardisation(f)
     with seeded(how.seed, "init", where.name):
-        net = Denoiser(z.shape[1], n_classes, how.width, how.n_blocks).to(device)
-    net.class_means[:n_classes] = (class_means(z, y, n_classes) - mean).to(device) / sd.to(device)
-    z, y = z.to(device), y.to(device)
+        net = Denoiser(f.shape[1], n_classes, how.width, how.n_blocks).to(device)
+    net.class_means[:n_classes] = (class_means(f, y, n_classes) - mean).to(device) / sd.to(device)
+    f, y = f.to(device), y.to(device)
     m, s = mean.to(device), sd.to(device) # a batch is standardised when it is drawn: no second copy of the features
     optimizer = torch.optim.AdamW(net.parameters(), lr=how.diff_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     averages = Averages(net)
     def loss_of(step):
         g = generator(how.seed, where.name, step, device=device)
-        i = torch.randint(len(z), (how.diff_bs,), generator=g, device=device)
-        return denoising_loss(net, (z[i] - m) / s, y[i], g, precision=where.precision)
+        i = torch.randint(len(f), (how.diff_bs,), generator=g, device=device)
+        return denoising_loss(net, (f[i] - m) / s, y[i], g, precision=where.precision)
     train_steps(loss_of, lambda step: latent_rate(step, how.n_steps, how.diff_lr), optimizer, averages, how, where)
     averages.load()
     return LatentModel(net.cpu().eval(), mean, sd, floor, np.bincount(y.cpu().numpy(), minlength=n_classes))
@@ -297,13 +297,13 @@ def shrink_strength(counts:np.ndarray, # (K,) training items
 
 
 def memorised(head:Head, # of stage 1
-              z:torch.Tensor, # (N, d) its training features
+              f:torch.Tensor, # (N, d) its training features
               y:torch.Tensor, # (N,) their classes
               n_classes:int # K
              )->np.ndarray: # (K,) rho in 0 to 1
     "How sure the head is of its own training items: mean probability of the right class, prior removed"
     rows = min(8192, max(1, 2**24 // n_classes)) # so many at a time
-    parts = zip(z.split(rows), y.split(rows), strict=True)
+    parts = zip(f.split(rows), y.split(rows), strict=True)
     p = torch.cat([head.corrected(a).softmax(1).gather(1, b[:, None])[:, 0] for a, b in parts])
     return class_means(p[:, None], y, n_classes)[:, 0].double().numpy()
 
@@ -317,7 +317,7 @@ class Neighbourhood:
     @classmethod
     def find(cls,
              head:Head, # of stage 1
-             z:torch.Tensor, # (N, d) training features
+             f:torch.Tensor, # (N, d) training features
              y:torch.Tensor, # (N,) their classes
              n_classes:int, # K
              shrink_n0:float=60., # n0 of `shrink_strength`
@@ -325,8 +325,8 @@ class Neighbourhood:
             )->"Neighbourhood":
         "From the training features alone"
         n = torch.bincount(y, minlength=n_classes).numpy()
-        a = shrink_strength(n, shrink_n0) * memorised(head, z, y, n_classes)
-        return cls(neighbour_classes(head, class_means(z, y, n_classes), temperature), a)
+        a = shrink_strength(n, shrink_n0) * memorised(head, f, y, n_classes)
+        return cls(neighbour_classes(head, class_means(f, y, n_classes), temperature), a)
 
     @property
     def fingerprint(self)->str: # 16 hexadecimal digits
@@ -400,40 +400,40 @@ def sample_features(model:LatentModel, # trained, on the device that is to compu
     return (x * model.sd + model.mean).clamp_min(model.floor).cpu(), rows
 
 # %% ../nbs/40_latent.ipynb #4e8f0bc8
-def garbage_features(z:torch.Tensor, # (N, d) training features
+def garbage_features(f:torch.Tensor, # (N, d) training features
                      plan:np.ndarray, # (M, 2) rows (class, k)
                      seed:int=0 # of the draws
                     )->torch.Tensor: # (M, d)
     "Uniform noise in the range of each dimension: a generator that knows nothing"
-    low, high = z.min(0).values, z.max(0).values
-    u = draw_items(("garbage", seed), plan, lambda g, n, c: g.random((n, z.shape[1]), dtype=np.float32))
+    low, high = f.min(0).values, f.max(0).values
+    u = draw_items(("garbage", seed), plan, lambda g, n, c: g.random((n, f.shape[1]), dtype=np.float32))
     return torch.from_numpy(u).mul_(high - low).add_(low)
 
 # %% ../nbs/40_latent.ipynb #16468869
-def pooled_covariance(z:torch.Tensor, # (N, d) features
+def pooled_covariance(f:torch.Tensor, # (N, d) features
                       y:torch.Tensor, # (N,) their classes
                       means:torch.Tensor, # (K, d) of `class_means`
                       shrink:float=0.05 # share replaced by the same variance in all directions
                      )->torch.Tensor: # (d, d) float64
     "One covariance within classes, for all of them"
-    parts = ((z[i:i + 8192] - means[y[i:i + 8192]]).double() for i in range(0, len(z), 8192))
-    cov = sum(r.T @ r for r in parts) / max(len(z) - len(means), 1)
+    parts = ((f[i:i + 8192] - means[y[i:i + 8192]]).double() for i in range(0, len(f), 8192))
+    cov = sum(r.T @ r for r in parts) / max(len(f) - len(means), 1)
     return (1 - shrink) * cov + (shrink * cov.diagonal().mean() + 1e-9) * torch.eye(len(cov), dtype=cov.dtype)
 
 
-def gaussian_features(z:torch.Tensor, # (N, d) training features
+def gaussian_features(f:torch.Tensor, # (N, d) training features
                       y:torch.Tensor, # (N,) their classes
                       plan:np.ndarray, # (M, 2) rows (class, k)
                       seed:int=0 # of the draws
                      )->torch.Tensor: # (M, d)
     "Class means with a pooled covariance: the simplest generator with knowledge"
-    means, floor = class_means(z, y, int(max(y.max().item(), plan[:, 0].max())) + 1), standardisation(z)[2]
-    root = torch.linalg.cholesky(pooled_covariance(z, y, means)).float()
-    out = item_noise(("gaussian", seed), plan, (z.shape[1],)) @ root.T
+    means, floor = class_means(f, y, int(max(y.max().item(), plan[:, 0].max())) + 1), standardisation(f)[2]
+    root = torch.linalg.cholesky(pooled_covariance(f, y, means)).float()
+    out = item_noise(("gaussian", seed), plan, (f.shape[1],)) @ root.T
     return out.add_(means[torch.from_numpy(plan[:, 0])]).clamp_min_(floor)
 
 # %% ../nbs/40_latent.ipynb #93554fd9
-def mixed_features(z:torch.Tensor, # (N, d) training features
+def mixed_features(f:torch.Tensor, # (N, d) training features
                    y:torch.Tensor, # (N,) their classes
                    plan:np.ndarray, # (M, 2) rows (class, k)
                    around:Neighbourhood, # of the real features
@@ -447,7 +447,7 @@ def mixed_features(z:torch.Tensor, # (N, d) training features
     def pick(classes, what): # a real item of each class
         r = draw_items((*key, what), plan, lambda g, n, c: g.random(n))
         k = np.minimum((r * counts[classes]).astype(np.int64), counts[classes] - 1)
-        return z[order[torch.from_numpy(first[classes] + k)]]
+        return f[order[torch.from_numpy(first[classes] + k)]]
     return pick(plan[:, 0], "own").lerp_(pick(draw_neighbours(key, plan, around.toward), "other"), u)
 
 # %% ../nbs/40_latent.ipynb #edc0b93a

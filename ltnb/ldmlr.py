@@ -1,4 +1,4 @@
-"""Encode, generate features for the tail, refit the head; and compare the gain with everything cheaper
+"""Encode, generate features for the tail, refit the last layer; and compare the gain with everything cheaper
 
 Docs: https://ltnb.github.io/ltnb/ldmlr.html.md"""
 

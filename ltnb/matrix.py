@@ -7,7 +7,8 @@ Docs: https://ltnb.github.io/ltnb/matrix.html.md"""
 # %% auto #0
 __all__ = ['READINGS', 'ALL', 'Method', 'hyphened', 'known_methods', 'combined', 'find_methods', 'NamedSet', 'find_set',
            'named_sets', 'Setting', 'typed_settings', 'written_settings', 'CompareConfig', 'words', 'read_plan',
-           'complete', 'Cell', 'Matrix', 'cell_config', 'check_settings', 'matrix', 'data_of', 'check_cell']
+           'complete', 'Cell', 'Matrix', 'cell_config', 'check_settings', 'matrix', 'data_of', 'recipe_of',
+           'check_cell']
 
 # %% ../nbs/69_matrix.ipynb #0b2b9db9
 import re, shlex
@@ -56,7 +57,7 @@ def known_methods(recipes:dict # name -> what `ltnb run` knows of it
     known += [Method(r, r, (r, f"{r} + label shift"), r) for r in own]
     return {m.name: m for m in known}
 
-
+# %% ../nbs/69_matrix.ipynb #16dbeb05
 def combined(c:Combination # of `read_combination`
             )->Method: # a run of the recipe combine
     "A combination as a method"
@@ -67,7 +68,7 @@ def combined(c:Combination # of `read_combination`
     rows = (c.name,) if c.head else (c.name, f"{c.name} + label shift")
     return Method(c.name, "combine", rows, c.folder, tuple(words.items()))
 
-
+# %% ../nbs/69_matrix.ipynb #3c8b0a18
 def find_methods(names:list[str], # as typed; all is what `ALL` names
                  recipes:dict # of the command
                 )->list[Method]: # each once
@@ -141,7 +142,7 @@ class Setting:
         m, _, s = self.scope.partition("@")
         return 3 if hyphened(m) in own and s == image_set.name else -1
 
-
+# %% ../nbs/69_matrix.ipynb #bc24ebad
 def typed_settings(text:str # n_epochs=20 diffult.n_steps=400
                   )->list[Setting]:
     "Settings as they are typed"
@@ -200,7 +201,7 @@ def words(given:Any # text with commas, or a list of a file
     if not isinstance(parts, (list, tuple)): raise UsageError(f"{given!r} is no list of names.")
     return [s for p in parts if (s := str(p).strip())]
 
-
+# %% ../nbs/69_matrix.ipynb #601e9b5f
 def read_plan(path:str|Path # a YAML or JSON file
              )->dict: # name -> value
     "What a file says of a comparison; names that mean nothing are errors"
@@ -310,7 +311,7 @@ def check_settings(given:list[Setting], # of all cells
             how = "--datasets" if s.name == "dataset" else "--" + s.name
             raise UsageError(f"{s.name} is the same for all cells: leave it out of the settings, and give {how}.")
 
-
+# %% ../nbs/69_matrix.ipynb #41202872
 def _config_of(cell, given, used, names): # errors name the cell
     try: return cell_config(*cell, given, used)
     except UsageError as e: raise UsageError(f"{'/'.join(names)}: {e}") from e
@@ -365,11 +366,18 @@ def data_of(config:Config, # of a cell
     return _read(source, need_images)
 
 
+def recipe_of(cell:Cell, # of a matrix
+              recipes:dict # of the command
+             )->Any: # a `Recipe`
+    "The recipe that a cell's settings ask for"
+    return recipes[cell.recipe].load().of(cell.config)
+
+
 def check_cell(cell:Cell, # of a matrix
                recipes:dict # of the command
               )->bool: # is it finished?
     "Fail now on what cannot be run; errors name the cell"
-    recipe = recipes[cell.recipe].load().of(cell.config)
+    recipe = recipe_of(cell, recipes)
     try:
         run = recipe.directory(cell.config)
         if run.finished: return True

@@ -7,8 +7,8 @@ Docs: https://ltnb.github.io/ltnb/metrics.html.md"""
 # %% auto #0
 __all__ = ['BASELINE', 'Scores', 'check_answers', 'confusion', 'worst', 'macro_f1', 'score', 'expected_accuracy', 'log_softmax',
            'read_logits', 'Calibration', 'calibration', 'methods', 'values', 'mean_sd', 'percent',
-           'interval_over_seeds', 'Difference', 'paired_over_seeds', 'paired_over_images', 'bootstrap',
-           'paired_bootstrap', 'difference', 'show_difference', 'frechet_distance', 'GenerativeScores',
+           'interval_over_seeds', 'Difference', 'paired_over_seeds', 'paired_over_images', 'standard_error',
+           'bootstrap', 'paired_bootstrap', 'difference', 'show_difference', 'frechet_distance', 'GenerativeScores',
            'generative_scores', 'generative_by_band', 'inception_features', 'nearest_in_class', 'diversity']
 
 # %% ../nbs/13_metrics.ipynb #a7fe3064
@@ -288,6 +288,14 @@ def paired_over_images(right_a:np.ndarray, # (N,) is image i right, method a
     only_a, only_b = int((d > 0).sum()), int((d < 0).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.
     return Difference(float(d.mean()), float(d.mean() - half), float(d.mean() + half), "test images", float(p))
+
+# %% ../nbs/13_metrics.ipynb #143881d3
+def standard_error(a:np.ndarray, # (M,) is image i right, one method
+                   b:np.ndarray # (M,) the other
+                  )->float|None: # as a fraction; None without images
+    "Of a difference in accuracy, over the same test images"
+    d = paired_over_images(a, b)
+    return (d.high - d.mean) / 1.959964 if d else None
 
 # %% ../nbs/13_metrics.ipynb #f38b6427
 def bootstrap(statistic:Callable, # function of arrays (N, …) -> number

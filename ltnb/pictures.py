@@ -118,7 +118,8 @@ def plot_counts(counts:np.ndarray, # (K,) training images
         label = f"{band} ({_named(len(at), 'class', 'classes')})"
         if len(at): ax.bar(at, counts[rank[at]], width=width, color=BAND_COLORS[band], label=label)
     (title,), family = figure_names([name or " "], 60)
-    title = f"{title if name else ''}: {counts.sum():,} images, ratio {counts.max() / counts.min():.4g}".lstrip(": ")
+    sizes = f"{counts.sum():,} images, {counts.max():,} to {counts.min():,} a class"
+    title = f"{title}: {sizes}" if name else sizes
     ax.set(yscale="log", ylim=(0.7, None), xlabel="class, largest first", ylabel="training images")
     ax.set_title(title, fontfamily=family)
     if class_names is not None and len(rank) <= 20:
@@ -295,7 +296,7 @@ def plot_reliability(c:Calibration, # of `calibration`
     ax.plot([0, 1], [0, 1], "k:", lw=1)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(-0.13, 1))
     ax.set_title(f"ECE {c.ece:.3f} ({int(c.n.sum()):,} images)")
-    ax.legend(frameon=False, fontsize=7, loc="upper left")
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.2), columnspacing=1)
     return ax
 
 # %% ../nbs/14_pictures.ipynb #ac003e4f
@@ -330,7 +331,7 @@ def plot_starts(rows:list[dict], # of scores.json
                 shown:tuple=STARTED, # methods
                 ax:Any=None # matplotlib Axes; a new one when left out
                )->Any: # the Axes
-    "The same heads, fitted from scratch and started from label shift"
+    "The same last layers, fitted from scratch and started from label shift"
     if ax is None: _, ax = new_figure()
     shown = [m for m in shown if np.isfinite(values(rows, m, "scratch_all")).any()]
     for i, (key, name, color) in enumerate((("scratch_all", "from scratch", "#D55E00"),
@@ -365,14 +366,14 @@ def plot_distribution(groups:dict, # group -> (N,) values
         sns.histplot(x=v, bins=edges, stat="density", element="step", alpha=.25, color=colors[name], label=text, ax=ax)
     if threshold is not None: ax.axvline(threshold, color="k", lw=1, ls="--", label=f"threshold {threshold:.3g}")
     ax.set(xlabel=label, ylabel="density")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/14_pictures.ipynb #05c1a912
-def _plane(z # (N, d) features
+def _plane(f # (N, d) features
           ): # features -> (N, 2) on the first two principal components
-    mean = z.mean(0)
-    basis = np.linalg.svd(z[:: max(1, len(z) // 5000)] - mean, full_matrices=False)[2][:2].T
+    mean = f.mean(0)
+    basis = np.linalg.svd(f[:: max(1, len(f) // 5000)] - mean, full_matrices=False)[2][:2].T
     basis = np.pad(basis, ((0, 0), (0, 2 - basis.shape[1]))) # one-dimensional features lie on a line
     def on_it(x): return (x - mean) @ basis
     return on_it
@@ -408,6 +409,7 @@ def plot_feature_map(train:tuple, # (N, d) real training features, (N,) labels
         ax.set(title=title, xticks=[], yticks=[], xlabel="first principal component")
     for ax in axes: ax.set(**_limits(np.concatenate([flat(z) for z, _ in parts.values()])))
     axes[0].set_ylabel("second")
-    look = dict(title="class (training items); grey: others", title_fontsize=8)
-    axes[0].legend(frameon=False, prop=dict(family=family, size=8), **look)
+    below = dict(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=n_shown, columnspacing=1, handletextpad=0)
+    look = dict(title="class (training items); grey: others", title_fontsize=8, alignment="left")
+    axes[0].legend(frameon=False, prop=dict(family=family, size=8), **look, **below)
     return axes

@@ -28,7 +28,6 @@ from .priors import prior_text
 from .archives import archive_labels, check_pixels, numbered, read_npz
 from .files import ImageFiles, damaged, usual_size
 from .data import ImageSet, LongTail
-from .cameras import through_cameras
 
 # %% ../nbs/17_sources.ipynb #4c410cd1
 @patch(cls_method=True)
@@ -41,6 +40,7 @@ def camera_digits(cls:LongTail,
                  )->LongTail: # as `LongTail.digits`, with `shifted`
     "Digits-LT of low quality: train through cameras, test clean, and as many other images through unseen cameras"
     clean = cls.digits(imb_ratio, seed, n_max, 2 * n_test, profile)
+    from ltnb.cameras import through_cameras # brings torch
     return through_cameras(clean, f"camera-{clean.name}")
 
 # %% ../nbs/17_sources.ipynb #5f084937

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from . import __version__
 from .core import LtnbError, cpu_flags, device_type, os_error, read_json, read_jsonl, write_json
@@ -150,35 +151,7 @@ class Store:
         if key is None or not self.file(key, ".json").exists() or not self.file(key).exists(): return None
         return read_json(self.file(key, ".json"))
 
-    def take(self,
-             key:str, # of a part that is there
-             path:Path, # where its file is wanted
-             name:str, # as this run calls it
-             since:float, # clock when it was first asked for
-             **more # of the line in `timing.jsonl`, such as the seed
-            )->dict: # its facts
-        "A part as a file of this run"
-        facts = self.facts(key)
-        _linked(self.file(key), path)
-        said = {"reused": key, "made_by": facts["made_by"], "saved": facts["seconds"]}
-        waited = round(time.perf_counter() - since, 3)
-        row = {**more, "stage": name, **said, "waited": waited, "seconds": 0.}
-        if self.run is not None: self.run._append("timing.jsonl", row)
-        return facts
-
-    def put(self,
-            key:str, # of a part
-            path:Path, # its file
-            seconds:float, # that it took
-            **more # facts about it
-           ):
-        "Keep a part for others"
-        if self.facts(key) is not None: return
-        _linked(path, self.file(key))
-        by = "/".join(self.run.path.parts[-2:]) if self.run is not None else ""
-        write_json(self.file(key, ".json"), {"made_by": by, "seconds": round(seconds, 3), **more})
-
-
+# %% ../nbs/19_store.ipynb #e5433925
 def _linked(there, path): # a second name for a file, or a copy on another disk; files of ltnb are replaced, not changed
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -189,6 +162,38 @@ def _linked(there, path): # a second name for a file, or a copy on another disk;
         os.replace(temporary, path)
     except OSError as e: raise os_error(e, f"writing {path}") from e
     finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/19_store.ipynb #0275fc38
+@patch
+def take(self:Store,
+         key:str, # of a part that is there
+         path:Path, # where its file is wanted
+         name:str, # as this run calls it
+         since:float, # clock when it was first asked for
+         **more # of the line in `timing.jsonl`, such as the seed
+        )->dict: # its facts
+    "A part as a file of this run"
+    facts = self.facts(key)
+    _linked(self.file(key), path)
+    said = {"reused": key, "made_by": facts["made_by"], "saved": facts["seconds"]}
+    waited = round(time.perf_counter() - since, 3)
+    row = {**more, "stage": name, **said, "waited": waited, "seconds": 0.}
+    if self.run is not None: self.run._append("timing.jsonl", row)
+    return facts
+
+
+@patch
+def put(self:Store,
+        key:str, # of a part
+        path:Path, # its file
+        seconds:float, # that it took
+        **more # facts about it
+       ):
+    "Keep a part for others"
+    if self.facts(key) is not None: return
+    _linked(path, self.file(key))
+    by = "/".join(self.run.path.parts[-2:]) if self.run is not None else ""
+    write_json(self.file(key, ".json"), {"made_by": by, "seconds": round(seconds, 3), **more})
 
 # %% ../nbs/19_store.ipynb #f78f10fd
 @contextmanager

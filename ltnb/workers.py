@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from .core import UsageError
 from .progress import Progress, tell
 from .runs import unlock_file
@@ -127,34 +129,38 @@ class Workers:
             if task: self.taken.add(task.name)
             return task
 
-    def settle(self,
-               done:Attempt # ended, or busy
-              ):
-        "Put a task back, or off the list"
-        with self.lock:
-            self.taken.discard(done.task.name)
-            if done.state == "busy": return
-            self.left.remove(done.task)
-            self.ended.append(done)
-        say_attempt(done)
+# %% ../nbs/39_workers.ipynb #7ee02627
+@patch
+def settle(self:Workers,
+           done:Attempt # ended, or busy
+          ):
+    "Put a task back, or off the list"
+    with self.lock:
+        self.taken.discard(done.task.name)
+        if done.state == "busy": return
+        self.left.remove(done.task)
+        self.ended.append(done)
+    say_attempt(done)
 
-    def loop(self,
-             number:int # of the worker
-            ):
-        "What each thread does"
-        busy = set() # seen in this round
-        while self.left and not self.stopped:
-            task = self.take(busy)
-            if task is None: # others are at all that is left
-                if not self.wait and not self.taken: return
-                busy.clear()
-                time.sleep(1.)
-                continue
-            try: done = run_task(task, self.folder, self.running, self.environments(number))
-            except Exception as e: done = Attempt(task, "failed", 0., str(e))
-            if self.stopped: return
-            if done.state == "busy": busy.add(task.name)
-            self.settle(done)
+
+@patch
+def loop(self:Workers,
+         number:int # of the worker
+        ):
+    "What each thread does"
+    busy = set() # seen in this round
+    while self.left and not self.stopped:
+        task = self.take(busy)
+        if task is None: # others are at all that is left
+            if not self.wait and not self.taken: return
+            busy.clear()
+            time.sleep(1.)
+            continue
+        try: done = run_task(task, self.folder, self.running, self.environments(number))
+        except Exception as e: done = Attempt(task, "failed", 0., str(e))
+        if self.stopped: return
+        if done.state == "busy": busy.add(task.name)
+        self.settle(done)
 
 # %% ../nbs/39_workers.ipynb #58d002a4
 def _run_all(self)->list[Attempt]: # of `Workers`: what ended; when this process is stopped, so are its tasks
@@ -183,7 +189,7 @@ def say_attempt(done:Attempt # ended
 # %% ../nbs/39_workers.ipynb #36f64511
 _USUAL_JOB = {"timeout_min": 24 * 60} # submitit's own is five minutes
 
-
+# %% ../nbs/39_workers.ipynb #653a9ab4
 def job_settings(text:str|None # "partition=gpu timeout_min=600"
                 )->dict: # as submitit takes them
     "What jobs ask for; what submitit does not know by itself is slurm's"

@@ -122,9 +122,19 @@ def differences_list(folder):
     "The pairs of a recipe, in words"
     from ltnb.chatdiff import ChatDiff
     from ltnb.discl import DisCL
+    from ltnb.discl_adaptive import DisCLAdaptive
 
-    recipe = {"chatdiff": ChatDiff, "discl": DisCL}[read_json(RESULTS / folder / "config.json")["recipe"]]
+    config = read_json(RESULTS / folder / "config.json")
+    discl = DisCLAdaptive if config.get("tuned") == "clip" else DisCL
+    recipe = {"chatdiff": ChatDiff, "discl": discl}[config["recipe"]]
     return "\n".join(f"- {markdown_text(s)}" for s in recipe().verdict(rows_of(folder)))
+
+
+def shifted_table(folder):
+    "Macro-F1 on a test set and on one of other conditions"
+    from ltnb.discl_adaptive import f1_table
+
+    return cells_table(f1_table(main_rows(folder)))
 
 
 def spectrum_table(folder):
@@ -207,9 +217,21 @@ def form_gains_table(folder):
 
 def comparison_table(folder):
     "Methods over sets and seeds, as `ltnb compare` leaves them"
-    rows = rows_of(folder)
+    rows = [r for r in rows_of(folder) if r.get("asked", True)]  # of all rows, those that were asked for
     said = [say_comparison(c) for c in compare_with_controls(rows)] + cannot_say(rows)
     return markdown_table(rows) + "\n" + "\n".join(f"- {markdown_text(s)}" for s in said)
+
+
+def costs_table(folder):
+    "Seconds of each cell of a comparison, summed over seeds, and what others had made"
+    cells = read_json(RESULTS / folder / "costs.json")["cells"]
+    names = dict.fromkeys(c["cell"] for c in cells)
+
+    def total(name, key):
+        return f"{sum(c[key] for c in cells if c['cell'] == name):,.0f}"
+
+    lines = [[name, total(name, "seconds"), total(name, "saved")] for name in names]
+    return markdown(["run", "seconds", "of them reused"], lines)
 
 
 # over all folders
@@ -312,9 +334,11 @@ TABLES = {
     "differences": differences_list,
     "judged images": judged_table,
     "spectrum": spectrum_table,
+    "both test sets": shifted_table,
     "forms": forms_table,
     "gains": form_gains_table,
     "comparison": comparison_table,
+    "costs": costs_table,
     "findings": findings_list,
     "sets": set_tables,
     "runs": runs_table,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fastcore.xml import Li, P, Pre, Safe, Sub, Ul
 from ltnb.metrics import difference, percent, show_difference
-from ltnb.report import html_figure, html_table, render, table, verdict, write_report
+from ltnb.report import html_figure, html_table, in_lines, render, table, verdict, write_report
 
 BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
 
@@ -125,6 +125,15 @@ def test_verdict_follows_the_interval():
     assert "test images" in verdict(noisy)[0], "seeds that agree do not make test images certain"
     noisy[3]["all"] += 0.1
     assert "over seeds" in verdict(noisy)[0]
+
+
+@pytest.mark.parametrize("width", (10, 40, 88))
+def test_sentences_are_folded_between_words(width):
+    said = ["ldmlr + label shift against label-shift wins: +1.3 [0.0, 2.6] points.", "Fitted from scratch, it loses."]
+    lines = in_lines(said, width).split("\n")
+    assert " ".join(" ".join(lines).split()) == " ".join(said)
+    assert all(len(line) <= width or " " not in line.strip() for line in lines)
+    assert sum(not line.startswith(" ") for line in lines) == len(said)
 
 
 def test_missing_seeds_have_no_difference():
