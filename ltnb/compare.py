@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, UsageError, read_json, read_jsonl, write_json
+from .core import DataError, UsageError, device_type, read_json, read_jsonl, write_json
 from .progress import Progress, tell
 from .runs import Run, locked
 from .data import LongTail
@@ -76,13 +76,17 @@ def gpus_here()->tuple: # their names, as CUDA_VISIBLE_DEVICES takes them
     return tuple(said.split(",")) if said else tuple(map(str, range(torch.cuda.device_count())))
 
 
+def _gpus(cfg): # that cells may use
+    return gpus_here() if cfg.device == "auto" or device_type(cfg.device) == "cuda" else ()
+
+
 def workers_of(cfg:CompareConfig # as given
               )->int: # cells at once
     "How many cells run at once"
     if cfg.workers != "auto":
         if cfg.workers.isdecimal() and 1 <= int(cfg.workers) <= 1024: return int(cfg.workers)
         raise UsageError(f"workers must be auto, or a whole number from 1 to 1024, got {cfg.workers!r}.")
-    if cfg.device != "cpu" and gpus_here(): return len(gpus_here())
+    if _gpus(cfg): return len(_gpus(cfg))
     return max(len(os.sched_getaffinity(0)) // (1 if cfg.threads == "auto" else int(cfg.threads)), 1)
 
 
@@ -90,7 +94,7 @@ def environments(cfg:CompareConfig, # of the comparison
                  n:int # workers
                 ): # number of a worker -> variables of its cells
     "Each worker has a GPU of its own where there are some; with a launcher, its share of them"
-    gpus = gpus_here() if cfg.device != "cpu" and n > 1 else ()
+    gpus = _gpus(cfg) if n > 1 else ()
     each = max(len(gpus) // n, 1) if cfg.launch else 1 # a launcher starts a process on each of its cell's
     shared = {"LTNB_STORE": os.path.abspath(cfg.store or Path(cfg.out)/"store")}
     def of(i): return ",".join(gpus[(i * each + k) % len(gpus)] for k in range(each))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .core import DataError, LtnbError, UsageError, choose_device, read_json, read_jsonl
+from .core import DataError, LtnbError, UsageError, choose_device, device_type, read_json, read_jsonl
 from .config import Config
 from .runs import Run
 from .data import LongTail
@@ -382,7 +382,8 @@ def resolved_cell(cell:Cell, # of a matrix
 
 
 def _device_of(cell): # cpu or cuda
-    return cell.config.device if cell.config.device != "auto" else choose_device("auto").partition(":")[0]
+    device = cell.config.device
+    return device_type(choose_device("auto") if device == "auto" else device)
 
 # %% ../nbs/89_forecast.ipynb #db2956e6
 def forecast(cell:Cell, # of a matrix

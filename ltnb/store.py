@@ -246,8 +246,9 @@ def sharing(where:Any, # a `Where`
             piped:str|None=None # name of a pipeline whose weights can change behind it: then nothing is shared
            )->dict: # fields of a `Job`
     "What a job needs to share its shards"
-    if piped: return {}
-    return {"store": store_of(where), "depends": (arithmetic(where.device), where.precision, where.compiled, *more)}
+    store = None if piped else store_of(where)
+    if store is None: return {}
+    return {"store": store, "depends": (arithmetic(where.device), where.precision, where.compiled, *more)}
 
 # %% ../nbs/19_store.ipynb #ff44eae8
 @contextmanager
