@@ -6,7 +6,7 @@ Docs: https://ltnb.github.io/ltnb/discl.html.md"""
 
 # %% auto #0
 __all__ = ['DISCL_PAIRS', 'DISCL_STEPS', 'DISCL_PUBLISHED', 'DISCL_DIFFERENCES', 'DisCL', 'without_images', 'fine_tuned',
-           'picture_of', 'explained', 'paper_numbers', 'beside_paper', 'run']
+           'keep_makers', 'picture_of', 'explained', 'paper_numbers', 'beside_paper', 'run']
 
 # %% ../nbs/84_discl.ipynb #5e5c4b02
 import numpy as np
@@ -94,14 +94,25 @@ def keep(self:DisCL,
          judge:Classifier|None # who has seen everything
         ):
     "The first seed's models and classifier, and the picture of a spectrum"
-    eye.clip.save(s.run.path/"clip", seed=s.seed)
-    eye.real.save(s.run.path/"clip"/"thresholds.json")
-    if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
+    keep_makers(s, shared.pool, spectrum, eye, painter, judge)
     clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed), s.run.load(f"discl-seed-{s.seed}")
     clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
     keep_classifier(s, clf, "discl + label shift", s.run.load(f"answers-discl-seed-{s.seed}")[0]["counts"])
+
+
+def keep_makers(s:Stage, # of the first seed
+                pool:Pool, # whose hard images have a spectrum
+                spectrum:dict, # level -> Synthetic
+                eye:Discriminator, # CLIP
+                painter:Painter, # the generator
+                judge:Classifier|None # who has seen everything
+               ):
+    "CLIP with its thresholds, the generator, and the picture of a spectrum"
+    eye.clip.save(s.run.path/"clip", seed=s.seed)
+    eye.real.save(s.run.path/"clip"/"thresholds.json")
+    if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
     fig, ax = new_figure(.95 * len(spectrum) + 1, 5)
-    plot_spectrum(*picture_of(s.data, shared.pool, spectrum, judge), ax=ax)
+    plot_spectrum(*picture_of(s.data, pool, spectrum, judge), ax=ax)
     save_figure(fig, s.run.path/"figures"/"spectrum.png")
 
 # %% ../nbs/84_discl.ipynb #d5c98dd4

@@ -17,17 +17,15 @@ from .core import read_json, write_json
 from .runs import Run
 from .data import BANDS, LongTail
 from .metrics import methods, paired_over_seeds, percent, values
-from .pictures import new_figure, save_figure
 from .report import Figure
-from .classifier import Classifier
 from .recipe import TAIL, Finished, Stage
 from .generator_steps import seen_everything
-from .chatdiff import Discriminator, Painter, discriminator, what_is_known
+from .chatdiff import discriminator, what_is_known
 from .guidance import keep_levels
 from .curriculum import plot_epochs
-from .spectrum import joined, level_facts, levels_table, plot_spectrum
+from .spectrum import joined, level_facts, levels_table
 from .discl_steps import DisCLConfig, draw_spectrum, levels_of, spectrum_painter, tuned_of
-from .discl import DisCL, explained, picture_of
+from .discl import DisCL, explained, keep_makers
 from .discl_adaptive_steps import (ENSEMBLED, Adapting, check_adaptive, hard_for_clip, plot_ensembling,
                                        plot_progress, resolve_adaptive, stage_of, start_clip, tuned_along, untuned)
 
@@ -57,7 +55,7 @@ class DisCLAdaptive(DisCL):
         rows, judge = self.score(s, said), seen_everything(s)
         facts = level_facts(spectrum, s.data.train, eye.passes, judge, s.where)
         write_json(s.run.path/f"levels-seed-{s.seed}.json", facts)
-        if s.first: self.keep(s, shared, spectrum, eye, painter, judge)
+        if s.first: keep_makers(s, shared.pool, spectrum, eye, painter, judge)
         return rows
 
 # %% ../nbs/87_discl_adaptive.ipynb #c8d18cd2
@@ -76,23 +74,6 @@ def resolve(self:DisCLAdaptive,
            )->DisCLConfig: # with nothing left open but rule_cosine and tail_share
     "Fill in what depends on the data, and refuse what cannot be run on it"
     return resolve_adaptive(cfg, data)
-
-# %% ../nbs/87_discl_adaptive.ipynb #d0f1b227
-@patch
-def keep(self:DisCLAdaptive,
-         s:Stage, # of the first seed
-         shared:Adapting, # the pool
-         spectrum:dict, # level -> Synthetic
-         eye:Discriminator, # CLIP
-         painter:Painter, # the generator
-         judge:Classifier|None # who has seen everything
-        ):
-    "The first seed's models, and the picture of a spectrum; the fine-tuned CLIP is there already"
-    eye.clip.save(s.run.path/"clip", seed=s.seed)
-    if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
-    fig, ax = new_figure(.95 * len(spectrum) + 1, 5)
-    plot_spectrum(*picture_of(s.data, shared.pool, spectrum, judge), ax=ax)
-    save_figure(fig, s.run.path/"figures"/"spectrum.png")
 
 # %% ../nbs/87_discl_adaptive.ipynb #dcaa7b43
 FLOOR = "no synthetic" # what the columns hold a row against

@@ -183,6 +183,7 @@ def test_killed_in_the_spectrum_and_in_the_curriculum_it_gives_the_same_files(wh
 
 def test_the_fine_tuned_clip_and_the_way_to_it_are_kept(whole):
     tuned, start = Clip.load(whole / "tuned"), Clip.load(whole / "clip")
+    assert (whole / "clip" / "thresholds.json").exists() and (whole / "generator").is_dir()  # what a page asks for
     assert tuned.fingerprint != start.fingerprint
     sweep = read_json(whole / "ensembling" / "discl-seed-0.json")
     by = {r["method"]: r for r in read_json(whole / "scores.json")}
