@@ -163,7 +163,10 @@ def loop(self:Workers,
         self.settle(done)
 
 # %% ../nbs/39_workers.ipynb #58d002a4
-def _run_all(self)->list[Attempt]: # of `Workers`: what ended; when this process is stopped, so are its tasks
+@patch
+def run(self:Workers
+       )->list[Attempt]: # what ended
+    "Run all tasks; when this process is stopped, so are its tasks"
     threads = [threading.Thread(target=self.loop, args=(i,), daemon=True) for i in range(self.n)]
     for t in threads: t.start()
     try:
@@ -174,9 +177,6 @@ def _run_all(self)->list[Attempt]: # of `Workers`: what ended; when this process
             with contextlib.suppress(OSError): p.terminate()
         for t in threads: t.join(30)
     return self.ended
-
-
-Workers.run = _run_all
 
 
 def say_attempt(done:Attempt # ended
