@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import DataError, UsageError, device_type, read_json, read_jsonl, write_json
+from .config import BUNDLED
 from .progress import Progress, tell
 from .runs import Run, locked
 from .data import LongTail
@@ -57,13 +58,13 @@ def task_of(cell:Cell, # of a matrix
     return Task(cell.name, cell.path, lambda: Run(cell.config).finished, (*command, "--plain"))
 
 
-RANK = ("baseline", "ldmlr", "diffult", "discl", "chatdiff") # from short to long, as measured on Digits-LT
+RANK = ("baseline", "ldmlr", "discl", "chatdiff", "diffult") # from short to long, as measured on Digits-LT
 
 
 def longest_first(cells:list[Cell] # of a matrix
                  )->list[Cell]: # sorted
     "What takes long begins early"
-    def size(c): return c.config.dataset != "digits", RANK.index(c.recipe) if c.recipe in RANK else len(RANK)
+    def size(c): return c.config.dataset not in BUNDLED, RANK.index(c.recipe) if c.recipe in RANK else len(RANK)
     return sorted(cells, key=size, reverse=True)
 
 # %% ../nbs/90_compare.ipynb #db2be919
@@ -203,7 +204,7 @@ def per_class_of(plan:Matrix, # of a comparison
         if data is None: continue
         own = [r for r in rows if r["set"] == s and (r["asked"] or r["method"] == "cross-entropy")]
         of = {m: {r["seed"]: r["per_class"] for r in reversed(own) if r["method"] == m} for m in methods(own)}
-        varied = cell.config.dataset == "digits" and len(plan.seeds) > 1 # its classes change places with the seed
+        varied = cell.config.dataset in BUNDLED and len(plan.seeds) > 1 # its classes change places with the seed
         out[s] = {"methods": {m: np.array([*v.values()], dtype=float) for m, v in of.items()},
                   "counts": data.counts, "class_names": None if varied else list(data.class_names)}
     return out

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,20 @@ from conftest import ROOT
 from ltnb.baseline import Baseline
 from ltnb.baseline_steps import BaselineConfig
 from ltnb.cli import CELLS
-from ltnb.compare import asked_tables, compare, environments, plan_of, summary_of
+from ltnb.compare import (
+    RANK,
+    asked_tables,
+    compare,
+    environments,
+    longest_first,
+    per_class_of,
+    plan_of,
+    summary_of,
+)
 from ltnb.core import DataError, UsageError, read_json, write_json
 from ltnb.forecast import Part, Rate, measured_rates, nearest_rate
 from ltnb.grammar import MAKERS, ORDERS, read_combination
-from ltnb.matrix import CompareConfig, complete, matrix
+from ltnb.matrix import Cell, CompareConfig, Matrix, complete, matrix
 from ltnb.progress import Progress
 from ltnb.workers import Task, Workers, is_locked, job_settings
 
@@ -254,3 +264,23 @@ def test_a_shell_file_runs_as_it_stands(tmp_path):
     done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "1 cells, seed 0" in done.stdout, done.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_what_takes_long_begins_first():
+    "A cell that is left alone at the end holds up the whole: the order is that of the seconds that are on record"
+    costs = read_json(ROOT / "results" / "compare-digits-cpu" / "costs.json")["cells"]
+    seconds = {r: sum(c["seconds"] for c in costs if c["cell"].endswith(f"/{r}")) for r in RANK[1:]}
+    assert list(seconds) == sorted(seconds, key=seconds.get)
+    cells = [SimpleNamespace(recipe=r, config=SimpleNamespace(dataset=d)) for d in ("digits", "npz") for r in seconds]
+    first, *_, last = longest_first(cells)
+    assert (first.recipe, first.config.dataset) == ("diffult", "npz")
+    assert (last.recipe, last.config.dataset) == ("ldmlr", "digits")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "camera_digits"])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_classes_that_change_places_with_the_seed_have_no_names(dataset, seeds):
+    cell = Cell("s", "baseline", BaselineConfig(dataset=dataset), ())
+    rows = [dict(set="s", asked=True, method="m", seed=k, per_class=[0.5] * 10) for k in range(seeds)]
+    names = per_class_of(Matrix((cell,), ROOT, range(seeds)), rows)["s"]["class_names"]
+    assert (names is None) == (seeds == 2)
