@@ -35,7 +35,7 @@ from .jobs import Job, make_plan
 from .synthetic import Synthetic
 from .copies import flag_copies
 from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
-from .classify import (ClassifierConfig, aim_of, check_classifier, classify, keep_classifier, new_classifier)
+from .classify import (ClassifierConfig, aim_of, check_classifier, classify, keep_classifier, trained_network)
 from .controls import controls
 from .draw import Drawn, ItemScore, draw_until
 from .samplers import sampler_spacing
@@ -324,11 +324,9 @@ def keep(self:ChatDiff,
     eye.clip.save(s.run.path/"clip", seed=s.seed)
     eye.real.save(s.run.path/"clip"/"thresholds.json")
     if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
-    clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed), s.run.load(f"chatdiff-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
     made = kept_of(s, drawn["knowledge"])
     counts = effective_counts(s.data.counts, made.counts(s.data.n_classes), s.cfg.syn_weight)
-    keep_classifier(s, clf, "chatdiff + label shift", counts)
+    keep_classifier(s, trained_network(s, "chatdiff"), "chatdiff + label shift", counts)
     drawn["knowledge"].picture(s.data, s.run.path/"figures"/"kept.png")
 
 # %% ../nbs/79_chatdiff.ipynb #6dab9653

@@ -6,7 +6,7 @@ Docs: https://ltnb.github.io/ltnb/classify.html.md"""
 
 # %% auto #0
 __all__ = ['LOSS_HEADS', 'usual_arch', 'ClassifierConfig', 'check_classifier', 'usual_schedule', 'new_classifier', 'train',
-           'OverBatch', 'classify', 'mixed', 'trained_answer', 'aim_of', 'keep_classifier']
+           'OverBatch', 'classify', 'mixed', 'trained_answer', 'trained_network', 'aim_of', 'keep_classifier']
 
 # %% ../nbs/34_classify.ipynb #5289424a
 from dataclasses import dataclass
@@ -155,6 +155,16 @@ def trained_answer(s:Stage, # as in `classify`, and so the rest
     return clf.logits(s.data.test.images, **where).float() * the_loss.scale, the_loss.prior.cpu()
 
 # %% ../nbs/34_classify.ipynb #068c5df7
+def trained_network(s:Stage, # whose run has it
+                    name:str, # of its training
+                    loss:str="cross_entropy" # a name of `LOSSES`, of which the last layer depends
+                   )->Classifier: # in evaluation mode, where the run computes
+    "The classifier that `classify` left under a name"
+    clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed, loss), s.run.load(f"{name}-seed-{s.seed}")
+    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
+    return clf.to(s.where.device).eval()
+
+
 def aim_of(s:Stage # its settings and data
           )->np.ndarray|None: # (K,) probabilities
     "The class prior that answers are also corrected to, if there is one"

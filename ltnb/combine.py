@@ -6,8 +6,7 @@ Docs: https://ltnb.github.io/ltnb/combine.html.md"""
 
 # %% auto #0
 __all__ = ['NOT_LOOKED_AT', 'CombineConfig', 'combination_of', 'Eyes', 'eyes_of', 'labels_painter', 'painter_of', 'filter_of',
-           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'trained_network', 'with_last_layer', 'Combine',
-           'run']
+           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'with_last_layer', 'Combine', 'run']
 
 # %% ../nbs/88_combine.ipynb #17e8ebb8
 from dataclasses import dataclass, replace
@@ -22,12 +21,11 @@ from .config import auto, limited
 from .runs import Run
 from .data import LongTail
 from .store import sharing
-from .classifier import Classifier
 from .decoupled import crt, lws, nearest_mean, tau_norm
 from .heads import Features
 from .jobs import Job
 from .recipe import Answer, Answers, Finished, Stage
-from .classify import aim_of, check_classifier, classify, keep_classifier, new_classifier
+from .classify import aim_of, check_classifier, classify, keep_classifier, trained_network
 from .controls import controls
 from .draw import Drawn, ItemScore, draw_until
 from .generator_steps import SmallImages, image_maker, resolve_generator, sampling_of, train_model
@@ -213,21 +211,12 @@ def training_name(c:Combination # run
     return c.order + ("" if c.fit == "cross-entropy" else "-balanced")
 
 
-def trained_network(s:Stage, # whose run keeps it
-                    c:Combination # that was trained
-                   )->Classifier: # in evaluation mode
-    "The classifier of a combination"
-    clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed, FITS[c.fit]), s.run.load(f"{training_name(c)}-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
-    return clf.to(s.where.device).eval()
-
-
 def with_last_layer(s:Stage, # its settings and data
                     c:Combination, # with a head
                     said:Answers # with its row
                    )->Answers: # the row is that of the changed network, and a row of the network as it was
     "Fit the last layer again"
-    f = Features.encode(trained_network(s, c), s.data, s.where.device, s.where.precision)
+    f = Features.encode(trained_network(s, training_name(c), FITS[c.fit]), s.data, s.where.device, s.where.precision)
     fits = {"crt": lambda: crt(f.train, f.train_labels, f.n_classes, key=(s.seed,)),
             "lws": lambda: lws(f.head, f.train, f.train_labels, key=(s.seed,)),
             "tau-norm": lambda: tau_norm(f.head, 1.), "nearest-mean": lambda: nearest_mean(f.train, f.train_labels,
@@ -269,7 +258,8 @@ def keep(self:Combine,
          answer:Answer # of the combination
         ):
     "The first seed's classifier, and CLIP with its thresholds"
-    keep_classifier(s, trained_network(s, c), f"{c.name} + label shift", torch.as_tensor(answer.prior))
+    clf = trained_network(s, training_name(c), FITS[c.fit])
+    keep_classifier(s, clf, f"{c.name} + label shift", torch.as_tensor(answer.prior))
     if eyes.clip is None: return
     eyes.clip.clip.save(s.run.path/"clip", seed=s.seed)
     eyes.clip.real.save(s.run.path/"clip"/"thresholds.json")

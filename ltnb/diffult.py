@@ -24,7 +24,7 @@ from .classifier import Classifier
 from .losses import effective_counts
 from .team import Team, Where
 from .recipe import PAIRED, TAIL, Answers, Finished, Recipe, Stage
-from .classify import aim_of, check_classifier, keep_classifier, new_classifier
+from .classify import aim_of, check_classifier, keep_classifier, trained_network
 from .controls import controls
 from .generator_steps import SmallImages, plot_loss, resolve_generator, sample_grid, seen_everything
 from .aid_loss import AIDScale
@@ -86,10 +86,8 @@ def keep(self:DiffuLT,
     data, where = s.data, s.where
     aided.model.save(s.run.path/"generator", seed=s.seed, kappa=scale.kappa)
     eye.clf.save(s.run.path/"phi", method="cross-entropy", seed=s.seed, train_counts=data.counts.tolist())
-    clf, (kept, _) = new_classifier(s.cfg, data, s.seed), s.run.load(f"diffult-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
     counts = effective_counts(data.counts, aided.kept.counts(data.n_classes), s.cfg.syn_weight)
-    keep_classifier(s, clf, "diffult + label shift", counts)
+    keep_classifier(s, trained_network(s, "diffult"), "diffult + label shift", counts)
     sample_grid(aided.model, s.cfg, s.run.path/"figures"/"samples.png", where)
 
 # %% ../nbs/64_diffult.ipynb #8158511f

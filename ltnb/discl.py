@@ -23,7 +23,7 @@ from .report import Figure, table, verdict_on_pairs
 from .classifier import Classifier
 from .synthetic import Synthetic
 from .recipe import PAIRED, TAIL, Answer, Answers, Finished, Recipe, Stage
-from .classify import aim_of, classify, keep_classifier, new_classifier
+from .classify import aim_of, classify, keep_classifier, trained_network
 from .generator_steps import SmallImages, seen_everything
 from .chatdiff import Discriminator, Painter, discriminator, what_is_known
 from .guidance import REAL, keep_levels
@@ -95,9 +95,8 @@ def keep(self:DisCL,
         ):
     "The first seed's models and classifier, and the picture of a spectrum"
     keep_makers(s, shared.pool, spectrum, eye, painter, judge)
-    clf, (kept, _) = new_classifier(s.cfg, s.data, s.seed), s.run.load(f"discl-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
-    keep_classifier(s, clf, "discl + label shift", s.run.load(f"answers-discl-seed-{s.seed}")[0]["counts"])
+    counts = s.run.load(f"answers-discl-seed-{s.seed}")[0]["counts"]
+    keep_classifier(s, trained_network(s, "discl"), "discl + label shift", counts)
 
 
 def keep_makers(s:Stage, # of the first seed

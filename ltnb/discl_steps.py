@@ -31,7 +31,7 @@ from .jobs import Job
 from .progress import Progress
 from .synthetic import Synthetic
 from .recipe import Answer, Stage
-from .classify import ClassifierConfig, check_classifier, classify, new_classifier
+from .classify import ClassifierConfig, check_classifier, classify, trained_network
 from .samplers import sampler_spacing
 from .generator_steps import GeneratorConfig, resolve_generator, sampling_of, train_model
 from .knowledge import SHIPPED, Knowledge, knowledge_of
@@ -293,10 +293,7 @@ def resolve_discl(cfg:DisCLConfig, # as given
 def pretrained(s:Stage # its settings and data
               )->tuple[Answer, Classifier]: # what it says of the test images, and where every fine-tuning starts
     "Step 1: a plain classifier, as in the other recipes"
-    said, clf = classify(s, name="cross-entropy"), new_classifier(s.cfg, s.data, s.seed)
-    kept, _ = s.run.load(f"cross-entropy-seed-{s.seed}")
-    clf.net.load_state_dict({k[4:]: v for k, v in kept.items() if k.startswith("net.")})
-    return said, clf.to(s.where.device).eval()
+    return classify(s, name="cross-entropy"), trained_network(s, "cross-entropy")
 
 
 def hard_images(s:Stage, # its settings and data
