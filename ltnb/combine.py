@@ -6,7 +6,7 @@ Docs: https://ltnb.github.io/ltnb/combine.html.md"""
 
 # %% auto #0
 __all__ = ['NOT_LOOKED_AT', 'CombineConfig', 'combination_of', 'Eyes', 'eyes_of', 'labels_painter', 'painter_of', 'filter_of',
-           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'with_last_layer', 'Combine', 'run']
+           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'with_last_layer', 'with_head', 'Combine', 'run']
 
 # %% ../nbs/88_combine.ipynb #17e8ebb8
 from dataclasses import dataclass, replace
@@ -21,11 +21,12 @@ from .config import auto, limited
 from .runs import Run
 from .data import LongTail
 from .store import sharing
+from .classifier import Classifier
 from .decoupled import crt, lws, nearest_mean, tau_norm
-from .heads import Features
+from .heads import Features, Head
 from .jobs import Job
 from .recipe import Answer, Answers, Finished, Stage
-from .classify import aim_of, check_classifier, classify, keep_classifier, trained_network
+from .classify import aim_of, check_classifier, classify, keep_classifier, new_classifier, trained_network
 from .controls import controls
 from .draw import Drawn, ItemScore, draw_until
 from .generator_steps import SmallImages, image_maker, resolve_generator, sampling_of, train_model
@@ -213,18 +214,29 @@ def training_name(c:Combination # run
 
 def with_last_layer(s:Stage, # its settings and data
                     c:Combination, # with a head
-                    said:Answers # with its row
-                   )->Answers: # the row is that of the changed network, and a row of the network as it was
+                    said:Answers # with its row, which becomes that of the changed network
+                   )->Head: # the new last layer; a row of the network as it was is added
     "Fit the last layer again"
     f = Features.encode(trained_network(s, training_name(c), FITS[c.fit]), s.data, s.where.device, s.where.precision)
     fits = {"crt": lambda: crt(f.train, f.train_labels, f.n_classes, key=(s.seed,)),
             "lws": lambda: lws(f.head, f.train, f.train_labels, key=(s.seed,)),
             "tau-norm": lambda: tau_norm(f.head, 1.), "nearest-mean": lambda: nearest_mean(f.train, f.train_labels,
                                                                                        n_classes=f.n_classes)}
-    before, own = said.pop(c.name), replace(c, head="")
+    before, own, head = said.pop(c.name), replace(c, head=""), fits[c.head]()
     said[own.name] = _named(before, "part")
-    said[c.name] = Answer(fits[c.head]().logits(f.test), s.data.counts, before.facts)
-    return said
+    said[c.name] = Answer(head.logits(f.test), s.data.counts, before.facts)
+    return head
+
+
+def with_head(s:Stage, # its settings and data
+              clf:Classifier, # trained
+              head:Head # on its features
+             )->Classifier: # a new one
+    "The network below a linear head"
+    new, weights = new_classifier(s.cfg, s.data, s.seed), clf.net.state_dict()
+    below = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    new.net.load_state_dict(below | {"fc.weight": head.weight, "fc.bias": head.bias})
+    return new
 
 # %% ../nbs/88_combine.ipynb #2d5281ab
 class Combine(SmallImages):
@@ -243,8 +255,9 @@ class Combine(SmallImages):
         else:
             drawn = drawn_images(s, c, eyes, painter_of(s, c, eyes)) # 2, 3
             said = by_mixing(s, c, drawn) # 4
-        if c.head: return with_last_layer(s, c, said) # 5
-        if s.first and s.team.writes: self.keep(s, c, eyes, said[c.name])
+        head = with_last_layer(s, c, said) if c.head else None # 5
+        if s.first and s.team.writes: self.keep(s, c, eyes, said[c.name], head)
+        if head is not None: return said
         prior = torch.as_tensor(said[c.name].prior)
         even = prior.max() <= prior.min() * (1 + 1e-6) # a loss that leaves no prior in its logits
         return said if even else said.corrected(c.name, aim_of(s))
@@ -255,11 +268,13 @@ def keep(self:Combine,
          s:Stage, # of the first seed
          c:Combination, # that was run
          eyes:Eyes, # who looked
-         answer:Answer # of the combination
+         answer:Answer, # of the combination
+         head:Head|None=None # a last layer that was fitted again
         ):
     "The first seed's classifier, and CLIP with its thresholds"
     clf = trained_network(s, training_name(c), FITS[c.fit])
-    keep_classifier(s, clf, f"{c.name} + label shift", torch.as_tensor(answer.prior))
+    if head is None: keep_classifier(s, clf, f"{c.name} + label shift", torch.as_tensor(answer.prior))
+    else: keep_classifier(s, with_head(s, clf, head), c.name, head.counts, shifted=False)
     if eyes.clip is None: return
     eyes.clip.clip.save(s.run.path/"clip", seed=s.seed)
     eyes.clip.real.save(s.run.path/"clip"/"thresholds.json")

@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import ltnb.compare
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_UNET
 
 from ltnb.baseline import Baseline
 from ltnb.baseline_steps import BaselineConfig
+from ltnb.classifier import Classifier
 from ltnb.cli import CELLS
+from ltnb.combine import Combine, CombineConfig
 from ltnb.compare import (
     RANK,
     asked_tables,
+    calibration_of,
     compare,
     environments,
     longest_first,
@@ -27,9 +31,10 @@ from ltnb.compare import (
     summary_of,
 )
 from ltnb.core import DataError, UsageError, read_json, write_json
+from ltnb.diffusion import UNETS
 from ltnb.forecast import Part, Rate, measured_rates, nearest_rate
 from ltnb.grammar import MAKERS, ORDERS, read_combination
-from ltnb.matrix import Cell, CompareConfig, Matrix, complete, matrix
+from ltnb.matrix import Cell, CompareConfig, Matrix, complete, data_of, matrix
 from ltnb.progress import Progress
 from ltnb.workers import Task, Workers, is_locked, job_settings
 
@@ -250,6 +255,41 @@ def test_two_jobs_shared_what_was_left(killed):
     out, _, _ = killed
     assert len(list((out / "jobs").glob("*_submitted.pkl"))) == 2
     assert {p.name for p in (out / "logs").glob("*.log")} == {"digits-balanced-softmax.log", "digits-ldmlr.log"}
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory):
+    "A comparison of a combination that is there already, and of cross-entropy, whose cell fails: (plan, failed)"
+    out, name = tmp_path_factory.mktemp("combined") / "c", "labels+all+mixed+cross-entropy+nearest-mean"
+    tiny = f"n_max=40 imb_ratio=8 n_epochs=2 bs=16 wd=0.0005 {name}.n_steps=3 {name}.diff_bs=8 {name}.sample_steps=2"
+    cfg = config(out, f"{name},cross-entropy", settings=tiny)
+    (cell,) = (c for c in cells(cfg) if c.recipe == "combine")
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(UNETS, "tiny", SMALL_UNET)
+        m.setattr(Progress, "quiet", True)
+        Combine().run(CombineConfig(**{**cell.config.to_dict(), "seeds": 1}))
+    return cfg, cell
+
+
+def test_a_failed_cell_is_exit_code_1_and_on_the_page(combined, main, monkeypatch):
+    cfg, cell = combined
+    broken = (sys.executable, "-S", "-c", "import sys; sys.exit('ltnb: the disk is full.')")
+    real = ltnb.compare.task_of
+    monkeypatch.setattr("ltnb.compare.task_of", lambda *a: replace(real(*a), command=broken))
+    code, said, _ = main("compare", *typed(cfg))
+    assert code == 1 and "digits/cross-entropy failed: the disk is full." in said
+    assert cell.methods[0].name in said, "what is finished is in the table"
+    page = (Path(cfg.out) / "report.html").read_text()
+    assert "the disk is full" in page and cell.methods[0].name in page
+
+
+def test_a_combination_with_another_last_layer_keeps_that_network(combined):
+    _, cell = combined
+    (row,) = (r for r in read_json(cell.path / "scores.json") if r["method"] == cell.methods[0].name)
+    data, clf = data_of(cell.config), Classifier.load(cell.path / "model")
+    right = clf.predict(data.test.images, device="cpu").argmax(1) == data.test.labels
+    assert float(right.mean()) == pytest.approx(row["all"], abs=1e-6)
+    assert list(calibration_of(cell, data)) == [row["method"]]
 
 
 @pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "array"])
