@@ -79,6 +79,14 @@ def copy_before(patch, place, name, source, to):
     patch.setattr(place, name, first_copy)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    "What a test writes need not outlast a power cut: `fsync` waits some milliseconds each time, thousands of times"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 def once(tmp_path_factory, name, make):
     "Make a folder once for all workers; the others wait for it"
     from ltnb.runs import locked

@@ -18,6 +18,7 @@ def in_child(program, args, cwd, env, folder):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    os.fsync = lambda fd: None  # as in the tests' own process
     for fd, name in ((1, "stdout"), (2, "stderr")):
         with open(folder / name, "wb") as f:
             os.dup2(f.fileno(), fd)
