@@ -155,7 +155,7 @@ TEXT = 80  # columns of a printed line
 
 def fold(line):
     "A printed line in several: a sentence anywhere, a row of a table in its last cell; a row of numbers stays whole"
-    columns = [m.end() for m in re.finditer(r"(?<=[^\s,])\s{2,}(?=\S)", line)]  # not the numbers of a list
+    columns = [m.end() for m in re.finditer(r"(?<=[^\s,&])\s{2,}(?=\S)", line)]  # not those of lists, of LaTeX
     columns = [] if len(columns) == 1 and columns[0] > TEXT - 20 else columns  # two sentences
     said = line[columns[-1] :] if columns else ""
     is_row = columns and (len(said) < 30 and len(re.findall("[a-z]{2,}", said)) < 3)
