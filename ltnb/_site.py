@@ -210,15 +210,13 @@ CODE = 90  # columns of a line of code
 
 def moved_up(line, at, said):
     "A line in several: the comment that stood at column `at` of it, and the code below that"
-    code, indent = line[:at].rstrip(), len(line) - len(line.lstrip())
-    head = re.match(r"\s*(def|class) \w+\(", code)
-    if head and code.count("(") > code.count(")"):  # of the parameter beside the name of its function
-        head, indent = [head[0]], len(head[0])
-    else:
-        head = []
-    above = textwrap.wrap(said.lstrip("# "), max(CODE - indent - 2, 30))
-    below = code.removeprefix("".join(head)).strip()
-    return [*head, *(" " * indent + s for s in [*(f"# {s}" for s in above), *filter(None, [below])])]
+    code = line[:at].rstrip()
+    begin = re.match(r"\s*(def|class) \w+\(", code)
+    head = begin[0] if begin and code.count("(") > code.count(")") else ""  # said of the parameter behind the name
+    indent = " " * (len(head) or len(line) - len(line.lstrip()))
+    above = textwrap.wrap(said.lstrip("# "), max(CODE - len(indent) - 2, 30))
+    below = code[len(head) :].strip()
+    return [s for s in (head, *(f"{indent}# {s}" for s in above), below and indent + below) if s]
 
 
 def comments_up(source):
@@ -285,11 +283,11 @@ def laid_out(source):
 
 
 def fit_code(cell):
-    "Code as wide as the page; a cell with a magic stays as it is"
+    "Code as wide as the page; a cell that Python or black cannot read, such as a magic, stays as it is"
     if cell.cell_type != "code" or not cell.source:
         return
     directives, source = re.match(r"((?:#\s*\|[^\n]*\n)*)(.*)", cell.source, re.S).groups()
-    with suppress(SyntaxError):
+    with suppress(SyntaxError, ValueError):
         ast.parse(source)
         cell.source = directives + comments_up(laid_out(docs_folded(comments_up(source))))
 
