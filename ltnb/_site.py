@@ -267,8 +267,8 @@ def formatter():
 
 
 def wide_lines(source):
-    "Their numbers"
-    return {n for n, line in enumerate(source.split("\n"), 1) if len(line) > CODE}
+    "Their numbers; a directive is one line, however long"
+    return {n for n, line in enumerate(source.split("\n"), 1) if len(line) > CODE and not line.startswith("#|")}
 
 
 def laid_out(source):
@@ -279,6 +279,7 @@ def laid_out(source):
     black, mode = formatter()
     lines = [(n, n) for n in sorted(wide | inseparable(source))]
     text = black.format_str(source, mode=mode, lines=lines).rstrip("\n")
+    text = re.sub(r"^# \|", "#|", text, flags=re.M)  # directives
     return f"{text};" if source.endswith(";") and not text.endswith(";") else text  # shows no value
 
 
@@ -286,10 +287,9 @@ def fit_code(cell):
     "Code as wide as the page; a cell that Python or black cannot read, such as a magic, stays as it is"
     if cell.cell_type != "code" or not cell.source:
         return
-    directives, source = re.match(r"((?:#\s*\|[^\n]*\n)*)(.*)", cell.source, re.S).groups()
     with suppress(SyntaxError, ValueError):
-        ast.parse(source)
-        cell.source = directives + comments_up(laid_out(docs_folded(comments_up(source))))
+        ast.parse(cell.source)
+        cell.source = comments_up(laid_out(docs_folded(comments_up(cell.source))))
 
 
 def wrap_outputs(cell):

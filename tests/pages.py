@@ -20,7 +20,7 @@ import house
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_COLUMNS, TEXT_COLUMNS = 90, 80  # what a page should show without wrapping
-FEW = 24  # lines on the whole site may be wider: strings that cannot be broken
+FEW = 16  # lines on the whole site may be wider: strings that cannot be broken
 
 
 # pages, as nbdev hands them to Quarto
