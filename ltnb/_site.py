@@ -225,7 +225,8 @@ def comments_up(source):
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     for t in [t for t in tokens if t.type == tokenize.COMMENT]:
         n, at = t.start
-        if len(lines[n - 1]) > CODE and not re.match(r"#\s*\|", t.string):
+        is_number = len(t.string) < 7 and lines[n - 1][:at].strip()  # `# 5` stays beside its line
+        if len(lines[n - 1]) > CODE and not is_number and not re.match(r"#\s*\|", t.string):
             lines[n - 1] = "\n".join(moved_up(lines[n - 1], at, t.string))
     return "\n".join(lines)
 
