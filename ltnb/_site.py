@@ -10,10 +10,12 @@ import io
 import re
 import textwrap
 import tokenize
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, cached_property
 from html import escape
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -143,7 +145,7 @@ class Box(BasicMarkdownRenderer):
         if kind == "class" and is_dataclass(self.sym):
             body = record(published(self.sym))
         else:
-            body = f"```python\n{signature(str(self.dm), kind)}\n```"
+            body = f"```python\n{comments_up(signature(str(self.dm), kind))}\n```"
         return "\n\n".join(["---", *link, title, *([plain(self.docs)] if self.docs else []), body])
 
 
@@ -153,46 +155,152 @@ TEXT = 80  # columns of a printed line
 
 def fold(line):
     "A printed line in several: a sentence anywhere, a row of a table in its last cell; a row of numbers stays whole"
-    columns = [m.end() for m in re.finditer(r"(?<=\S)\s{2,}(?=\S)", line)]
+    columns = [m.end() for m in re.finditer(r"(?<=[^\s,&])\s{2,}(?=\S)", line)]  # not those of lists, of LaTeX
     columns = [] if len(columns) == 1 and columns[0] > TEXT - 20 else columns  # two sentences
-    if len(line) <= TEXT or (columns and (len(line) - columns[-1] < 30 or columns[-1] > TEXT - 20)):
+    said = line[columns[-1] :] if columns else ""
+    is_row = columns and (len(said) < 30 and len(re.findall("[a-z]{2,}", said)) < 3)
+    if len(line) <= TEXT or is_row or (columns and columns[-1] > TEXT - 15):
         return line
     indent = columns[-1] if columns else len(line) - len(line.lstrip()) + 2
     look = dict(break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * indent)
     return textwrap.fill(line, TEXT, replace_whitespace=False, drop_whitespace=True, **look)
 
 
+def choices_folded(line):
+    "A long list of choices, `a|b|c`, in several lines below one another, what follows behind the last of them"
+    long = max(line.split(), key=len, default="")
+    if len(line) <= TEXT or len(long) < 40 or "|" not in long:
+        return line
+    at = line.index(long)
+    parts = [s.replace("| ", "|") for s in textwrap.wrap(long.replace("|", "| "), max(TEXT - at, 30))]
+    return line[:at] + f"\n{' ' * at}".join(parts) + line[at + len(long) :]
+
+
+def joined(text):
+    "Sentences that were folded at more columns than a page has, in one line again"
+    return re.sub(rf"^([A-Za-z].{{{TEXT},}})\n  (?=\S)", r"\1 ", text, flags=re.M)
+
+
+def narrow_table(text):
+    "A printed table in several below one another, each with the first column, as `report.render` does it"
+    lines = text.split("\n")
+    if len(lines) < 3 or not re.fullmatch("-{9,}", lines[1]) or max(map(len, lines)) <= TEXT:
+        return text
+    lines.pop(1)
+    inked = "".join("x" if any(s.strip() for s in at) else " " for at in zip_longest(*lines, fillvalue=" "))
+    first, *columns = [m.span() for m in re.finditer("x( ?x)*", inked)]
+    parts = [[first]]
+    for a, b in columns:
+        if len(parts[-1]) > 1 and sum(j - i + 2 for i, j in parts[-1]) + b - a > TEXT:
+            parts.append([first])
+        parts[-1].append((a, b))
+    tables = [["  ".join(s[a:b].ljust(b - a) for a, b in part).rstrip() for s in lines] for part in parts]
+    return "\n\n".join("\n".join([head, "-" * max(map(len, [head, *rows])), *rows]) for head, *rows in tables)
+
+
+def printed(text):
+    "What a cell prints, as wide as the page"
+    tables = "\n\n".join(map(narrow_table, text.rstrip("\n").split("\n\n")))
+    lines = "\n".join(map(choices_folded, joined(tables).split("\n")))
+    return "\n".join(map(fold, lines.split("\n"))) + text[len(text.rstrip("\n")) :]
+
+
 CODE = 90  # columns of a line of code
 
 
-def comments_above(cell):
-    "The comment behind a long line moves above it, where the page has room for it; code itself is left alone"
+def moved_up(line, at, said):
+    "A line in several: the comment that stood at column `at` of it, and the code below that"
+    code = line[:at].rstrip()
+    begin = re.match(r"\s*(def|class) \w+\(", code)
+    head = begin[0] if begin and code.count("(") > code.count(")") else ""  # said of the parameter behind the name
+    indent = " " * (len(head) or len(line) - len(line.lstrip()))
+    above = textwrap.wrap(said.lstrip("# "), max(CODE - len(indent) - 2, 30))
+    below = code[len(head) :].strip()
+    return [s for s in (head, *(f"{indent}# {s}" for s in above), below and indent + below) if s]
+
+
+def comments_up(source):
+    "The comment behind a long line moves above it, and a long comment becomes several lines"
+    lines = source.split("\n")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    for t in [t for t in tokens if t.type == tokenize.COMMENT]:
+        n, at = t.start
+        is_number = len(t.string) < 7 and lines[n - 1][:at].strip()  # `# 5` stays beside its line
+        if len(lines[n - 1]) > CODE and not is_number and not re.match(r"#\s*\|", t.string):
+            lines[n - 1] = "\n".join(moved_up(lines[n - 1], at, t.string))
+    return "\n".join(lines)
+
+
+def docs_folded(source):
+    "A long docstring over several lines"
+    lines = source.split("\n")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not ast.get_docstring(node):
+            continue
+        n = node.body[0].lineno - 1
+        found = re.fullmatch(r'( *)"([^"]+)"', lines[n])
+        if found and len(lines[n]) > CODE:
+            said = textwrap.wrap(found[2], CODE - len(found[1]) - 3, break_long_words=False, break_on_hyphens=False)
+            lines[n] = f'{found[1]}"""' + f"\n{found[1]}".join(said) + '"""'
+    return "\n".join(lines)
+
+
+def inseparable(source):
+    "Numbers of lines that black cannot leave alone: a clause of one line that has other clauses beside it"
+    lines, found = source.split("\n"), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If | ast.For | ast.While | ast.Try) and (node.orelse or hasattr(node, "handlers")):
+            clauses = [node.body, *(h.body for h in getattr(node, "handlers", ())), node.orelse]
+            starts = [c[0] for c in [*clauses, getattr(node, "finalbody", [])] if c]
+            found |= {s.lineno for s in starts if lines[s.lineno - 1].encode()[: s.col_offset].strip()}
+    return found
+
+
+@cache
+def formatter():
+    "black, and how it lays out: quotes stay as they are, long strings become several"
+    import black
+
+    strings = {black.Preview.string_processing}
+    look = dict(line_length=CODE, string_normalization=False, magic_trailing_comma=False)
+    look |= dict(target_versions={black.TargetVersion.PY311}, preview=True, enabled_features=strings)
+    return black, black.Mode(**look)
+
+
+def wide_lines(source):
+    "Their numbers; a directive is one line, however long"
+    return {n for n, line in enumerate(source.split("\n"), 1) if len(line) > CODE and not line.startswith("#|")}
+
+
+def laid_out(source):
+    "Statements with lines too wide for the page, or their headers, in narrower lines; all others as they were written"
+    wide = wide_lines(source)
+    if not wide:
+        return source
+    black, mode = formatter()
+    lines = [(n, n) for n in sorted(wide | inseparable(source))]
+    text = black.format_str(source, mode=mode, lines=lines).rstrip("\n")
+    text = re.sub(r"^# \|", "#|", text, flags=re.M)  # directives
+    return f"{text};" if source.endswith(";") and not text.endswith(";") else text  # shows no value
+
+
+def fit_code(cell):
+    "Code as wide as the page; a cell that Python or black cannot read, such as a magic, stays as it is"
     if cell.cell_type != "code" or not cell.source:
         return
-    lines = cell.source.split("\n")
-    try:
-        tokens = tokenize.generate_tokens(io.StringIO(cell.source).readline)
-        comments = [t for t in tokens if t.type == tokenize.COMMENT]
-    except (tokenize.TokenError, IndentationError):
-        return  # a magic
-    for t in comments:
-        line = lines[t.start[0] - 1]
-        code = line[: t.start[1]].rstrip()
-        if len(line) > CODE and code and not re.match(r"\s*(def|class|@)", code):
-            indent = " " * (len(code) - len(code.lstrip()))
-            above = textwrap.wrap(t.string.lstrip("# "), CODE - len(indent) - 2) if len(indent) < 60 else [t.string[2:]]
-            lines[t.start[0] - 1] = "\n".join([*(f"{indent}# {s}" for s in above), code])
-    cell.source = "\n".join(lines)
+    with suppress(SyntaxError, ValueError):
+        ast.parse(cell.source)
+        cell.source = comments_up(laid_out(docs_folded(comments_up(cell.source))))
 
 
 def wrap_outputs(cell):
-    "Printed sentences wrapped, as a terminal does it"
+    "Printed sentences and tables wrapped, as a terminal does it"
     for output in cell.get("outputs", ()):
         data = output.get("data", {})
         if output.get("output_type") == "stream":
-            output["text"] = "\n".join(map(fold, "".join(output["text"]).split("\n")))
+            output["text"] = printed("".join(output["text"]))
         elif list(data) == ["text/plain"]:
-            data["text/plain"] = "\n".join(map(fold, "".join(data["text/plain"]).split("\n")))
+            data["text/plain"] = printed("".join(data["text/plain"]))
 
 
 def names_of(node):

@@ -1,9 +1,11 @@
 "The site, without Quarto: pages lead somewhere and can be read; what is written from the notebooks is current"
 
+import ast
 import importlib
 import json
 import re
 import struct
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -64,8 +66,6 @@ def test_definitions_stand_below_their_headings(processed):
 
 
 def test_links_keep_their_words_and_lead_somewhere():
-    from types import SimpleNamespace
-
     from ltnb._site import unlink
 
     at = "https://ltnb.github.io/ltnb/a.html#x"
@@ -76,7 +76,7 @@ def test_links_keep_their_words_and_lead_somewhere():
 
 
 def test_printed_sentences_are_wrapped():
-    from ltnb._site import fold
+    from ltnb._site import fold, printed
 
     sentence = " ".join(["sentence"] * 20)
     assert max(map(len, fold(sentence).splitlines())) <= 80 and fold(sentence).split() == sentence.split()
@@ -85,22 +85,80 @@ def test_printed_sentences_are_wrapped():
     setting = f"  --flag{' ' * 20}text{' ' * 10}{sentence}"
     first, *others = fold(setting).splitlines()
     assert others and all(s.startswith(" " * setting.index("sentence")) for s in others)
+    choices = printed(f"  --name  {'|'.join(['choice'] * 30)} a  {sentence}\n")
+    assert max(map(len, choices.splitlines())) <= 80 and choices.endswith("sentence\n")
+    assert printed(f"{sentence[:86]} (so\n  it is)") == f"{sentence[:80]}\n  {sentence[81:86]} (so it is)"
+
+
+def test_a_wide_table_becomes_several():
+    from ltnb._site import printed
+
+    head, row = "method" + "      accuracy" * 8, "ours  " + "          1.25" * 8
+    text = f"before\n\n{head}\n{'-' * len(head)}\n{row}\n"
+    first, second, third = printed(text).split("\n\n")
+    assert first == "before" and max(map(len, printed(text).splitlines())) <= 80
+    assert {t.split()[0] for t in (second, third)} == {"method"} and third.endswith("1.25\n")
+    assert second.count("1.25") + third.count("1.25") == 8 and second.split("\n")[1] == "-" * len(second.split("\n")[0])
+    narrow = "a   b\n------------\n1   2"
+    assert printed(narrow) == narrow
+
+
+def laid_out(source):
+    "Code as its page shows it"
+    from ltnb._site import fit_code
+
+    cell = SimpleNamespace(cell_type="code", source=source)
+    fit_code(cell)
+    return cell.source
 
 
 def test_long_comments_move_above_their_lines():
-    from types import SimpleNamespace
-
-    from ltnb._site import comments_above
-
     said = "a comment that says much " * 4
-    source = (
-        f'def f(a:int, # {said}\n      b:str="#", # {said}\n      ): # short\n    return "# no comment", {"1, " * 25}2'
-    )
-    cell = SimpleNamespace(cell_type="code", source=source)
-    comments_above(cell)
-    lines = cell.source.split("\n")
-    assert lines[0] == source.split("\n")[0] and "      # a comment" in lines[1] and '      b:str="#",' in lines
-    assert lines[-1] == source.split("\n")[-1] and "      ): # short" in lines
+    source = f'def f(a:int, # {said}\n      b:str="#", # {said}\n     ): # short\n    return "# no comment"'
+    lines = laid_out(source).split("\n")
+    assert lines[0] == "def f(" and lines[1].startswith("      # a comment") and "      a:int," in lines
+    assert lines[-3:] == ['      b:str="#",', "     ): # short", '    return "# no comment"']
+    assert laid_out(f"def f(a): return a # {said}").endswith("\ndef f(a): return a")
+    assert {s[:8] for s in laid_out(f"if a:\n    # {said}\n    pass").split("\n")[1:-1]} == {"    # a ", "    # th"}
+
+
+def test_only_wide_statements_are_laid_out_anew():
+    wide, own = f"x = f({'number, ' * 12}1)", "y  = [1,2]\nif a: b = x[i:i+1]"
+    lines = laid_out(f"#| exports\n{own}\n{wide}").split("\n")
+    assert lines[0] == "#| exports" and "\n".join(lines[1:4]) == f"{own}\nx = f(" and lines[-1] == ")"
+    between = f'{wide}\n#| fig-alt: "{"a picture " * 12}"\n{wide}'
+    assert [s for s in between.split("\n") if "fig-alt" in s] == [
+        s for s in laid_out(between).split("\n") if "fig-alt" in s
+    ]
+    guard = f"if {'a' * 40}: raise ValueError({'b' * 40})"
+    assert laid_out(guard) == guard.replace(": raise", ":\n    raise")
+    assert laid_out(f"{wide};")[-2:] == ");", "a cell that shows no value"
+    assert laid_out(f"%time {wide}") == f"%time {wide}", "a magic"
+    clauses = f"try: a = 1\nexcept E:\n    a = 2\n{wide}"  # black loses what stands between such clauses
+    assert meaning(laid_out(clauses)) == meaning(clauses)
+    doc = "words of a docstring " * 5
+    assert pages.wide(laid_out(f'def f():\n    "{doc.strip()}"')) == []
+
+
+def meaning(source):
+    "A syntax tree; docstrings by their words"
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            node.body[0].value.value = " ".join(ast.get_docstring(node).split())
+    return ast.dump(tree)
+
+
+def test_pages_show_the_code_that_runs():
+    "In every notebook, of the cells with wide lines every eighth means the same on its page, and fits"
+    left = []
+    for book in house.notebooks():
+        shown = [s for s in book.sources() if not house.directives(s) & house.HIDDEN and pages.wide(s)]
+        for source in shown[::8]:
+            page = laid_out(source)
+            assert meaning(page) == meaning(source), book.name
+            left += pages.wide(page)
+    assert len(left) <= pages.FEW // 2, left
 
 
 # boxes, without processing
