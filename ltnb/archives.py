@@ -134,7 +134,9 @@ def _to_uint8(x # an array of numbers
     if x.dtype.kind == "f" and -1 <= low and high <= 1:
         return "(127.5 * (x + 1)).round().astype('uint8')"
     if 0 <= low and high <= 255: return "x.round().astype('uint8')"
-    if x.dtype == np.uint16: return "(x / 257).round().astype('uint8')"
+    if x.dtype == np.uint16: # of so many bits
+        white = next(2**bits - 1 for bits in (10, 12, 14, 16) if high < 2**bits)
+        return f"(x / {white / 255:.10g}).round().astype('uint8')"
     return "(255 * (x - x.min()) / (x.max() - x.min())).round().astype('uint8')"
 
 # %% ../nbs/09_archives.ipynb #10067139

@@ -304,7 +304,7 @@ def ready(self:LongTail,
 @patch
 def fingerprint(self:LongTail
                )->str: # 16 hexadecimal digits
-    "A hash of all images, labels and class names; of files, their relative paths and lengths"
+    "A hash of all images, labels and class names; of files, their relative paths, lengths and the size they get"
     h = hashlib.blake2b("\n".join(map(valid_text, self.class_names)).encode(), digest_size=8)
     for s in self.parts.values(): s.identify(h)
     return h.hexdigest()

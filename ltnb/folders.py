@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import DataError, UsageError, nearest, one_line, some_of, valid_text
+from .core import DataError, UsageError, nearest, one_line, share_of, some_of, valid_text
 from .labels import ordered, quoted
 
 # %% ../nbs/07_folders.ipynb #7815c513
@@ -341,16 +341,16 @@ def _wrong_split(root, # a folder without a split
 # %% ../nbs/07_folders.ipynb #a04fadcb
 def _of_ltnb(folder): # an output, or a folder such as runs that holds nothing else
     if is_ltnb_output(folder): return True
-    inner = subfolders(folder)
-    if not inner or photographs_in(scan(folder)): return False
-    return all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
+    inner = [] if photographs_in(scan(folder)) else subfolders(folder)
+    return bool(inner) and all(is_ltnb_output(os.path.join(folder, n)) for n in inner)
 
 
 def _look_alike(root, names): # the note on folders that hold the same folders
     inner = [frozenset(subfolders(os.path.join(root, n))) for n in names] if 1 < len(names) <= 10 else []
-    if not inner or len(set(inner)) > 1 or len(inner[0]) < 2: return []
+    shared = frozenset.intersection(*inner) if inner else () # the rarest classes may have no image in one part
+    if len(shared) < 2 or 2 * len(shared) < max(map(len, inner)): return []
     if any(photographs_in(scan(os.path.join(root, n))) for n in names): return []
-    return [f"{quoted(names)} hold the same folders ({quoted(sorted(inner[0]))}) and are taken as the classes: if they "
+    return [f"{quoted(names)} hold the same folders ({quoted(sorted(shared))}) and are taken as the classes: if they "
             "are parts of a split, name them 'train' and 'test'."]
 
 # %% ../nbs/07_folders.ipynb #657494f6
@@ -481,7 +481,7 @@ def drawn_parts(found:Photographs, # of a folder of class folders
     rng = np.random.RandomState(seed)
     train, test = {}, {}
     for c, paths in classes.items():
-        order, n = rng.permutation(len(paths)), int(len(paths) * test_fraction)
+        order, n = rng.permutation(len(paths)), share_of(len(paths), test_fraction)
         train[c], test[c] = ([paths[i] for i in np.sort(index)] for index in (order[n:], order[:n]))
     names = ordered(classes, class_order)
     if len(names) > 1 and not any(test.values()): _too_few(root, classes, test_fraction)

@@ -217,6 +217,21 @@ def _no_folder(lines, # L texts
         raise Unclear("most of its lines begin with a folder of the images, but not all folders are there")
 
 # %% ../nbs/05_labels.ipynb #9d1475f4
+def _no_glued_key(lines, # L texts
+                  folders # folder -> class
+                 ): # raises where numbers or folders are glued to the names, in another order than the lines
+    numbers = [int(m[1]) for line in lines if (m := re.match(r"\W*(\d{1,9})(?![^\W_])", line))]
+    if numbers != sorted(numbers) and sorted(numbers) in [list(range(i, i + len(lines))) for i in (0, 1)]:
+        raise Unclear(f"its lines begin with class numbers in another order, such as {lines[0]!r}")
+    plain, found = {f.casefold(): k for f, k in folders.items()}, {}
+    for i, line in enumerate(lines):
+        ends = [m.start() for m in re.finditer(r"(?<=[^\W_])(?=[\W_]|$)", line)]
+        found |= {i: plain[f] for e in ends if (f := line[:e].casefold()) in plain}
+    if 2 * len(found) > len(lines) and any(i != k for i, k in found.items()):
+        raise Unclear(f"most of its lines begin with a folder of the images, in another order than the classes, such "
+                      f"as {lines[next(i for i, k in found.items() if i != k)]!r}")
+
+
 def _by_order(lines, # L texts
               readings, # ways to take them apart
               folders, # folder -> class
@@ -227,6 +242,7 @@ def _by_order(lines, # L texts
         raise Unclear(f"it has {len(lines)} names for {n_classes} classes")
     _no_stray_number(lines)
     _no_folder(lines, folders)
+    _no_glued_key(lines, folders)
     return dict(enumerate(lines))
 
 # %% ../nbs/05_labels.ipynb #c5308335

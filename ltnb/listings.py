@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, UsageError, nearest
+from .core import DataError, UsageError, nearest, share_of
 from .labels import UNUSED_CLASS, read_text, whole_number, word
 
 # %% ../nbs/06_listings.ipynb #3f3f4256
@@ -232,7 +232,7 @@ def random_split(labels:np.ndarray, # (N,) class numbers
     rng, test = np.random.RandomState(seed), np.zeros(len(labels), bool)
     for k in range(int(labels.max()) + 1):
         own = np.flatnonzero(labels == k)
-        test[own[rng.permutation(len(own))[:int(len(own) * fraction)]]] = True
+        test[own[rng.permutation(len(own))[:share_of(len(own), fraction)]]] = True
     return test
 
 # %% ../nbs/06_listings.ipynb #fcf0f266
@@ -300,9 +300,10 @@ def _grouped_test(listing, # with groups
                         "--group-column, or leave it out.")
     if not test.any():
         raise DataError(f"{listing.source}: no group can go to the test as a whole without leaving some class "
-                        f"without a training image: give a larger --test-fraction, or a --test-list.")
+                        f"without a training image: give a --test-list, name another --group-column, or leave it out.")
+    n = len(set(groups[test]))
     return test, [f"there is no test list: whole groups, as near to {fraction:.0%} of each class as they allow, "
-                  f"are the test, {test.sum():,} images of {len(set(groups[test])):,} groups (seed {seed}).",
+                  f"are the test, {test.sum():,} images of {n:,} {'group' if n == 1 else 'groups'} (seed {seed}).",
                   f"split at random instead, {shared:,} of {at_random.sum():,} test images would share their group "
                   f"with training images; now none does."]
 

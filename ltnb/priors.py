@@ -45,6 +45,7 @@ def _prior_table(path, # for the error
                 ): # class -> amount, or a list of amounts, all as texts
     rows = [r for r in csv.reader(io.StringIO(text.replace("\r\n", "\n")), delimiter=max(",\t;", key=text.count))
             if any(c.strip() for c in r)]
+    rows = [r for r in rows if not r[0].lstrip().startswith("#")] or rows
     if not rows: raise UsageError(f"{path} is empty.")
     header = [word(c) for c in rows[0]] if not any(map(_numeric, rows[0])) and len(rows) > 1 else None
     body, width = rows[1:] if header else rows, len(rows[0])

@@ -91,8 +91,9 @@ def tell(text:str # a sentence or some
         ):
     "Say something on the terminal: on that of the command, too, where it runs this notebook"
     if pipe := os.environ.get("LTNB_PROGRESS"):
-        for i in range(0, len(text), 500): # a message that is short goes through the pipe in one piece
-            _send(pipe, keep=True, text=text[i:i + 500], end="" if i + 500 < len(text) else "\n")
+        n = 300 # characters, of at most 12 bytes each: a message below 4,096 bytes goes through the pipe in one piece
+        for i in range(0, len(text), n):
+            _send(pipe, keep=True, text=text[i:i + n], end="" if i + n < len(text) else "\n")
     show_text(text + "\n")
 
 # %% ../nbs/02_progress.ipynb #baf292d2

@@ -145,6 +145,9 @@ def check_same(self:Run):
     except OSError as e: raise os_error(e, f"looking at the run directory {self.path}") from e
     there = read_json(path)
     check_format(there, path, ("recipe", "given", "data"), "choose another --out")
+    if not isinstance(there["given"], dict | None):
+        raise DataError(f"{path} is damaged: given must hold settings by name, got {str(there['given'])[:40]!r}. "
+                        "Choose another --out.")
     if there["recipe"] != self.config.recipe:
         raise UsageError(f"{self.path} holds a run of {there['recipe']}, not of {self.config.recipe}: "
                          "choose another --out.")

@@ -1,7 +1,9 @@
 "Files, locks, seeds and settings under faults."
 
 import errno
+import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,25 @@ class Toy(Config):
     mode: Literal["a", "b"] = "a"
     flag: bool = False
     out: str | None = None
+
+
+@pytest.mark.parametrize("given", ["x", [1], 3])
+def test_settings_that_are_none_are_refused(tmp_path, given):
+    write_json(tmp_path / "config.json", {"format": 1, "recipe": "toy", "given": given, "data": {}})
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        Run(Toy(out=str(tmp_path))).check_same()
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "日", "😀"])
+def test_a_message_goes_through_the_pipe_in_one_piece(tmp_path, monkeypatch, letter):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setenv("LTNB_PROGRESS", str(tmp_path / "pipe"))
+    progress.tell(letter * 500)
+    lines = os.read(reader, 2**16).splitlines(keepends=True)
+    os.close(reader)
+    assert max(map(len, lines)) <= select.PIPE_BUF
+    assert "".join(json.loads(line)["text"] for line in lines) == letter * 500
 
 
 @pytest.mark.parametrize(

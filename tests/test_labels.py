@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ltnb.core import DataError, LtnbError, UsageError
+from ltnb.core import DataError, LtnbError, UsageError, share_of
 from ltnb.labels import read_class_names, read_common_names
 from ltnb.data import ImageSet, LongTail
 from ltnb.sources import DataConfig, check_source, load_data
@@ -99,6 +99,11 @@ def test_names_are_mapped_by_what_the_file_says(tmp_path, kind, text):
         ("txt", "2\n0\n1", "numbers, but no names"),
         ("txt", "0 cat\ndog\nowl", "1 of its 3 lines have a class number in front"),
         ("txt", "class2 owl\nclass0 cat\nclass1 dog", "class numbers in another order"),
+        *(("txt", t, "class numbers in another order") for t in ("2/owl\n0/cat\n1/dog", "2)owl\n0)cat\n1)dog")),
+        *(("txt", t, "class numbers in another order") for t in ("3_owl\n1_cat\n2_dog", "#2 owl\n#0 cat\n#1 dog")),
+        ("txt", "N03: owl\nN01: cat\nN02: dog", "folder of the images, in another order"),
+        ("txt", "n03_owl\nn01_cat\nn02_dog", "folder of the images, in another order"),
+        ("txt", "n03/owl\nn01/cat\nn02/dog", "folder of the images, in another order"),
         ("txt", "", "it is empty"),
         ("txt", "Boeing 707\nBoeing 717\nAirbus 320", "every line has a number behind"),
         ("csv", "wnid,name\nn01,cat\nn02,dog\nn09,owl", "no column"),
@@ -120,6 +125,8 @@ def test_names_that_say_nothing_certain_are_refused(tmp_path, kind, text, word):
     [
         ("7 spot ladybird\nBoeing 747\nf-16", ("7 spot ladybird", "Boeing 747", "f-16")),
         ("3M\n2-toed sloth\n80s music", ("3M", "2-toed sloth", "80s music")),
+        ("747-400\n707-320\n2CV", ("747-400", "707-320", "2CV")),
+        ("0/cat\n1/dog\n2/owl", ("0/cat", "1/dog", "2/owl")),
         ("0: Boeing 747\n1: 7 spot ladybird\n2: f-16", ("Boeing 747", "7 spot ladybird", "f-16")),
         ("1,Boeing 707\n0,Boeing 717\n2,Boeing 727", ("Boeing 717", "Boeing 707", "Boeing 727")),
         ("0: apollo 2\n1: apollo 1\n2: apollo 0", ("apollo 2", "apollo 1", "apollo 0")),
@@ -366,6 +373,13 @@ def test_a_group_split_comes_near_to_the_wanted_share():
     assert two.sum() == 10, "of two large groups one is the test"
 
 
+def test_shares_are_rounded_down_as_on_paper():
+    from ltnb.listings import random_split
+
+    for n, fraction, want in ((100, 0.29, 29), (100, 0.299, 29), (5, 0.2, 1), (9, 0.1, 0)):
+        assert share_of(n, fraction) == random_split(np.zeros(n, int), fraction).sum() == want
+
+
 def test_the_leak_of_a_random_split_is_said(tmp_path):
     file = table(tmp_path, birds(tmp_path), header="path,label,camera,part")
     data = LongTail.lists(tmp_path / "img", file, columns=Columns(group="camera"))
@@ -398,6 +412,7 @@ def archive(path, **changes):
         lambda x: (x / 255.0).transpose(0, 3, 1, 2),
         lambda x: x.astype(int),
         lambda x: x.astype(np.uint16) * 257,
+        lambda x: x.astype(np.uint16) * 16 + x // 16,  # 12 bits
         lambda x: (x / 127.5 - 1).transpose(0, 3, 1, 2),
         lambda x: np.concatenate([x, x[..., :1]], -1),
     ],

@@ -47,6 +47,7 @@ WANT = [0.9, 0.05, 0.05]
     [
         ("csv", "class,count\ncat,90\ndog,5\nowl,5\n"),
         ("csv", "owl,5\ncat,90\ndog,5"),
+        ("csv", "# counted in May, by hand\nclass,count\ncat,90\ndog,5\n# the rare one\nowl,5\n"),
         ("csv", "prior,class\n0.9,cat\n0.05,dog\n0.05,owl\n"),
         ("csv", "number,name,probability\n0,cat,.9\n1,dog,.05\n2,owl,.05"),
         ("csv", "y;n\n2;5\n0;90\n1;5"),
