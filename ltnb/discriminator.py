@@ -306,7 +306,7 @@ def shares_by_class(right:np.ndarray, # (N,) bool
                     labels:np.ndarray, # (N,)
                     n_classes:int # K
                    )->float: # NaN where there are none
-    "The share of a mark, every class by what was made of it: a rule that merely drops hard classes gains nothing"
+    "The share of a mark, every class by what was made of it; a class of which nothing is there cannot be counted"
     made = np.bincount(labels, minlength=n_classes)
     return weighed(acceptance(right[at], labels[at], n_classes), made)
 

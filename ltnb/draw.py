@@ -230,7 +230,9 @@ def picture(self:Drawn, # images
             k:int=20 # classes at most, from head to tail
            ):
     "A row a class: kept on the left, dropped on the right"
-    shown, rest = np.argsort(-data.counts, kind="stable")[:k], np.setdiff1d(np.arange(len(self.made)), self.at)
+    shown, drawn = np.argsort(-data.counts, kind="stable")[:k], {d["class"]: d["drawn"] for d in self.classes}
+    tried = [i for i, r in enumerate(self.made.manifest) if r["k"] < drawn[r["class"]]] # what came later is no loss
+    rest = np.setdiff1d(tried, self.at).astype(np.int64)
     blank = np.full(self.made.items[:1].shape[1:], 255, np.uint8)
     def some(at, c):
         own = at[self.made.labels[at] == c][:n]

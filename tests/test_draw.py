@@ -1,5 +1,7 @@
 "Drawing until enough pass: any score, the same files after every kill, and refusals."
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,19 @@ def test_what_a_filter_is_held_against_lies_in_the_same_folder(tmp_path):
     value = {r["id"]: r["scores"]["chance"] for r in drawn.made.manifest}
     own = [[value[i] for i in ids if i.startswith("00002")] for ids in (added, left)]
     assert min(own[0]) >= max(own[1])
+
+
+def test_the_picture_shows_as_dropped_what_did_not_pass(tmp_path, monkeypatch):
+    found = draw_until(tmp_path, [20, 0, 5], image, "m", LUCK, lucky, cap=20, shard_size=16)
+    shown, real = [], draw.show_images
+    monkeypatch.setattr(draw, "show_images", lambda images, **how: shown.append(images) or real(images, **how))
+    data = SimpleNamespace(counts=np.array([9, 5, 1]), class_names=tuple("abc"))
+    found.picture(data, tmp_path / "p.png", n=30)
+    rows = shown[0].reshape(3, 61, 3, 8, 8)
+    drawn, want = {d["class"]: d["drawn"] for d in found.classes}, {0: [], 1: [], 2: []}
+    for i, r in enumerate(found.made.manifest):
+        if r["k"] < drawn[r["class"]] and not lucky(r):
+            want[r["class"]].append(found.made.items[i : i + 1][0].numpy())
+    for c, row in enumerate(rows):
+        dropped = [x for x in row[31:] if x.min() < 255]
+        assert len(want[c]) < len(found.made.labels) and np.array_equal(np.array(dropped), np.array(want[c][:30]))
