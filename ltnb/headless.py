@@ -10,14 +10,14 @@ __all__ = ['entry_notebook', 'check_notebook', 'check_text', 'notebook_settings'
            'notebook_finished', 'Stopped', 'stopped_by_signals', 'quiet_libraries']
 
 # %% ../nbs/98_headless.ipynb #05b872ad
-import logging, os, signal, sys, tempfile, threading, time, warnings
+import contextlib, logging, os, signal, sys, tempfile, threading, time, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ltnb
-from .core import DataError, LtnbError, UsageError, os_error, read_json, valid_text
+from .core import DataError, LtnbError, UsageError, os_error, read_json, valid_text, write_json
 from .config import Config
 from .progress import show_messages
 from .runs import Run
@@ -215,7 +215,16 @@ def run_notebook(notebook:Path, # the entry notebook
         try: _execute(*paths, values, own, kernel_manager(log, kernel))
         except PapermillExecutionError as e: raise cell_error(e, target) from e
         except OSError as e: raise os_error(e, f"writing {target}") from e
-        except RuntimeError as e: raise kernel_error(e, kernel.get("process"), Path(log.name)) from e
+        except RuntimeError as e:
+            _broken_off(target)
+            raise kernel_error(e, kernel.get("process"), Path(log.name)) from e
+
+
+def _broken_off(target): # papermill takes a cell for done in which the kernel died
+    with contextlib.suppress(OSError, DataError, KeyError, TypeError):
+        nb = read_json(target)
+        nb["metadata"]["papermill"]["exception"] = True
+        write_json(target, nb)
 
 # %% ../nbs/98_headless.ipynb #3791d1bc
 def _execute(notebook, target, values, own, manager): # through papermill, with the kernel's sockets in the folder `own`

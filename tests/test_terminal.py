@@ -117,6 +117,13 @@ def test_the_end_of_a_kernel_is_explained(tmp_path, cell, words):
     assert isinstance(e.value, UsageError) == ("UsageError" in cell)
 
 
+def test_a_kernel_that_died_in_the_last_cell_has_not_finished(tmp_path):
+    with pytest.raises(LtnbError, match="SIGKILL"):
+        run_it(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert not headless.notebook_finished(tmp_path / "out {0} {name}" / "toy.ipynb")
+    nbformat.validate(nbformat.read(tmp_path / "out {0} {name}" / "toy.ipynb", 4))
+
+
 def test_quiet_says_nothing(tmp_path, capsys):
     "Bars and notes stay in the notebook"
     cell = (
