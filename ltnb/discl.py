@@ -110,7 +110,7 @@ def keep_makers(s:Stage, # of the first seed
     eye.clip.save(s.run.path/"clip", seed=s.seed)
     eye.real.save(s.run.path/"clip"/"thresholds.json")
     if not s.cfg.pipeline: painter.model.save(s.run.path/"generator", seed=s.seed)
-    fig, ax = new_figure(.95 * len(spectrum) + 1, 5)
+    fig, ax = new_figure(.95 * len(spectrum) + 1, 1.15 * min(4, s.cfg.per_image) + .4)
     plot_spectrum(*picture_of(s.data, pool, spectrum, judge), ax=ax)
     save_figure(fig, s.run.path/"figures"/"spectrum.png")
 

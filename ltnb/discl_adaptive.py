@@ -136,7 +136,8 @@ ADAPTIVE_DIFFERENCES = (
     "Published: Liang et al., ICCV 2025: macro-F1 on iWildCam, three seeds, CLIP ViT-B/16, images of SDXL's refiner. "
     "There the hard images are 8,260 of a list that is not public, and the mixing weight of the ensembles is not "
     "said. Here the hard images are those of which the CLIP that is fine-tuned is least sure, every row is without "
-    "the held-out sources, has the same probes and sees as many images, and the weight is 0.5.")
+    "the held-out sources and has the same probes and, but where it chooses the real ones, as many images; the weight "
+    "is 0.5.")
 
 
 def paper_f1(cfg:DisCLConfig # resolved

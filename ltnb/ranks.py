@@ -195,8 +195,8 @@ def say_comparison(c:Comparison # of `compare_with_controls`
     return f"{said}p = {p:.3f} after Holm){alone}."
 
 # %% ../nbs/18_ranks.ipynb #d87f52de
-def average_ranks(scores:np.ndarray # (N, k), a row a data set, higher is better
-                 )->np.ndarray: # (N, k) ranks, 1 the best; ties share the mean of theirs
+def average_ranks(scores:np.ndarray # (N, M), a row a data set, higher is better
+                 )->np.ndarray: # (N, M) ranks, 1 the best; ties share the mean of theirs
     "Ranks of methods on each set"
     from scipy.stats import rankdata
     scores = np.asarray(scores, dtype=float)
@@ -206,19 +206,19 @@ def average_ranks(scores:np.ndarray # (N, k), a row a data set, higher is better
     return rankdata(-scores, axis=1)
 
 # %% ../nbs/18_ranks.ipynb #0f219117
-def friedman(scores:np.ndarray # (N, k), a row a data set
+def friedman(scores:np.ndarray # (N, M), a row a data set
             )->tuple[float, float]: # chi-square and p-value; NaN with fewer than three methods or two sets
     "Friedman's test that all methods are alike, corrected for ties"
     from scipy.stats import friedmanchisquare
     scores = np.asarray(scores, dtype=float)
-    n, k = scores.shape
-    if n < 2 or k < 3: return math.nan, math.nan
+    n_sets, n_methods = scores.shape
+    if n_sets < 2 or n_methods < 3: return math.nan, math.nan
     if (scores == scores[:, :1]).all(): return 0., 1.
     found = friedmanchisquare(*scores.T)
     return float(found.statistic), float(found.pvalue)
 
 
-def critical_difference(n_methods:int, # k
+def critical_difference(n_methods:int, # M
                         n_sets:int, # N
                         alpha:float=0.05 # level
                        )->float: # of mean ranks; NaN with fewer than two of either
@@ -232,10 +232,10 @@ def critical_difference(n_methods:int, # k
 @dataclass(frozen=True, eq=False)
 class Ranks:
     "Methods ranked over data sets"
-    methods: tuple # k names, best mean rank first
+    methods: tuple # M names, best mean rank first
     sets: tuple # N names
-    table: np.ndarray # (N, k) ranks
-    mean: np.ndarray # (k,) mean ranks
+    table: np.ndarray # (N, M) ranks
+    mean: np.ndarray # (M,) mean ranks
     p: float # of Friedman's test; NaN where it cannot be made
     cd: float # Nemenyi's critical difference; NaN with one set
     left_out: tuple # methods that lack a set
