@@ -6,9 +6,9 @@ Docs: https://ltnb.github.io/ltnb/discl_steps.html.md"""
 
 # %% auto #0
 __all__ = ['LOW_QUALITY', 'LEFT_OPEN', 'CORE', 'tuned_of', 'usual', 'SpectrumConfig', 'DisCLConfig', 'levels_of', 'epochs_of',
-           'schedules', 'asked_rows', 'with_asked', 'composition', 'AsTheyAre', 'check_discl', 'check_spectrum',
-           'resolve_discl', 'pretrained', 'hard_images', 'spectrum_painter', 'draw_spectrum', 'Shared',
-           'shown_over_epochs', 'order_of', 'fine_tune']
+           'schedules', 'asked_rows', 'with_asked', 'composition', 'as_long', 'AsTheyAre', 'check_discl',
+           'check_spectrum', 'resolve_discl', 'pretrained', 'hard_images', 'spectrum_painter', 'draw_spectrum',
+           'Shared', 'shown_over_epochs', 'order_of', 'fine_tune']
 
 # %% ../nbs/83_discl_steps.ipynb #d9a7dad1
 import copy, json
@@ -219,12 +219,24 @@ def with_asked(cfg:DisCLConfig, # as given: its `ablate`
 
 # %% ../nbs/83_discl_steps.ipynb #d6f1398f
 def composition(cfg:DisCLConfig, # resolved
-                row:str="discl" # one of `schedules`
+                row:str="discl", # one of `schedules`
+                pool:Pool|None=None # whose levels lie in one epoch, and of how many images; None: nothing is made yet
                )->Composition: # of its epochs
     "The head's part and the tail's; text alone does without the hard real images"
     usual = "tail_class_share" if cfg.hard == "frequency" else "all made"
-    share = usual if cfg.tail_share is None else cfg.tail_share
-    return Composition(cfg.head_fraction, share, with_hard=row != "text only")
+    share, made, most = usual if cfg.tail_share is None else cfg.tail_share, levels_of(cfg), None
+    if share == "all made" and pool is not None: most = round(len(pool.made(made)) / len(made))
+    return Composition(cfg.head_fraction, share, with_hard=row != "text only", most_made=most)
+
+
+def as_long(how:Composition, # of an epoch without made images
+            pool:Pool, # what there is
+            n_shown:int # items of an epoch with made ones
+           )->Composition: # hard images come again where made ones would come
+    "As many items an epoch as elsewhere"
+    n_head, _ = epoch_sizes(pool, how)
+    if how.tail_share != "all made" or not n_head or n_head + len(pool.tail) >= n_shown: return how
+    return replace(how, tail_share=1 - n_head / n_shown)
 
 
 class AsTheyAre:
@@ -374,7 +386,7 @@ class Shared:
         "Real images and what is kept of their spectrum"
         pool = pool_of(s.data.train, hard, kept)
         images = np.concatenate([np.asarray(s.data.train.images), np.asarray(kept.items[:])])
-        order = CurriculumOrder(pool, schedules(s.cfg)["discl"], composition(s.cfg))
+        order = CurriculumOrder(pool, schedules(s.cfg)["discl"], composition(s.cfg, pool=pool))
         n = [len(order.shown(e, generator("size", e))) for e in range(s.cfg.fine_epochs)]
         return cls(start, images, pool, round(np.mean(n)))
 
@@ -406,7 +418,9 @@ def order_of(s:Stage, # its settings
         pool, held = hold_out_sources(pool, schedule.among, s.cfg.held_sources, s.seed)
         where = replace(s.where, name=name)
         watch = watch_classifier(clf, shared.images, pool.classes, held, where, s.seed)
-    return CurriculumOrder(pool, schedule, composition(s.cfg, row), watch, s.data.counts)
+    how = composition(s.cfg, row, pool)
+    if row == "real repeated": how = as_long(how, pool, shared.n_shown)
+    return CurriculumOrder(pool, schedule, how, watch, s.data.counts)
 
 # %% ../nbs/83_discl_steps.ipynb #44e51b7d
 def fine_tune(s:Stage, # its settings and data

@@ -146,6 +146,11 @@ def test_hard_by_confidence_told_texts(tmp_path):
     assert list(made) == [50] and len(made[50]) == int(0.1 * n + 0.5)
     first = read_json(run.path / "epochs" / "discl-seed-0.json")[0]
     assert first["level 50"] == len(made[50]) and first["head"] == n - len(made[50])
+    sizes = {p.stem.removesuffix("-seed-0"): [*read_json(p)] for p in (run.path / "epochs").glob("*.json")}
+    mean = {row: np.mean([sum(epoch.values()) for epoch in epochs]) for row, epochs in sizes.items()}
+    equal = [mean[row] for row in ("discl", "no-synthetic", "real-repeated")]
+    assert max(equal) - min(equal) <= 1, "equal budgets"
+    assert all(epoch["hard again"] for epoch in sizes["real-repeated"])
 
 
 def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path, monkeypatch):
