@@ -229,10 +229,33 @@ def plot_comparisons(found:list[Comparison], # of `compare_with_controls`
     return ax
 
 # %% ../nbs/67_page.ipynb #959e02e9
+def _name_points(ax, # with its points and limits
+                 at # text -> (x, y)
+                ): # each beside its point, where no other lies
+    from matplotlib.transforms import Bbox
+    ax.figure.draw_without_rendering() # now the axes have their place
+    draw, spots = ax.figure.canvas.get_renderer(), ax.transData.transform(list(at.values()) or np.zeros((0, 2)))
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in spots]
+    places = [(6, 0, "left"), (-6, 0, "right")]
+    places += [(x, y, ha) for x, ha in ((-4, "right"), (4, "left"), (0, "center")) for y in (8, -8)]
+    free = ax.get_window_extent(draw)
+    for k, (text, xy) in enumerate(at.items()):
+        for dx, dy, ha in (*places, places[1]):
+            note = ax.annotate(text, xy, (dx, dy), textcoords="offset points", fontsize=7, ha=ha, va="center")
+            note.set_in_layout(False)
+            box = note.get_window_extent(draw)
+            inside = free.x0 < box.x0 and box.x1 < free.x1
+            if inside and not any(box.overlaps(b) for i, b in enumerate(taken) if i != k): break
+            note.remove()
+        else: ax.add_artist(note)
+        taken.append(box)
+
+
 def plot_cost(rows:list[dict], # of one set, of `sets_of`
               ax:Any=None # matplotlib Axes; a new one when left out
              )->Any: # the Axes
     "Accuracy against seconds; methods and the best control are named"
+    from matplotlib.ticker import LogLocator, NullFormatter
     if ax is None: ax = new_axes(5, 3)
     rows = [r for r in rows if r.get("asked") is not False] # the seconds of a run are not those of each of its rows
     at = {m: (mean_sd(values(rows, m, "seconds"))[0], mean_sd(values(rows, m))[0] * 100) for m in methods(rows)}
@@ -240,14 +263,16 @@ def plot_cost(rows:list[dict], # of one set, of `sets_of`
     kinds = {r["method"]: r["kind"] for r in rows}
     best = max((m for m in at if kinds[m] == "control"), key=lambda m: at[m][1], default=None)
     named = [m for m in at if kinds[m] == "method" or m == best]
-    for text, m in zip(figure_names(named, 32)[0], named, strict=True):
-        ax.annotate(text, at[m], xytext=(4, 4), textcoords="offset points", fontsize=7)
     for kind in dict.fromkeys(kinds[m] for m in at):
         xy = np.array([at[m] for m in at if kinds[m] == kind])
         ax.plot(*xy.T, "o", color=KIND_COLORS[kind], ms=6, mec="k", mew=.4, label=KIND_WORDS[kind])
     ax.set(xscale="log", xlabel="seconds of its run", ylabel="test accuracy, %")
-    ax.margins(x=.25, y=.12)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(x=.2, y=.12)
     ax.legend(frameon=False, fontsize=8)
+    _name_points(ax, {text: at[m] for text, m in zip(figure_names(named, 32)[0], named, strict=True)})
     return ax
 
 # %% ../nbs/67_page.ipynb #20659a60
