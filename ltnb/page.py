@@ -234,16 +234,16 @@ def _name_points(ax, # with its points and limits
                 ): # each beside its point, where no other lies
     from matplotlib.transforms import Bbox
     ax.figure.draw_without_rendering() # now the axes have their place
-    draw, spots = ax.figure.canvas.get_renderer(), ax.transData.transform(list(at.values()) or np.zeros((0, 2)))
+    spots = ax.transData.transform(list(at.values()) or np.zeros((0, 2)))
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in spots]
     places = [(6, 0, "left"), (-6, 0, "right")]
     places += [(x, y, ha) for x, ha in ((-4, "right"), (4, "left"), (0, "center")) for y in (8, -8)]
-    free = ax.get_window_extent(draw)
+    free = ax.get_window_extent()
     for k, (text, xy) in enumerate(at.items()):
         for dx, dy, ha in (*places, places[1]):
             note = ax.annotate(text, xy, (dx, dy), textcoords="offset points", fontsize=7, ha=ha, va="center")
             note.set_in_layout(False)
-            box = note.get_window_extent(draw)
+            box = note.get_window_extent()
             inside = free.x0 < box.x0 and box.x1 < free.x1
             if inside and not any(box.overlaps(b) for i, b in enumerate(taken) if i != k): break
             note.remove()
