@@ -461,6 +461,7 @@ def test_no_more_questions_at_a_time_than_wanted(work, fake):
 
 def test_what_is_wrong_is_said_in_words_and_twice_at_most(work, fake, monkeypatch):
     monkeypatch.setattr(knowledge, "token_count", few_words)
+
     def answer(sent, n):
         few = description(name_in(sent), views=["from above"], scenes="one, two")
         fixed = name_in(sent) == "frog" and len(sent["messages"]) > 2

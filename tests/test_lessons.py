@@ -1,5 +1,6 @@
 "A lesson says at its head what it needs and how long it takes, and shows its pictures at one scale"
 
+import re
 import pytest
 
 import lessons
@@ -36,3 +37,11 @@ def test_folded_answers_cost_no_time():
     folded = {"cell_type": "markdown", "source": ["<details>", "word " * 4000, "</details>"]}
     hidden = {"cell_type": "code", "source": ["#| export\n", *["a = 1\n"] * 300]}
     assert lessons.minutes(cells) == lessons.minutes([*cells, folded, hidden]) == 4
+
+
+def test_every_exercise_has_its_answer_folded_away(lesson):
+    text = "\n".join("".join(c["source"]) for c in lesson[1] if c["cell_type"] == "markdown")
+    exercises = re.split(r"^\d+\. ", text.partition("### Exercises")[2], flags=re.M)[1:]
+    for k, exercise in enumerate(exercises, 1):
+        assert exercise.count("<summary>Answer</summary>") == 1, f"exercise {k} has no answer, or several"
+        assert exercise.count("<details>") == exercise.count("</details>"), f"exercise {k}: a fold is not closed"
