@@ -6,7 +6,8 @@ Docs: https://ltnb.github.io/ltnb/combine.html.md"""
 
 # %% auto #0
 __all__ = ['NOT_LOOKED_AT', 'CombineConfig', 'combination_of', 'Eyes', 'eyes_of', 'labels_painter', 'painter_of', 'filter_of',
-           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'with_last_layer', 'with_head', 'Combine', 'run']
+           'drawn_images', 'by_mixing', 'by_levels', 'training_name', 'with_last_layer', 'with_fitted_head', 'Combine',
+           'run']
 
 # %% ../nbs/88_combine.ipynb #17e8ebb8
 from dataclasses import dataclass, replace
@@ -228,10 +229,10 @@ def with_last_layer(s:Stage, # its settings and data
     return head
 
 
-def with_head(s:Stage, # its settings and data
-              clf:Classifier, # trained
-              head:Head # on its features
-             )->Classifier: # a new one
+def with_fitted_head(s:Stage, # its settings and data
+                     clf:Classifier, # trained
+                     head:Head # on its features
+                    )->Classifier: # a new one
     "The network below a linear head"
     new, weights = new_classifier(s.cfg, s.data, s.seed), clf.net.state_dict()
     below = {k: v for k, v in weights.items() if not k.startswith("fc.")}
@@ -274,7 +275,7 @@ def keep(self:Combine,
     "The first seed's classifier, and CLIP with its thresholds"
     clf = trained_network(s, training_name(c), FITS[c.fit])
     if head is None: keep_classifier(s, clf, f"{c.name} + label shift", torch.as_tensor(answer.prior))
-    else: keep_classifier(s, with_head(s, clf, head), c.name, head.counts, shifted=False)
+    else: keep_classifier(s, with_fitted_head(s, clf, head), c.name, head.counts, shifted=False)
     if eyes.clip is None: return
     eyes.clip.clip.save(s.run.path/"clip", seed=s.seed)
     eyes.clip.real.save(s.run.path/"clip"/"thresholds.json")
