@@ -228,7 +228,7 @@ def plot_comparisons(found:list[Comparison], # of `compare_with_controls`
     ax.set_yticks(range(len(found)), texts, fontfamily=family)
     return ax
 
-# %% ../nbs/67_page.ipynb #959e02e9
+# %% ../nbs/67_page.ipynb #5e1fab7e
 def _name_points(ax, # with its points and limits
                  at # text -> (x, y)
                 ): # each beside its point, where no other lies
@@ -250,7 +250,7 @@ def _name_points(ax, # with its points and limits
         else: ax.add_artist(note)
         taken.append(box)
 
-
+# %% ../nbs/67_page.ipynb #959e02e9
 def plot_cost(rows:list[dict], # of one set, of `sets_of`
               ax:Any=None # matplotlib Axes; a new one when left out
              )->Any: # the Axes
