@@ -332,7 +332,7 @@ def folders(root, sizes=(("cat", 12), ("dog", 6), ("eel", 3)), parts=("train", "
 def test_real_photographs_as_class_folders(tmp_path):
     "Imagenette's tail: 2,105 JPEG files of 224 pixels, 850 down to 8 a class"
     for part, file in (("train", "imagenette_lt100_train.npz"), ("test", "imagenette_val1000.npz")):
-        z = np.load(shared(file))
+        z = dict(np.load(shared(file)))  # read once: an archive reads an array anew each time it is asked
         for i, (a, b) in enumerate(zip(z["offset"][:-1], z["offset"][1:], strict=True)):
             out = tmp_path / "photos" / part / str(z["classname"][z["label"][i]]) / f"{i}.jpg"
             out.parent.mkdir(parents=True, exist_ok=True)
