@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import DataError, LtnbError, UsageError, device_type
+from .core import DataError, LtnbError, UsageError, device_type, share_of
 from .progress import tell
 from .files import ImageFiles
 
@@ -63,7 +63,7 @@ def held_out(labels:torch.Tensor, # (N,) int64 classes of the training set
     if not 0 < share < 1: raise UsageError(f"share must lie between 0 and 1, got {share}.")
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for i in labels.argsort(stable=True).split(torch.unique(labels, return_counts=True)[1].tolist()):
-        m = max(int(len(i) * share), 1) if len(i) > 1 else 0
+        m = max(share_of(len(i), share), 1) if len(i) > 1 else 0
         held[i[torch.randperm(len(i), generator=g, device=labels.device)[:m]]] = True
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 

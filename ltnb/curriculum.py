@@ -11,7 +11,6 @@ __all__ = ['SCHEDULES', 'Schedule', 'block_sizes', 'DiverseToSpecific', 'Specifi
            'watch_classifier', 'CurriculumOrder']
 
 # %% ../nbs/81_curriculum.ipynb #c7d8b18f
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ import torch
 from fastcore.basics import patch
 
 from .config import spread
-from .core import DataError, LtnbError, UsageError, generator, nearest, one_line
+from .core import DataError, LtnbError, UsageError, generator, nearest, one_line, share_of
 from .data import ImageSet
 from .files import ImageFiles
 from .pictures import new_axes
@@ -277,10 +276,10 @@ def epoch_sizes(pool:Pool, # what there is
                )->tuple[int, int]: # items of the head, and of the tail
     "How many items an epoch shows; a share that leaves no place for made ones is a `UsageError`"
     if not len(pool.tail): raise UsageError("there is no hard image to train on: a curriculum needs some.")
-    n_head = math.floor(how.head_fraction * len(pool.head) + 1e-9)
+    n_head = share_of(len(pool.head), how.head_fraction)
     if how.tail_share == "all made": return n_head, len(pool.tail)
     share = pool.tail_class_share if how.tail_share == "tail_class_share" else how.tail_share
-    n_tail = math.floor(share / (1 - share) * n_head + 1e-9) if share < 1 else 0
+    n_tail = share_of(n_head, share / (1 - share)) if share < 1 else 0
     if n_tail > (len(pool.tail) if how.with_hard else 0): return n_head, n_tail
     raise UsageError(f"a tail_share of {share:.4g} beside {n_head} head images is {n_tail} items, and there are "
                      f"{len(pool.tail)} hard images: no made one would be shown. Raise tail_share (the share of the "

@@ -220,7 +220,7 @@ def with_asked(cfg:DisCLConfig, # as given: its `ablate`
 # %% ../nbs/83_discl_steps.ipynb #d6f1398f
 def composition(cfg:DisCLConfig, # resolved
                 row:str="discl", # one of `schedules`
-                pool:Pool|None=None # whose levels lie in one epoch, and of how many images; None: nothing is made yet
+                pool:Pool|None=None # what there is to show; None while nothing is made
                )->Composition: # of its epochs
     "The head's part and the tail's; text alone does without the hard real images"
     usual = "tail_class_share" if cfg.hard == "frequency" else "all made"

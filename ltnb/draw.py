@@ -231,7 +231,7 @@ def picture(self:Drawn, # images
            ):
     "A row a class: kept on the left, dropped on the right"
     shown, drawn = np.argsort(-data.counts, kind="stable")[:k], {d["class"]: d["drawn"] for d in self.classes}
-    tried = [i for i, r in enumerate(self.made.manifest) if r["k"] < drawn[r["class"]]] # what came later is no loss
+    tried = [i for i, r in enumerate(self.made.manifest) if r["k"] < drawn.get(r["class"], 0)]
     rest = np.setdiff1d(tried, self.at).astype(np.int64)
     blank = np.full(self.made.items[:1].shape[1:], 255, np.uint8)
     def some(at, c):

@@ -374,10 +374,14 @@ def test_a_group_split_comes_near_to_the_wanted_share():
 
 
 def test_shares_are_rounded_down_as_on_paper():
+    import torch
+    from ltnb.batches import held_out
     from ltnb.listings import random_split
 
     for n, fraction, want in ((100, 0.29, 29), (100, 0.299, 29), (5, 0.2, 1), (9, 0.1, 0)):
         assert share_of(n, fraction) == random_split(np.zeros(n, int), fraction).sum() == want
+        held = held_out(torch.zeros(n, dtype=torch.int64), torch.Generator().manual_seed(0), fraction)[1]
+        assert len(held) == max(want, 1), "one at least"
 
 
 def test_the_leak_of_a_random_split_is_said(tmp_path):
@@ -393,7 +397,7 @@ def test_the_leak_of_a_random_split_is_said(tmp_path):
     given_ = LongTail.lists(tmp_path / "img", file, columns=Columns(split="part", group="camera"))
     assert any("test images come from" in n and "train has too" in n for n in given_.notes)
     alone = table(tmp_path, [f"{i}.png,{i % 2},cam{i % 2}" for i in range(20)], "alone.csv", "path,label,camera")
-    with pytest.raises(DataError, match="no group can go to the test"):
+    with pytest.raises(DataError, match="no group can go to the test.*name another --group-column"):
         LongTail.lists(None, alone, columns=Columns(group="camera"))
 
 
