@@ -74,8 +74,10 @@ def _torchvision(name, # of a set of torchvision
     from torchvision import datasets
     try: return read(getattr(datasets, name))
     except RuntimeError as e:
-        raise UsageError(f"{name} was not found under {root!r} ({e.args[0].splitlines()[0]}): give its folder with "
-                         f"--data-root, or add --download.") from e
+        said = e.args[0].splitlines()[0]
+        todo = ("put its unpacked files there yourself" if said.startswith("Error downloading")
+                else "give its folder with --data-root, or add --download")
+        raise UsageError(f"{name} was not found under {root!r} ({said}): {todo}.") from e
     except (OSError, ValueError) as e:
         raise DataError(f"{name} under {root!r} cannot be read or downloaded ({e}).") from e
 

@@ -1,6 +1,7 @@
 "What the tests share: the command as a process, the demo (run once), and data beside the project, where it exists."
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def no_wait_for_the_disk():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(os, "fsync", lambda fd: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    "What a test draws without a seed of its own does not depend on the tests that its worker ran before"
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)
 
 
 def once(tmp_path_factory, name, make):

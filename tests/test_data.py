@@ -219,6 +219,15 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
         LongTail.cifar10(tmp_path)
 
 
+def test_a_download_that_fails_is_not_told_to_download(tmp_path, monkeypatch):
+    from torchvision.datasets import FashionMNIST
+
+    monkeypatch.setattr(FashionMNIST, "mirrors", [(tmp_path / "empty").as_uri() + "/"])
+    with pytest.raises(UsageError, match="Error downloading.*put its unpacked files there") as said:
+        LongTail.fashion_mnist(tmp_path, download=True)
+    assert "add --download" not in str(said.value)
+
+
 def test_sources_by_config():
     assert load_data(DataConfig(imb_ratio=20), 0).imb_ratio == 114 / 5
     with pytest.raises(UsageError, match="at most"):

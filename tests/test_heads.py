@@ -115,11 +115,9 @@ def test_sgd_steps_is_sgd():
     want = w.detach() - 0.2 * (p.T @ x / 6 + 0.01 * w.detach())
     sgd_steps(lambda x: x @ w.T, [w], x, y, torch.arange(6), SecondStage(lr=0.2, wd=0.01, bs=6))
     assert torch.allclose(w, want)
-    bad = torch.ones(3, requires_grad=True)
-    with pytest.raises(DataError, match="lower lr"):
-        sgd_steps(
-            lambda x: x * bad, [bad], x.float() * 1e30, y, torch.arange(6).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2)
-        )
+    x, y, bad = torch.full((2, 3), 1e30), torch.tensor([0, 1]), torch.ones(3, requires_grad=True)
+    with pytest.raises(DataError, match="lower lr"):  # equal scores of both classes: the first step leaves float32
+        sgd_steps(lambda x: x * bad, [bad], x, y, torch.arange(2).repeat(9), SecondStage(lr=1e30, wd=0.0, bs=2))
 
 
 def test_lws_only_scales():
