@@ -135,7 +135,7 @@ def wheel(tmp_path_factory):
             ROOT,
             folder / "src",
             ignore=shutil.ignore_patterns(
-                ".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu"
+                ".git", "runs", "_proc", "_docs", "*.egg-info", ".venv", "build", "results", ".gpu", "data"
             ),
             symlinks=True,
         )
