@@ -1,6 +1,7 @@
 "A comparison: refused before it runs, killed and continued, shared by workers, planned in flat memory."
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,36 @@ def test_two_jobs_shared_what_was_left(killed):
     out, _, _ = killed
     assert len(list((out / "jobs").glob("*_submitted.pkl"))) == 2
     assert {p.name for p in (out / "logs").glob("*.log")} == {"digits-balanced-softmax.log", "digits-ldmlr.log"}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    "A folder of our own that the machines of a SLURM share"
+    pytest.importorskip("submitit")
+    if "LTNB_SLURM" not in os.environ:
+        pytest.skip("LTNB_SLURM names no folder that the machines of a SLURM share")
+    folder = Path(os.environ["LTNB_SLURM"]) / f"{tmp_path.parent.name}-{tmp_path.name}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("way", ["submitted", "array"])
+def test_slurm_gives_the_scores_of_one_worker(way, slurm):
+    "Jobs of `--executor slurm`, and the shell file of an array as it stands but for the size of its jobs"
+    cfg = config(slurm / "c", "cross-entropy,ldmlr", seeds=2)
+    if way == "submitted":
+        plan, failed = compare(replace(cfg, executor="slurm", workers="2", slurm="time=10"), CELLS)
+        assert not failed and len(list((plan.out / "jobs").glob("*_submitted.pkl"))) == 2
+    else:
+        write_json(slurm / "plan.json", {"methods": cfg.methods, "datasets": cfg.datasets})
+        jobs = ["sbatch", "--wait", "--array=0-1", "--gres=none", "--cpus-per-task=1", "--time=10"]
+        more = [t for t in typed(cfg) if not t.startswith(("--out", "--workers", "--methods", "--datasets"))]
+        script = [ROOT / "benchmarks/slurm/array.sh", slurm / "plan.json", cfg.out, *more]
+        subprocess.run([*jobs, *script], cwd=slurm, check=True, capture_output=True, timeout=600)
+    one = replace(cfg, out=str(slurm / "one"), workers="1")
+    assert not compare(one, CELLS)[1]
+    assert (slurm / "c/scores.json").read_bytes() == (slurm / "one/scores.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
