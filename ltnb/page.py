@@ -198,8 +198,10 @@ PAGE_STYLE = """
 .filters input[type=search],.filters select{font:inherit;padding:.25rem .4rem}#shown{color:#666}
 th button{font:inherit;font-weight:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 th[aria-sort=ascending] button::after{content:" \\25B2"}th[aria-sort=descending] button::after{content:" \\25BC"}
-.sortable td:nth-child(2),.sortable th:nth-child(2),.sortable td:nth-last-child(2){text-align:left}
+.sortable td:nth-child(2),.sortable th:nth-child(2),.sortable td:nth-last-child(2),
+.sortable th:nth-last-child(2){text-align:left}
 .sortable th:first-child,.sortable td:first-child{position:sticky;left:0;background:#fff}
+.scroll:has(.sortable){width:min(100vw - 2rem,96rem);margin-left:50%;transform:translateX(-50%)}
 td.best{font-weight:700}tr[data-kind=control] td{color:#666}
 .words td,.words th{text-align:left;white-space:normal}
 .samples{display:flex;flex-wrap:wrap;gap:3px;margin:.3rem 0 1rem}.samples img{width:56px;height:56px;object-fit:contain;
@@ -224,7 +226,7 @@ def plot_comparisons(found:list[Comparison], # of `compare_with_controls`
         ax.plot([d.low * 100, d.high * 100], [i, i], color=color, lw=1.6)
         ax.plot(d.mean * 100, i, "o", color=color, ms=5, mfc=color if math.isfinite(d.low) else "w")
     ax.axvline(0, color="k", lw=.8)
-    ax.set(ylim=(len(found) - .4, -.6), xlabel="points from the best control (hollow: one seed, no interval)")
+    ax.set(ylim=(len(found) - .4, -.6), xlabel="points from the best control\n(hollow: one seed, no interval)")
     ax.set_yticks(range(len(found)), texts, fontfamily=family)
     return ax
 

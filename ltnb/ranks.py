@@ -76,15 +76,24 @@ def _contradict(rows): # of one set and method: does a seed have two answers?
     return False
 
 
-def _in_cell(method, row): # with the name of its cell, without that of its set
-    return f"{method} ({row['cell'].removeprefix(row['set'] + '/')})"
+def _named(rows): # of one set: (method, cell) -> its name in the table
+    said, out = {}, {}
+    for r in rows:
+        answer = tuple(r[k] for k in ("all", "macro_f1", "ece", "nll"))
+        said.setdefault(r["method"], {}).setdefault(r["cell"], {})[r["seed"]] = answer
+    for m, of in said.items():
+        torn = len(of) > 1 and _contradict([r for r in rows if r["method"] == m])
+        for cell, answers in of.items():
+            first = next(c for c, other in of.items() if other == answers) # the first that answered like this
+            out[m, cell] = f"{m} ({first.removeprefix(rows[0]['set'] + '/')})" if torn else m
+    return out
 
 
-def _cells_named(rows): # of one set: methods that differ between cells carry the cell's name
-    of = {m: [r for r in rows if r["method"] == m] for m in methods(rows)}
-    torn = {m for m, rs in of.items() if len({r["cell"] for r in rs}) > 1 and _contradict(rs)}
-    def name(m, r): return _in_cell(m, r) if m in torn else m
-    return [r | {"method": name(r["method"], r), "se": {name(k, r): v for k, v in r["se"].items()}} for r in rows]
+def _cells_named(rows): # of one set: methods that differ between cells carry a cell's name
+    names = _named(rows)
+    def called(r): return {m: name for (m, cell), name in names.items() if cell == r["cell"]}
+    def renamed(r, to): return {"method": to[r["method"]], "se": {to.get(k, k): v for k, v in r["se"].items()}}
+    return [r | renamed(r, to := called(r)) | {"called": to} for r in rows]
 
 # %% ../nbs/18_ranks.ipynb #336c3fd5
 def sets_of(rows:list[dict] # rows
@@ -365,7 +374,7 @@ class Explanation:
 def _rungs(rows, method): # of one set: (name, words) of what was measured, from cross-entropy up to the method
     own = [r for r in rows if r["method"] == method]
     def find(name): # the control of the method's own cell, else the one that all share
-        named = [m for m in methods(rows) if m in (name, *(_in_cell(name, r) for r in own))]
+        named = [m for m in methods(rows) if m in (name, *(r["called"].get(name) for r in own))]
         return max(named, key=len) if named else None
     base, shifted = method.split(" (")[0], method.endswith(" + label shift")
     steps = LADDERS.get(base.split(",")[0].removesuffix(" + label shift"), [])
