@@ -1,14 +1,12 @@
 "Diffusion over images: the formulas, CBDM's terms, resume, determinism, and folders that diffusers opens."
 
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from ltnb import diffusion
 from ltnb.core import DataError, LtnbError, UsageError, read_jsonl
 from ltnb.progress import Progress
@@ -31,6 +29,7 @@ from ltnb.cbdm import CB_SPACES, CBDM
 from ltnb.ldmlr import LDMLRConfig
 from ltnb.jobs import make_plan
 from ltnb.team import Where
+from warm import pair
 from torch import nn
 
 SMALL = dict(
@@ -315,7 +314,7 @@ class Stop(Exception):
 
 
 def logged(path, data, stop_at=None, **more):
-    with Run(LDMLRConfig(out=str(path))) as run:
+    with Run(LDMLRConfig(out=str(path))) as run, pytest.MonkeyPatch.context() as m:
         run.start(LDMLRConfig(), "cpu", "fp32")
         original = run.save
 
@@ -325,9 +324,10 @@ def logged(path, data, stop_at=None, **more):
                 raise Stop
 
         run.save = save
+        m.setattr(diffusion, "LOOK_EVERY", 10)
         return train(
             data,
-            n_steps=110,
+            n_steps=22,
             diff_bs=8,
             run=run,
             save_every=0,
@@ -341,14 +341,14 @@ def logged(path, data, stop_at=None, **more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    "A training without a cut: (model, folder). Images are drawn 40 steps at a time: both cuts fall within a block"
-    Progress.quiet, diffusion.UNETS["small"], diffusion._Training.block = True, SMALL, 40
+    "A training without a cut: (model, folder). Images are drawn 8 steps at a time: both cuts fall within a block"
+    Progress.quiet, diffusion.UNETS["small"], diffusion._Training.block = True, SMALL, 8
     path = tmp_path_factory.mktemp("whole")
     yield logged(path, data), path
     diffusion._Training.block = 256
 
 
-@pytest.mark.parametrize("cut", [50, 100])
+@pytest.mark.parametrize("cut", [10, 20])
 def test_resume_bit_for_bit(tmp_path, data, whole, cut):
     with pytest.raises(Stop):
         logged(tmp_path, data, stop_at=cut)
@@ -357,7 +357,7 @@ def test_resume_bit_for_bit(tmp_path, data, whole, cut):
     assert (whole[1] / "metrics.jsonl").read_bytes() == (tmp_path / "metrics.jsonl").read_bytes()
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert (
-        [r["step"] for r in rows] == [50, 100, 110]
+        [r["step"] for r in rows] == [10, 20, 22]
         and set(rows[0]) == {"stage", "seed", "step", "loss", "extra"}
         and len(rows[0]["extra"]) == 1
     )
@@ -567,28 +567,8 @@ if team.writes: m.save(sys.argv[1])
 
 @pytest.mark.slow_process
 def test_two_processes_train_the_same_model(tmp_path, monkeypatch, data):
-    from conftest import ROOT
-
-    (tmp_path / "worker.py").write_text(WORKER)
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "worker.py"),
-        str(tmp_path / "two"),
-    ]
-    done = subprocess.run(
-        run,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    both = pair(tmp_path / "two", program=WORKER, cwd=ROOT)
+    assert [p.returncode for p in both] == [0, 0], "".join(p.stderr[-2000:] for p in both)
     monkeypatch.setitem(diffusion.UNETS, "small", {**SMALL, "dropout": 0.0})
     one, two = train(data, 3, diff_bs=15, extra_losses=[CBDM(data.counts)]), DiffusionModel.load(tmp_path / "two")
     assert (
