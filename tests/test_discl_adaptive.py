@@ -196,7 +196,9 @@ def test_the_fine_tuned_clip_and_the_way_to_it_are_kept(whole):
 
 
 def test_without_a_shifted_set_its_columns_are_empty(tmp_path):
-    run = go(tmp_path / "run", dataset="digits", imb_ratio=20.0, tuned="clip", levels="50", curriculum_epochs=4)
+    run = go(
+        tmp_path / "run", dataset="digits", imb_ratio=20.0, n_max=40, tuned="clip", levels="50", curriculum_epochs=4
+    )
     rows = run.scores()
     assert all(r["shifted_all"] is None for r in rows)
     main = DisCLAdaptive().tables(rows)[0]

@@ -39,6 +39,8 @@ DIFFULT = [
     "2",
     "--pipelines",
     "false",
+    "--judge-epochs",
+    "1",
 ]
 
 
@@ -289,15 +291,18 @@ def test_an_error_in_one_process_is_a_sentence_in_the_other(two):
 # the command
 SMALLER = f"""
 import sys
+from functools import partial
+from ltnb import aid_loss
 from ltnb.cli import main
 from ltnb.diffusion import UNETS
 UNETS["tiny"] = {SMALL_UNET}
+aid_loss.Draws = partial(aid_loss.Draws, n=64)
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.fixture(scope="module")
-def diffult(tmp_path_factory, small_unet):
+def diffult(tmp_path_factory, small_unet, few_draws):
     "DiffuLT by one process and by two, with BatchNorm: two run directories"
     folder = tmp_path_factory.mktemp("diffult")
     two = pair(*DIFFULT, "--out", folder / "two", program=SMALLER)
