@@ -494,7 +494,7 @@ def test_reference_weights(name, k, n_max, order, argmax, shifted):
         cifar(name, "test"),
     )
     images = images.transpose(0, 3, 1, 2)[:, ::order]
-    net = build_model("resnet32", k).to(memory_format=torch.channels_last)  # a third faster
+    net = build_model("resnet32", k)
     net.load_state_dict(weights)  # their names are ours
     counts = longtail_counts(n_max, k, 100)
     clf = Classifier(
@@ -505,7 +505,7 @@ def test_reference_weights(name, k, n_max, order, argmax, shifted):
         np.array([63.0, 62.1, 66.7]) / 255,
         "resnet32",
     )
-    plain = clf.logits(images, bs=64).numpy()
+    plain = clf.logits(images, bs=64).numpy()  # a quarter faster than 512 at a time
     clf.log_prior = np.log(counts / counts.sum()).tolist()
     corrected = plain - np.array(clf.log_prior, "f4")
     assert np.allclose(clf.logits(images[:100]).numpy(), corrected[:100], atol=1e-4), (
