@@ -45,6 +45,7 @@ from ltnb.team import Where
 from ltnb.training import fit
 
 
+QUICK = dict(n_steps=30, diff_bs=64, width=32)
 SHORT = dict(head_steps=5, scratch_steps=5)  # where nobody asks how good a head is
 
 
@@ -261,7 +262,7 @@ def digits_features():
 @pytest.mark.parametrize("pull", ["neighbours", "any class", "none"])
 def test_samples_do_not_depend_on_their_batch(pull):
     z, y, head = digits_features()
-    model, around = train_latent(z, y, 10, n_steps=60, width=32), Neighbourhood.find(head, z, y, 10)
+    model, around = train_latent(z, y, 10, **QUICK), Neighbourhood.find(head, z, y, 10)
     plan = make_plan([40] * 10)
     whole, rows = sample_features(model, plan, around, pull=pull)
     some = np.array([3, 57, 399, 120])
@@ -270,14 +271,14 @@ def test_samples_do_not_depend_on_their_batch(pull):
     assert whole.min() >= 0, "features behind a ReLU stay so"
     other = sample_features(model, plan, Neighbourhood.find(head, z, y, 10, shrink_n0=5.0), pull=pull)[0]
     assert torch.equal(other, whole) == (pull == "none")
-    centred = train_latent(z - 100, y, 10, n_steps=60, width=32)
+    centred = train_latent(z - 100, y, 10, **QUICK)
     assert sample_features(centred, plan, pull="none")[0].min() < 0, "features that can be negative are not clipped"
 
 
 def test_no_pull_is_plain_sampling():
     "Strength 0 gives the items of the class alone, whatever the neighbours; 1 with one neighbour gives that class"
     z, y, head = digits_features()
-    model, plan = train_latent(z, y, 10, n_steps=60, width=32), make_plan([5] * 10)
+    model, plan = train_latent(z, y, 10, **QUICK), make_plan([5] * 10)
     around = Neighbourhood.find(head, z, y, 10, shrink_n0=0.0)
     assert not around.strength.any() and all(r["pull"] == 0 for r in sample_features(model, plan, around)[1])
     always = Neighbourhood(torch.eye(10)[(torch.arange(10) + 1) % 10], np.ones(10))
@@ -360,7 +361,7 @@ def test_generator_learns_the_class_means():
     means = torch.tensor([[8.0, 0.0], [0.0, 8.0], [-8.0, -8.0]])
     y = torch.arange(3).repeat_interleave(torch.tensor([300, 60, 12]))
     z = means[y] + torch.randn(len(y), 2, generator=torch.Generator().manual_seed(0))
-    model = train_latent(z, y, 3, n_steps=400, width=64)
+    model = train_latent(z, y, 3, n_steps=400, diff_bs=128, width=64)
     plan = make_plan([50] * 3)
     made, _ = sample_features(model, plan, pull="none", temperature=1.0)
     nearest = torch.cdist(made, means).argmin(1)
@@ -608,7 +609,7 @@ def test_other_settings_keep_their_noise():
     "Two settings differ item by item through the setting alone"
     z, y, head = digits_features()
     model, plan, around = (
-        train_latent(z, y, 10, n_steps=60, width=32),
+        train_latent(z, y, 10, **QUICK),
         make_plan([20] * 10),
         Neighbourhood.find(head, z, y, 10, shrink_n0=0.0),
     )

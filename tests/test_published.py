@@ -282,21 +282,21 @@ def test_divergence_is_named(features):
 
 def test_samples(model):
     "In 0 to 1, the same alone, in any batch and in a longer plan, and in shards"
-    plan = make_plan([6, 5, 300])
-    some = np.array([0, 7, 8, 310])
+    plan = make_plan([6, 5, 100])
+    some = np.array([0, 7, 8, 110])
     whole, rows = sample_published(model, plan, 10)
     assert (
-        whole.shape == (311, 12)
+        whole.shape == (111, 12)
         and whole.min() >= 0
         and whole.max() <= 1
         and whole.dtype == torch.float32
-        and len(rows) == 311
+        and len(rows) == 111
     )
     for other in (sample_published(model, plan[some], 10)[0], sample_published(model, plan, 10, bs=50)[0][some]):
         assert (whole[some] - other).abs().max() < 1e-5
     assert (whole[:6] - sample_published(model, make_plan([7, 1, 1]), 10)[0][:6]).abs().max() < 1e-5
     assert not torch.allclose(sample_published(model, plan[:6], 11)[0], whole[:6]), "other settings, other noise"
-    assert (whole[:, None] == whole[None]).all(2).sum() == 311, "no two items are the same"
+    assert (whole[:, None] == whole[None]).all(2).sum() == 111, "no two items are the same"
     assert sample_published(model, make_plan([0, 0]), 5)[0].shape == (0, 12)
 
 
