@@ -222,6 +222,17 @@ def few_draws():
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_clip():
+    "A CLIP that is trained on the spot is smaller than usual, for whole runs of which nobody asks what it has learned"
+    from ltnb import clip_training
+
+    with pytest.MonkeyPatch.context() as m:
+        small = partial(clip_training.ClipTraining, layers=1, width=32, embed_dim=16)
+        m.setattr(clip_training, "ClipTraining", small)
+        yield
+
+
 @pytest.fixture
 def main(capsys):
     "The command in this process: (exit code, stdout, stderr)"

@@ -20,6 +20,9 @@ ROWS += ["generation", "name only", "shuffled knowledge", "knowledge", "random f
 ROWS += ["chatdiff + label shift"]
 
 
+pytestmark = pytest.mark.usefixtures("tiny_clip")
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
@@ -36,7 +39,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, tiny_clip):
     before, Progress.quiet = Progress.quiet, True
     try:
         return go(tmp_path_factory.mktemp("chatdiff") / "run").path

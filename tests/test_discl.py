@@ -25,7 +25,7 @@ ROWS = ["cross-entropy", "label shift", "balanced softmax"]
 for row in ("no synthetic", "real repeated", "text only", "all levels", "discl"):
     ROWS += [row, f"{row} + label shift"]
 ROWS += ["discl, balanced softmax", "adaptive", "adaptive + label shift"]
-pytestmark = pytest.mark.usefixtures("small_unet")
+pytestmark = pytest.mark.usefixtures("small_unet", "tiny_clip")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_unet, quick):
+def whole(tmp_path_factory, small_unet, tiny_clip, quick):
     return go(tmp_path_factory.mktemp("discl") / "run").path
 
 

@@ -23,7 +23,7 @@ from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
-pytestmark = pytest.mark.usefixtures("small_unet", "few_draws")
+pytestmark = pytest.mark.usefixtures("small_unet", "tiny_clip", "few_draws")
 HERE = dict(device="cpu", precision="fp32")
 HEADS = dict(n_steps=20, per_class=5, head_steps=5, scratch_steps=5)
 RECIPES = {
