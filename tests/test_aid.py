@@ -863,10 +863,11 @@ import sys; sys.path.insert(0, "tests")
 import numpy as np, torch; from test_aid import blend, classifier
 from ltnb.aid import Extractor, class_geometry, draw_filtered
 from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
-Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
-phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)
-f = draw_filtered(sys.argv[1], [6] * 10, blend(data)[0], "m", phi, geo, shard_size=16, team=team)
-np.save(f"{sys.argv[1]}-{team.rank}.npy", f.at)
+Progress.quiet = True; data = LongTail.digits()
+with join_team("cpu") as team:
+    phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)
+    f = draw_filtered(sys.argv[1], [6] * 10, blend(data)[0], "m", phi, geo, shard_size=16, team=team)
+    np.save(f"{sys.argv[1]}-{team.rank}.npy", f.at)
 """
 
 

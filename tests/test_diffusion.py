@@ -557,12 +557,13 @@ from ltnb.progress import Progress
 from ltnb.data import LongTail
 from ltnb.team import join_team
 from ltnb.cbdm import CBDM
-Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
+Progress.quiet = True; data = LongTail.digits()
 small = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0., norm_num_groups=4, attention=False)
 diffusion.UNETS["small"] = small
-how = dict(unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, extra_losses=[CBDM(data.counts)], team=team)
-m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, **how)
-if team.writes: m.save(sys.argv[1])
+with join_team("cpu") as team:
+    how = dict(unet="small", n_steps=3, diff_bs=15, diff_lr=1e-3, extra_losses=[CBDM(data.counts)], team=team)
+    m = diffusion.train_diffusion(data.train.images, data.train.labels, 10, **how)
+    if team.writes: m.save(sys.argv[1])
 """
 
 

@@ -493,7 +493,7 @@ def test_reference_weights(name, k, n_max, order, argmax, shifted):
         load_tensors(shared(f"ldmlr_{name}_if100_resnet32.safetensors"))[0],
         cifar(name, "test"),
     )
-    images = images.transpose(0, 3, 1, 2)[:, ::order]
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)[:, ::order])
     net = build_model("resnet32", k)
     net.load_state_dict(weights)  # their names are ours
     counts = longtail_counts(n_max, k, 100)
