@@ -1,10 +1,12 @@
 "What the tests share: the command as a process, the demo (run once), and data beside the project, where it exists."
 
+import io
 import os
 import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ TINY = [
     "3",
     "--n-steps",
     "60",
+    "--diff-width",
+    "16",
+    "--diff-bs",
+    "32",
     "--per-class",
     "20",
     "--head-steps",
@@ -51,13 +57,17 @@ def shared(name):
     return path
 
 
-def cifar_pack():
-    "Real CIFAR-10 images: the pack beside the project, through its own reader"
-    from importlib.util import module_from_spec, spec_from_file_location
+def cifar(name, part, choose=lambda labels: slice(None)):
+    "Real CIFAR images (N, 32, 32, 3), labels, names of classes: of the pack beside the project, what `choose` takes"
+    import numpy as np
+    from PIL import Image
 
-    spec = spec_from_file_location("load", shared("load.py"))
-    spec.loader.exec_module(load := module_from_spec(spec))
-    return load.load(shared("cifar10_lt.npz"))
+    with np.load(shared(f"{name}_lt.npz")) as z:
+        blob, ends, names = z[f"{part}_webp"], z[f"{part}_offsets"], [str(c) for c in z["class_names"]]
+        labels = (z["test_labels"] if part == "test" else z["train_labels_full"][z["train_index"]]).ravel()
+    at = np.arange(len(labels))[choose(labels)]
+    files = (io.BytesIO(blob[ends[i] : ends[i + 1]].tobytes()) for i in at)
+    return np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files]), labels[at], names
 
 
 def everywhere(patch, name, value):
@@ -202,6 +212,27 @@ def small_unet():
         yield usual
 
 
+@pytest.fixture(scope="module")
+def few_draws():
+    "What the AID-biased loss is measured on is few images, for whole runs of which nobody asks how well it is set"
+    from ltnb import aid_loss
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(aid_loss, "Draws", partial(aid_loss.Draws, n=64))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_clip():
+    "A CLIP that is trained on the spot is smaller than usual, for whole runs of which nobody asks what it has learned"
+    from ltnb import clip_training
+
+    with pytest.MonkeyPatch.context() as m:
+        small = partial(clip_training.ClipTraining, layers=1, width=32, embed_dim=16)
+        m.setattr(clip_training, "ClipTraining", small)
+        yield
+
+
 @pytest.fixture
 def main(capsys):
     "The command in this process: (exit code, stdout, stderr)"
@@ -223,20 +254,25 @@ def main(capsys):
 LONG = (  # what begins first, so that no worker waits for it at the end: CPU seconds fall down this list
     "test_cli.py",
     "test_models.py",
-    "test_diffult.py",
-    "test_generate.py",
-    "test_team.py",
-    "test_data.py",
-    "test_training.py",
     "test_methods.py",
-    "test_resume.py",
+    "test_training.py",
+    "test_compare.py",
     "test_seeds.py",
     "test_diffusion.py",
-    "test_synthetic.py",
-    "test_project.py",
-    "test_threads.py",
-    "test_wheel.py",
+    "test_fake_cuda.py",
+    "test_generate.py",
+    "test_diffult.py",
     "test_terminal.py",
+    "test_resume.py",
+    "test_published.py",
+    "test_team.py",
+    "test_threads.py",
+    "test_data.py",
+    "test_synthetic.py",
+    "test_photographs.py",
+    "test_site.py",
+    "test_project.py",
+    "test_wheel.py",
     "test_report.py",
 )
 LESSONS = "62 22 41 60 29 61 52 51 53 56 44 64 57 21 40 96".split()

@@ -2,13 +2,12 @@
 
 import copy
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from ltnb import diffusion, draw
 from ltnb.aid import (
     ZONES,
@@ -54,6 +53,7 @@ from ltnb.synthetic import Synthetic, add_scores, made_rows, make_synthetic
 from ltnb.copies import flag_copies
 from ltnb.draw import draws_needed
 from ltnb.training import fit
+from warm import pair
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, dropout=0.0, norm_num_groups=4, attention=False)
 
@@ -863,30 +863,18 @@ import sys; sys.path.insert(0, "tests")
 import numpy as np, torch; from test_aid import blend, classifier
 from ltnb.aid import Extractor, class_geometry, draw_filtered
 from ltnb.progress import Progress; from ltnb.data import LongTail; from ltnb.team import join_team
-Progress.quiet = True; team, data = join_team("cpu"), LongTail.digits()
-phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)
-f = draw_filtered(sys.argv[1], [6] * 10, blend(data)[0], "m", phi, geo, shard_size=16, team=team)
-np.save(f"{sys.argv[1]}-{team.rank}.npy", f.at)
+Progress.quiet = True; data = LongTail.digits()
+with join_team("cpu") as team:
+    phi = Extractor(classifier(data)); geo = class_geometry(phi, data.train)
+    f = draw_filtered(sys.argv[1], [6] * 10, blend(data)[0], "m", phi, geo, shard_size=16, team=team)
+    np.save(f"{sys.argv[1]}-{team.rank}.npy", f.at)
 """
 
 
 @pytest.mark.slow_process
 def test_two_processes_draw_the_same(tmp_path, data):
-    from conftest import ROOT
-
-    (tmp_path / "worker.py").write_text(WORKER)
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "worker.py"),
-        str(tmp_path / "two"),
-    ]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
+    both = pair(tmp_path / "two", program=WORKER, cwd=ROOT)
+    assert [p.returncode for p in both] == [0, 0], "".join(p.stderr[-2000:] for p in both)
     phi = Extractor(classifier(data))
     f = draw_filtered(
         tmp_path / "one", [6] * 10, blend(data)[0], "m", phi, class_geometry(phi, data.train), shard_size=16

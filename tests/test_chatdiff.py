@@ -12,11 +12,15 @@ from ltnb.progress import Progress
 from ltnb.synthetic import Synthetic
 from tiny_pipelines import saved, stable_diffusion
 
-TINY = dict(imb_ratio=10.0, n_steps=3, diff_bs=8, sample_steps=2, target_per_class=12, cap=2.0, n_epochs=1)
+FEW = dict(imb_ratio=10.0, n_max=30)
+TINY = dict(**FEW, n_steps=3, diff_bs=8, sample_steps=2, target_per_class=5, cap=2.0, n_epochs=1)
 TINY |= dict(clip_steps=4, judge_epochs=1, device="cpu", precision="fp32")
 ROWS = ["cross-entropy", "label shift", "equal iterations", "balanced softmax", "real repeated", "noise images"]
 ROWS += ["generation", "name only", "shuffled knowledge", "knowledge", "random filter", "chatdiff"]
 ROWS += ["chatdiff + label shift"]
+
+
+pytestmark = pytest.mark.usefixtures("tiny_clip")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, tiny_clip):
     before, Progress.quiet = Progress.quiet, True
     try:
         return go(tmp_path_factory.mktemp("chatdiff") / "run").path
@@ -57,7 +61,7 @@ def test_the_words_differ_and_nothing_else(whole):
     known = shipped("digits")
     own, name, other = (manifest(whole, w) for w in ("knowledge", "name-only", "shuffled-knowledge"))
     assert {r["model"] for r in own} == {r["model"] for r in name} == {r["model"] for r in other}
-    names = LongTail.digits(10.0).class_names
+    names = LongTail.digits(**FEW).class_names
     for rows, mine in ((own, True), (name, False), (other, False)):
         for r in rows:
             k = known[names[r["class"]]]
@@ -71,7 +75,7 @@ def test_the_lot_keeps_as_many_of_as_many(whole):
     rows = {r["method"]: r for r in read_json(whole / "scores.json")}
     assert rows["random filter"]["kept"] == rows["chatdiff"]["kept"]
     assert rows["random filter"]["drawn"] == rows["chatdiff"]["drawn"] >= rows["chatdiff"]["kept"]
-    wanted = int(np.maximum(12 - LongTail.digits(10.0).counts, 0).sum())
+    wanted = int(np.maximum(5 - LongTail.digits(**FEW).counts, 0).sum())
     assert rows["knowledge"]["kept"] == rows["name only"]["kept"] == rows["generation"]["kept"] == wanted
     classes = read_json(whole / "classes-seed-0.json")
     assert sum(c["kept"] or 0 for c in classes) == rows["chatdiff"]["kept"]
@@ -81,7 +85,7 @@ def test_the_lot_keeps_as_many_of_as_many(whole):
 def test_kept_is_what_the_rule_says(whole):
     made = Synthetic.open(whole / "made" / "knowledge-seed-0")
     clip = Clip.load(whole / "clip")
-    known = knowledge_of("digits", LongTail.digits(10.0).class_names)
+    known = knowledge_of("digits", LongTail.digits(**FEW).class_names)
     z = clip.images(made.items[:])
     own = (z * class_embeddings(clip, known)[made.labels]).sum(1).numpy()
     said = [r["scores"]["clip"] for r in made.manifest]
@@ -160,7 +164,7 @@ def test_a_pipeline_draws_for_small_images(tmp_path):
     few = dict(hypernym="ink", features=["dots", "arcs"], scenes=["in red"], views=["near"])  # it spells its words
     write_knowledge(tmp_path / "k.json", {str(i): Knowledge(name=str(i), **few) for i in range(10)})
     where = dict(pipeline=str(tmp_path / "sd"), knowledge=str(tmp_path / "k.json"))
-    run = go(tmp_path / "run", **where, target_per_class=12, cap=1.0, judge_epochs=0)
+    run = go(tmp_path / "run", **where, target_per_class=5, cap=1.0, judge_epochs=0)
     assert [r["method"] for r in run.scores()] == [m for m in ROWS if m != "generation"]
     made = Synthetic.open(tmp_path / "run" / "made" / "knowledge-seed-0")
     assert tuple(made.items[:].shape[1:]) == (1, 8, 8) and "clip" in made.manifest[0]["scores"]

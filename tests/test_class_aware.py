@@ -134,7 +134,7 @@ def test_files_give_what_arrays_give(tmp_path):
 
 def test_baseline_prints_both_readings(tmp_path, monkeypatch):
     monkeypatch.setattr(Progress, "quiet", True)
-    quick = dict(n_epochs=2, device="cpu", precision="fp32")
+    quick = dict(n_max=40, imb_ratio=10.0, n_epochs=1, device="cpu", precision="fp32")
     plain = run(BaselineConfig(**quick, out=str(tmp_path / "a")))
     both = run(BaselineConfig(**quick, shifted_bn=True, out=str(tmp_path / "b")))
     names = [r["method"] for r in both.scores()]

@@ -254,7 +254,7 @@ def test_finished_notebook_run_is_unchanged(through_papermill):
 @pytest.mark.slow_process
 def test_killed_command_is_continued_at_once(tmp_path):
     "SIGKILL of the command while its kernel works; the same command right after takes over"
-    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "20", "--out", "run"]
+    args = [sys.executable, "-m", "ltnb", "run", "ldmlr", *TINY, "--n-epochs", "8", "--out", "run"]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     end = time.monotonic() + 600
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
@@ -269,7 +269,15 @@ def test_killed_command_is_continued_at_once(tmp_path):
 @pytest.mark.slow_process
 def test_papermill_alone(tmp_path):
     "papermill nbs/92_run_ldmlr.ipynb out.ipynb -p n_epochs 1 works too"
-    few = {"n_epochs": 1, "n_steps": 50, "per_class": 20, "head_steps": 10, "scratch_steps": 10}
+    few = {
+        "n_epochs": 1,
+        "n_steps": 10,
+        "diff_width": 16,
+        "diff_bs": 32,
+        "per_class": 5,
+        "head_steps": 10,
+        "scratch_steps": 10,
+    }
     values = [v for name, n in few.items() for v in ("-p", name, str(n))]
     done = subprocess.run(
         [

@@ -38,6 +38,7 @@ from ltnb.grammar import MAKERS, ORDERS, read_combination
 from ltnb.matrix import Cell, CompareConfig, Matrix, complete, data_of, matrix
 from ltnb.progress import Progress
 from ltnb.workers import Task, Workers, is_locked, job_settings
+from warm import Command
 
 TINY = "n_max=40 imb_ratio=8 n_epochs=3 bs=16 wd=0.0005 ldmlr.n_steps=10 ldmlr.per_class=5 ldmlr.head_steps=5 "
 TINY += "ldmlr.scratch_steps=5"
@@ -197,12 +198,10 @@ def adopted(tmp_path_factory):
 
 def started(cfg):
     "`ltnb compare` as a process group of its own"
-    return subprocess.Popen(
-        [sys.executable, "-m", "ltnb", "compare", *typed(cfg)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Command("compare", *typed(cfg), program=GROUP)
+
+
+GROUP = "import os, sys; from ltnb.cli import main; os.setsid(); sys.exit(main(sys.argv[1:]))"
 
 
 def killed_when(process, there, group):

@@ -35,11 +35,11 @@ from ltnb.progress import Progress
 from ltnb.recipe import Answer, Answers, Stage
 from ltnb.team import Where
 
-pytestmark = pytest.mark.usefixtures("small_unet")
+pytestmark = pytest.mark.usefixtures("small_unet", "few_draws")
 QUICK = dict(
     n_steps=10, diff_bs=16, n_epochs=60, target_per_class=5, sample_steps=3, cap=2.0, pipelines=False
 )  # 60 epochs: after 40, one of eight draws of the weights leaves phi_0 no better than chance
-BRIEF = {**QUICK, "n_epochs": 4, "judge_epochs": 2}  # with `patient_extractor`: only phi_0 takes 60 epochs
+BRIEF = {**QUICK, "n_epochs": 2, "judge_epochs": 2}  # with `patient_extractor`: only phi_0 takes 60 epochs
 CORE = [
     "cross-entropy",
     "label shift",
@@ -85,18 +85,22 @@ def brief(cfg, data):
 
 
 @pytest.fixture(scope="module")
-def eye(stage):
-    Progress.quiet = True
-    return extractor(stage)
+def eye(done):
+    "What the first step of that run left"
+    return SEEN[0]
+
+
+SEEN = []
 
 
 def patient_extractor(s):
     "phi_0 as the run trains it, but for as many epochs as it needs"
-    return extractor(replace(s, cfg=replace(s.cfg, n_epochs=QUICK["n_epochs"])))
+    SEEN.append(extractor(replace(s, cfg=replace(s.cfg, n_epochs=QUICK["n_epochs"]))))
+    return SEEN[-1]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, small_unet):
+def done(tmp_path_factory, small_unet, few_draws):
     "A finished run of few steps; beside it, its directory as a power cut would have left it at two moments"
     Progress.quiet, folder = True, tmp_path_factory.mktemp("diffult")
     with pytest.MonkeyPatch.context() as m:
@@ -205,8 +209,8 @@ def test_a_finished_run_is_left_alone(done):
 
 def test_the_sweeps(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "controls", only_cross_entropy)
-    monkeypatch.setattr(diffult, "extractor", lambda s: eye)  # so that classifiers may be trained for two epochs
-    r = run(DiffuLTConfig(**{**BRIEF, "n_steps": 4, "n_epochs": 2}, ablate="all", out=str(tmp_path / "run")))
+    monkeypatch.setattr(diffult, "extractor", lambda s: eye)  # so that classifiers may be trained for one epoch
+    r = run(DiffuLTConfig(**{**BRIEF, "n_steps": 2, "n_epochs": 1}, ablate="all", out=str(tmp_path / "run")))
     rows = {x["method"]: x for x in r.scores()}
     forms = [f"form: {form}" for form in FORMS if form != "per-time"]
     shares = [f"tail only, {percent} % of the head" for percent in (0, 40, 80, 100)]
@@ -433,14 +437,12 @@ def test_a_budget_is_measured_once_and_kept(tmp_path, monkeypatch, eye):
     monkeypatch.setattr(diffult, "controls", only_cross_entropy)
     monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 120.0))
     few = {**BRIEF, "n_steps": 20, "n_epochs": 4, "budget_minutes": 1.0}
-    with monkeypatch.context() as m:
-        m.setattr(diffult_steps, "calibrate", stop)
-        with pytest.raises(Stop):
-            run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
+    monkeypatch.setattr(diffult_steps, "calibrate", stop)
+    with pytest.raises(Stop):
+        run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     kept = read_json(tmp_path / "run" / "config.json")
     assert (kept["n_steps"], kept["n_epochs"]) == (10, 2) and calls == [1]
     monkeypatch.setattr(diffult_ablations, "seconds_a_run", lambda *a: calls.append(1) or (0.0, 600.0))
-    monkeypatch.setattr(DiffuLT, "keep", stop)
     with pytest.raises(Stop):
         run(DiffuLTConfig(**few, out=str(tmp_path / "run")))
     assert calls == [1] and read_json(tmp_path / "run" / "config.json") == kept, "a restart keeps what was measured"

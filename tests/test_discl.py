@@ -17,16 +17,15 @@ from ltnb.progress import Progress
 from ltnb.spectrum import open_spectrum
 from tiny_pipelines import saved, stable_diffusion_xl
 
-TINY = dict(
-    imb_ratio=20.0, n_steps=2, diff_bs=8, sample_steps=4, guidance_scale=1.0, levels="0,50", per_image=1, maker="labels"
-)
+FEW = dict(imb_ratio=20.0, n_max=40)
+TINY = dict(**FEW, n_steps=2, diff_bs=8, sample_steps=4, guidance_scale=1.0, levels="0,50", per_image=1, maker="labels")
 TINY |= dict(tries=2, clip_steps=2, rule="cosine", rule_cosine=-1.0, n_epochs=1, fine_epochs=4, curriculum_epochs=3)
 TINY |= dict(judge_epochs=0, held_sources=2, ablate="adaptive", device="cpu", precision="fp32")
 ROWS = ["cross-entropy", "label shift", "balanced softmax"]
 for row in ("no synthetic", "real repeated", "text only", "all levels", "discl"):
     ROWS += [row, f"{row} + label shift"]
 ROWS += ["discl, balanced softmax", "adaptive", "adaptive + label shift"]
-pytestmark = pytest.mark.usefixtures("small_unet")
+pytestmark = pytest.mark.usefixtures("small_unet", "tiny_clip")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +49,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_unet, quick):
+def whole(tmp_path_factory, small_unet, tiny_clip, quick):
     return go(tmp_path_factory.mktemp("discl") / "run").path
 
 
@@ -64,7 +63,7 @@ def test_every_control_has_its_row(whole):
 
 
 def test_the_spectrum_has_every_hard_image_at_every_level(whole):
-    train = LongTail.digits(20.0).train
+    train = LongTail.digits(**FEW).train
     hard = {train.ids[i] for i in hard_by_frequency(train)}
     made = open_spectrum(whole / "made" / "spectrum-seed-0")
     assert list(made) == [0, 50]
@@ -91,7 +90,7 @@ def test_epochs_walk_along_the_levels(whole):
 def test_the_prior_that_is_taken_out_is_the_one_that_was_shown(whole):
     shown, counts = (
         np.array(read_json(whole / "model" / "model.json")["effective_counts"]),
-        LongTail.digits(20.0).counts,
+        LongTail.digits(**FEW).counts,
     )
     assert shown.sum() == sum(sum(e.values()) for e in read_json(whole / "epochs" / "discl-seed-0.json"))
     assert shown.argmax() != counts.argmax() or shown.max() / shown.sum() < counts.max() / counts.sum()
@@ -142,7 +141,7 @@ def test_hard_by_confidence_told_texts(tmp_path):
     )
     assert {r["method"] for r in run.scores()} == set(ROWS) - {"text only", "text only + label shift"} - set(ROWS[-2:])
     made = open_spectrum(run.path / "made" / "spectrum-seed-0")
-    n = len(LongTail.digits(20.0).train)
+    n = len(LongTail.digits(**FEW).train)
     assert list(made) == [50] and len(made[50]) == int(0.1 * n + 0.5)
     first = read_json(run.path / "epochs" / "discl-seed-0.json")[0]
     assert first["level 50"] == len(made[50]) and first["head"] == n - len(made[50])
@@ -155,7 +154,7 @@ def test_hard_by_confidence_told_texts(tmp_path):
 
 def test_a_refiner_makes_the_spectrum_of_small_images(tmp_path, monkeypatch):
     saved(tmp_path / "refiner", stable_diffusion_xl(refiner=True))
-    names = LongTail.digits(20.0).class_names
+    names = LongTail.digits(**FEW).class_names
     write_knowledge(tmp_path / "k.json", {n: Knowledge(name=n, features=["a bar"]) for n in names})
     how = dict(
         maker="text",

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,15 +50,17 @@ TINY |= dict(fine_epochs=7, curriculum_epochs=6, fine_bs=160, held_sources=4, ju
 TINY |= dict(precision="fp32")
 FEW = ("no synthetic", "random level", "discl")  # of the usual rows: each is a fine-tuning
 MIXED = ["no synthetic + ensembling", "discl + ensembling"]
-pytestmark = pytest.mark.usefixtures("small_unet")
+pytestmark = pytest.mark.usefixtures("small_unet", "tiny_clip")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    "Nothing is said, and no picture drawn: that takes longer than these trainings; few rows, and each step may be kept"
+    "Nothing is said, no picture drawn, which takes longer than these trainings; few rows and test images"
+    few = partial(LongTail.camera_digits, n_test=10)
     with pytest.MonkeyPatch.context() as m:
+        m.setattr(LongTail, "camera_digits", staticmethod(few))
         m.setattr("ltnb.discl_adaptive_steps.CLIP_ROWS", FEW)
-        m.setattr("ltnb.clip_training.LOOK_EVERY", 1)
+        m.setattr("ltnb.clip_training.LOOK_EVERY", 1)  # each step may be kept
         m.setattr(Progress, "quiet", True)
         m.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"a picture"))
         yield
@@ -75,7 +78,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_unet, quick):
+def whole(tmp_path_factory, small_unet, tiny_clip, quick):
     return go(tmp_path_factory.mktemp("adaptive") / "run", ablate="level 50").path
 
 
@@ -196,7 +199,9 @@ def test_the_fine_tuned_clip_and_the_way_to_it_are_kept(whole):
 
 
 def test_without_a_shifted_set_its_columns_are_empty(tmp_path):
-    run = go(tmp_path / "run", dataset="digits", imb_ratio=20.0, tuned="clip", levels="50", curriculum_epochs=4)
+    run = go(
+        tmp_path / "run", dataset="digits", imb_ratio=20.0, n_max=40, tuned="clip", levels="50", curriculum_epochs=4
+    )
     rows = run.scores()
     assert all(r["shifted_all"] is None for r in rows)
     main = DisCLAdaptive().tables(rows)[0]
@@ -232,7 +237,7 @@ def test_several_levels_at_once_are_not_several_times_as_much(shared):
 
 
 def test_a_loss_that_compares_leaves_no_prior():
-    data, said = LongTail.camera_digits(), {"test": torch.randn(300, 10), "shifted": torch.randn(300, 10)}
+    data, said = LongTail.camera_digits(), {k: torch.randn(100, 10) for k in ("test", "shifted")}
     answer = answer_of(said, data, {"ablation": "curriculum"})
     assert len(set(answer.prior.tolist())) == 1 and answer.facts["ablation"] == "curriculum"
     alone = answer_of({"test": said["test"]}, data, {})

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import TINY, everywhere
-from ltnb import core
+from conftest import everywhere
+from ltnb import core, latent
 from ltnb.augment import Augment
 from ltnb.core import LtnbError, read_jsonl
 from ltnb.progress import Progress
@@ -23,7 +23,12 @@ from ltnb.classifier import Classifier, pixel_stats
 from ltnb.jobs import item_noise, make_plan
 from ltnb.synthetic import make_synthetic
 from ltnb.training import fit
+from matplotlib.figure import Figure
 from warm import Command
+
+
+FEW = dict(seeds=2, n_epochs=3, n_steps=120, diff_width=16, diff_bs=32, per_class=20, head_steps=10, scratch_steps=10)
+FEW |= dict(device="cpu", precision="fp32")
 
 
 class Stop(Exception):
@@ -32,7 +37,9 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
+    "Nothing is said, and no picture drawn: `content` leaves pictures out"
     monkeypatch.setattr(Progress, "quiet", True)
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"a picture"))
 
 
 def content(folder, leave=("timing.jsonl", "environment.json", "config.json", "report.html")):
@@ -83,11 +90,12 @@ def latent_training(path, stop_at=None):
     data = LongTail.digits(seed=1)
     z, y = torch.from_numpy(data.train.images).flatten(1).float(), torch.from_numpy(data.train.labels)
     with open_run(path, stop_at) as r:
-        return train_latent(z, y, 10, n_steps=220, diff_bs=64, width=16, run=r, save_every=0)
+        return train_latent(z, y, 10, n_steps=44, diff_bs=64, width=16, run=r, save_every=0)
 
 
-@pytest.mark.parametrize("train, stops", [(classifier_training, (1, 4, 6)), (latent_training, (50, 200, 220))])
-def test_stage_continues_bit_for_bit(tmp_path, train, stops):
+@pytest.mark.parametrize("train, stops", [(classifier_training, (1, 4, 6)), (latent_training, (10, 40, 44))])
+def test_stage_continues_bit_for_bit(tmp_path, train, stops, monkeypatch):
+    monkeypatch.setattr(latent, "LOOK_EVERY", 10)
     whole = train(tmp_path / "whole").net.state_dict()
     for stop in stops:
         with pytest.raises(Stop):
@@ -118,8 +126,8 @@ def whole(tmp_path_factory):
 
 
 def start(path):
-    how = ("--plain", "--quiet", "--seeds", "2", *TINY, "--n-steps", "200")
-    return Command("run", "ldmlr", *how, "--out", path)
+    how = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
+    return Command("run", "ldmlr", "--plain", "--quiet", *how, "--out", path)
 
 
 @pytest.mark.slow_process
@@ -130,7 +138,7 @@ def test_sigkill_anywhere(whole, tmp_path):
         process, lock = start(path), path / "run.lock"
         while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}"):
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 0.8))
         process.kill()
         if process.wait() == 0:
             break
@@ -143,17 +151,7 @@ def test_sigkill_anywhere(whole, tmp_path):
 
 def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
     "The n-th file that is written finds the disk full; the next start goes on, and no more than its work is repeated"
-    cfg = LDMLRConfig(
-        seeds=2,
-        n_epochs=3,
-        n_steps=200,
-        per_class=20,
-        head_steps=10,
-        scratch_steps=10,
-        device="cpu",
-        precision="fp32",
-        out=str(tmp_path / "run"),
-    )
+    cfg = LDMLRConfig(**FEW, out=str(tmp_path / "run"))
     original, state = os.replace, {"left": 0}
 
     def replace(a, b):
@@ -174,22 +172,10 @@ def test_same_bytes_through_faults_at_every_write(whole, tmp_path, monkeypatch):
 
 def test_a_lost_stage_is_made_again(whole, tmp_path, monkeypatch, capsys):
     "Damage the classifier's checkpoint after a later stage failed"
-    cfg = LDMLRConfig(
-        seeds=2,
-        n_epochs=3,
-        n_steps=200,
-        per_class=20,
-        head_steps=10,
-        scratch_steps=10,
-        device="cpu",
-        precision="fp32",
-        out=str(tmp_path / "run"),
-    )
-    monkeypatch.setattr("ltnb.ldmlr.fitted", lambda *a: (_ for _ in ()).throw(Stop()))
-    with pytest.raises(Stop):
+    cfg = LDMLRConfig(**FEW, out=str(tmp_path / "run"))
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr("ltnb.ldmlr.fitted", lambda *a: (_ for _ in ()).throw(Stop()))
         run(cfg)
-    monkeypatch.undo()
-    monkeypatch.setattr(Progress, "quiet", True)
     torn = tmp_path / "run" / "checkpoints" / "classifier-seed-0.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     run(cfg)
@@ -252,17 +238,5 @@ def test_a_kill_between_scores_and_sweep(whole, tmp_path):
     "A finished run that still has its checkpoints loses them, and nothing else changes"
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir()
-    assert run(
-        LDMLRConfig(
-            seeds=2,
-            n_epochs=3,
-            n_steps=200,
-            per_class=20,
-            head_steps=10,
-            scratch_steps=10,
-            device="cpu",
-            precision="fp32",
-            out=str(tmp_path / "run"),
-        )
-    ).finished
+    assert run(LDMLRConfig(**FEW, out=str(tmp_path / "run"))).finished
     assert not (tmp_path / "run" / "checkpoints").exists() and content(tmp_path / "run") == content(whole)

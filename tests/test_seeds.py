@@ -23,7 +23,7 @@ from ltnb.generator import DiffusionConfig
 from ltnb.ldmlr_settings import DemoConfig, LDMLRConfig
 from matplotlib.figure import Figure
 
-pytestmark = pytest.mark.usefixtures("small_unet")
+pytestmark = pytest.mark.usefixtures("small_unet", "tiny_clip", "few_draws")
 HERE = dict(device="cpu", precision="fp32")
 HEADS = dict(n_steps=20, per_class=5, head_steps=5, scratch_steps=5)
 RECIPES = {
@@ -99,6 +99,7 @@ def tree(path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_more_seeds_continue_and_leave_the_first_alone(name, tmp_path, monkeypatch):
     module, config, settings = RECIPES[name]
+    settings = settings | dict(n_max=30, imb_ratio=30.0)
     monkeypatch.setattr(diffult_steps, "check_extractor", lambda *a, **k: None)  # after one epoch phi_0 knows nothing
 
     def go(folder, seeds):

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_UNET
-from ltnb.cli import main
 from ltnb.core import DataError, LtnbError, UsageError, read_json, read_jsonl
-from ltnb.progress import Progress
 from ltnb.team import Team, TeamError, _patience, join_team
 from PIL import Image
-from warm import pair
+from warm import Command, pair
 
 DIFFULT = [
     "run",
@@ -30,7 +28,7 @@ DIFFULT = [
     "--diff-bs",
     "16",
     "--n-epochs",
-    "4",
+    "1",
     "--target-per-class",
     "16",
     "--sample-steps",
@@ -39,6 +37,8 @@ DIFFULT = [
     "2",
     "--pipelines",
     "false",
+    "--judge-epochs",
+    "1",
 ]
 
 
@@ -289,25 +289,27 @@ def test_an_error_in_one_process_is_a_sentence_in_the_other(two):
 # the command
 SMALLER = f"""
 import sys
+from dataclasses import replace
+from functools import partial
+from ltnb import aid_loss, diffult
 from ltnb.cli import main
 from ltnb.diffusion import UNETS
 UNETS["tiny"] = {SMALL_UNET}
+aid_loss.Draws, extractor = partial(aid_loss.Draws, n=64), diffult.extractor
+diffult.extractor = lambda s: extractor(replace(s, cfg=replace(s.cfg, n_epochs=4))) # it alone has to know something
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.fixture(scope="module")
-def diffult(tmp_path_factory, small_unet):
+def diffult(tmp_path_factory):
     "DiffuLT by one process and by two, with BatchNorm: two run directories"
     folder = tmp_path_factory.mktemp("diffult")
     two = pair(*DIFFULT, "--out", folder / "two", program=SMALLER)
     assert [p.returncode for p in two] == [0, 0], "".join(p.stdout[-1000:] + p.stderr[-3000:] for p in two)
     assert "".join(p.stdout for p in two).count("run directory") == 1, "the table is printed once"
-    quiet = Progress.quiet
-    try:
-        assert main([*DIFFULT, "--out", str(folder / "one")]) == 0
-    finally:
-        Progress.quiet = quiet
+    one = Command(*DIFFULT, "--out", folder / "one", program=SMALLER).done()
+    assert one.returncode == 0, one.stderr[-3000:]
     return folder / "one", folder / "two"
 
 

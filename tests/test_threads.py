@@ -348,7 +348,22 @@ def test_an_environment_of_an_earlier_version(bare, tmp_path, text, number):
 @pytest.mark.slow_process
 def test_through_the_kernel(tmp_path):
     "The variables reach the kernel before torch, but for those of the user"
-    args = ["run", "baseline", "--n-epochs", "1", "--heads", "false", "--device", "cpu", "--threads", "2"]
+    args = [
+        "run",
+        "baseline",
+        "--n-max",
+        "30",
+        "--imb-ratio",
+        "10",
+        "--n-epochs",
+        "1",
+        "--heads",
+        "false",
+        "--device",
+        "cpu",
+        "--threads",
+        "2",
+    ]
     env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"KMP_BLOCKTIME": "5"}
     done = subprocess.run(
         [sys.executable, "-m", "ltnb", *args, "--out", "run"],
