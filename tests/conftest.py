@@ -239,7 +239,7 @@ LONG = (  # what begins first, so that no worker waits for it at the end: CPU se
     "test_terminal.py",
     "test_report.py",
 )
-LESSONS = "62 22 41 60 29 61 52 51 53 56 44 64 57 21 40 96".split()
+LESSONS = "51 62 22 41 29 44 75 87 57 40 21 56 64 84 79 90 60 61".split()  # 51, 75: before those that take their models
 PROCESSES = {"demo", "wheel", "through_papermill"}  # fixtures that start whole processes
 
 

@@ -1,8 +1,8 @@
 "Every notebook runs from top to bottom, and reads as the rules of CONTRIBUTING.md ask."
 
 import ast
-import hashlib
 import json
+import os
 import re
 import sys
 import traceback
@@ -70,85 +70,150 @@ def explain(cell, number, shell):
 
 
 BRIEF = {  # what is injected after the cell of parameters, as `ltnb run` does it: less work for the same cells
+    "91_run_baseline": "n_epochs = 10",
+    "92_run_ldmlr": "n_epochs, n_steps, per_class, head_steps, scratch_steps = 10, 60, 20, 10, 10",
     "96_run_diffusion": "n_steps, diff_bs, per_class, judge_epochs = 24, 16, 10, 2",
 }
 
 
-def run_lesson(path, skip=("slow", "cuda")):
-    "Run a notebook's cells, or fail with the cell and its values"
+def run_lesson(path):
+    "Run a notebook's cells, with LTNB_SLOW=1 slow ones too: its names in the end, or a failure with cell and values"
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
 
+    skip, timeout = (["cuda"], 7200) if os.environ.get("LTNB_SLOW") == "1" else (["slow", "cuda"], 600)
     shell = CaptureShell(path)
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
-        for cell in nb_test_cells(path, skip_flags=list(skip)):
-            shell.cell(cell, timeout=600)
+        for cell in nb_test_cells(path, skip_flags=skip):
+            shell.cell(cell, timeout=timeout)
             if shell.exc is None and path.stem in BRIEF and "parameters" in cell.metadata.get("tags", []):
                 shell.run(BRIEF[path.stem])
             if shell.exc is None:
                 continue
             print(shell.prettytb(fname=path))
             pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
+    names = dict(shell.user_ns)
     shell.close()
+    return names
+
+
+LONG = 60  # steps or epochs of a training that is worth keeping
+GIVES = {  # lessons that build a training themselves: its name, what it is told beside the images, and the model there
+    "51_diffusion": ("train_diffusion", dict(n_steps=300, diff_bs=32), lambda names: 10, "model"),
+    "75_clip_training": ("train_clip", dict(n_steps=120), lambda names: names["pool"], "clip"),
+}
+
+
+class Trainings:
+    "Several lessons begin with the same training on the same digits: the first one keeps its model for the others"
+
+    def __init__(self, factory):
+        from ltnb import classifier, clip, clip_training, diffusion, training
+
+        self.factory = factory
+        self.known = {  # name -> (what tells it how, what comes out, its room)
+            "train_diffusion": (diffusion.Denoising, diffusion.DiffusionModel, diffusion),
+            "train_clip": (clip_training.ClipTraining, clip.Clip, clip_training),
+            "fit": (training.Fitting, classifier.Classifier, training),
+        }
+
+    def kept(self, name, what, how, make):
+        "The model, made by `make` where no lesson has made it; None where the training is short, or not to be compared"
+        from ltnb.store import content_key
+
+        long = (getattr(how, "n_steps", 0) or how.n_epochs) >= LONG
+        key = content_key(*what, how) if long and not any(map(callable, vars(how).values())) else None
+        if key is not None:
+            folder = once(self.factory, f"{name}-{key}", lambda folder: make().save(folder))
+            return self.known[name][1].load(folder)
+
+    def instead(self, name):
+        "What lessons call in place of a training"
+        settings, _, room = self.known[name]
+        real = getattr(room, name)
+
+        def train(*given, class_names=None, **changes):
+            named = {} if class_names is None else {"class_names": class_names}
+            what = [x for x in given if not isinstance(x, settings)]
+            how = next((x for x in given if isinstance(x, settings)), settings())
+            if not changes.keys() <= vars(how).keys():  # a callback, a loss, a run
+                return real(*given, **changes, **named)
+            model = self.kept(name, what, replace(how, **changes), lambda: real(*given, **changes))
+            if model is None:
+                return real(*given, **changes, **named)
+            if name == "fit":  # which trains in place
+                what[0].load_state_dict(model.state_dict())
+                return what[0].eval()
+            if name == "train_diffusion":
+                return replace(model, class_names=tuple(map(str, class_names or range(model.n_classes))))
+            return model
+
+        return train
+
+    def take(self, lesson, names):
+        "Keep the model of a lesson for those that only call its training"
+        if lesson in GIVES:
+            name, told, more, model = GIVES[lesson]
+            train, how = names["data"].train, self.known[name][0](**told)
+            self.kept(name, [train.images, train.labels, more(names)], how, lambda: names[model])
 
 
 @pytest.fixture
-def same_training(tmp_path_factory, monkeypatch):
-    "Four lessons begin with the same training on the same digits: the first that runs keeps its model for the others"
+def same_trainings(tmp_path_factory, monkeypatch):
     from ltnb import diffusion, generator_steps  # the recipes have the real one, whoever imports them first
 
     assert generator_steps.train_diffusion is diffusion.train_diffusion
-    real, usual = diffusion.train_diffusion, diffusion.Denoising(n_steps=300, diff_bs=32)
-
-    def train_diffusion(images, labels, n_classes, how=None, *more, **changes):
-        def train(folder):
-            real(images, labels, n_classes, usual).save(folder)
-
-        steps = {k: v for k, v in changes.items() if k != "class_names"}
-        few = not more and steps.keys() <= {"n_steps", "diff_bs"}
-        if not few or replace(how or diffusion.Denoising(), **steps) != usual:
-            return real(images, labels, n_classes, how, *more, **changes)
-        shown = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
-        m = diffusion.DiffusionModel.load(once(tmp_path_factory, f"digits-{shown}", train))
-        names = tuple(map(str, changes.get("class_names") or m.class_names))
-        return diffusion.DiffusionModel(m.unet, m.objective, names, m.image_shape, m.counts)
-
-    monkeypatch.setattr(diffusion, "train_diffusion", train_diffusion)
+    trainings = Trainings(tmp_path_factory)
+    for name, (_, _, room) in trainings.known.items():
+        monkeypatch.setattr(room, name, trainings.instead(name))
+    return trainings
 
 
-def test_runs(path, tmp_path, monkeypatch, same_training):
+def test_runs(path, tmp_path, monkeypatch, same_trainings):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setattr(Progress, "quiet", False)  # and what the notebook does to it is undone
-    run_lesson(path)
+    same_trainings.take(path.stem, run_lesson(path))
+
+
+def written(folder, code):
+    "A notebook of a title and cells of code"
+    import nbformat.v4 as v4
+
+    cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, code)]
+    (folder / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
+    return folder / "lesson.ipynb"
 
 
 def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
-    import nbformat.v4 as v4
-
     lesson = [
         "from fastcore.test import test_eq",
         "better, worse = .81, .84",
         "test_eq([better > worse, worse < 1], [True] * 2)",
     ]
-    cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, lesson)]
-    (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
     with pytest.raises(pytest.fail.Exception) as failed:
-        run_lesson(tmp_path / "lesson.ipynb")
+        run_lesson(written(tmp_path, lesson))
     assert re.fullmatch(r"cell 3 \(\w+\): better > worse with 0.81 and 0.84", str(failed.value))
     for broken, said in (
         ("assert {}['x']", "KeyError: 'x'"),
         ("1 +", "SyntaxError"),
         ("test_eq(2, 3)", "AssertionError: ==: 2 3"),
     ):
-        cells[-1]["source"] = broken
-        (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
         with pytest.raises(pytest.fail.Exception) as failed:
-            run_lesson(tmp_path / "lesson.ipynb")
+            run_lesson(written(tmp_path, [*lesson[:-1], broken]))
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
+
+
+def test_slow_cells_run_where_they_are_asked_for(tmp_path, monkeypatch):
+    lesson = written(tmp_path, ["run = ['always']", "#| slow\nrun.append('slow')", "#| cuda\nrun.append('cuda')"])
+    found = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("LTNB_SLOW", asked)
+        found.append(run_lesson(lesson)["run"])
+    assert found == [["always"], ["always", "slow"]]
 
 
 def test_opening_and_end(path, cells):
