@@ -138,7 +138,7 @@ class Trainings:
             named = {} if class_names is None else {"class_names": class_names}
             what = [x for x in given if not isinstance(x, settings)]
             how = next((x for x in given if isinstance(x, settings)), settings())
-            if not changes.keys() <= vars(how).keys():  # a callback, a loss, a run
+            if len(what) > 3 or not changes.keys() <= vars(how).keys():  # a run, a callback, a loss
                 return real(*given, **changes, **named)
             model = self.kept(name, what, replace(how, **changes), lambda: real(*given, **changes))
             if model is None:
