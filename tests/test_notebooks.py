@@ -69,27 +69,46 @@ def explain(cell, number, shell):
     return f"{text}: {'; '.join(failed) or f'{type(error).__name__}: {said}'}"[:600]
 
 
-BRIEF = {  # what is injected after the cell of parameters, as `ltnb run` does it: less work for the same cells
-    "91_run_baseline": "n_epochs = 10",
-    "92_run_ldmlr": "n_epochs, n_steps, per_class, head_steps, scratch_steps = 10, 60, 20, 10, 10",
-    "96_run_diffusion": "n_steps, diff_bs, per_class, judge_epochs = 24, 16, 10, 2",
+BRIEF = {  # lesson -> (cell, what runs after it): less work for the same cells, where none asks how good a result is
+    "35_controls": ("487732dd", "cfg = brief(cfg, n_epochs=2)"),
+    "41_ldmlr_published": ("79dc0412", "small |= dict(n_steps=5)"),
+    "44_ldmlr": ("c4a06b3d", "cfg = brief(cfg, n_epochs=20, n_steps=60)"),
+    "56_generator_steps": ("245a737f", "few = brief(few, n_steps=20, diff_bs=16)"),
+    "57_generator": ("6d63de2b", "cfg = brief(cfg, n_steps=20, sample_every=10, judge_epochs=2)"),
+    "58_generate": ("57a0b004", "few |= dict(n_steps=10, sample_every=5, judge_epochs=1)"),
+    "62_diffult_steps": (
+        "21d76472",
+        "cfg = brief(cfg, n_steps=20, sample_steps=2, target_per_class=25); s = brief(s, cfg=cfg)",
+    ),
+    "63_diffult_ablations": ("fdd42ba7", "cfg = brief(cfg, n_steps=3); s = brief(s, cfg=cfg)"),
+    "64_diffult": ("e45068c4", "tiny = brief(tiny, n_steps=3, judge_epochs=1)"),
+    "79_chatdiff": ("8a1e79ff", "cfg = brief(cfg, n_steps=6)"),
+    "83_discl_steps": ("45d4964e", "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"),
+    "84_discl": ("10523b33", "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, judge_epochs=1)"),
+    "86_discl_adaptive_steps": ("47752571", "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"),
+    "87_discl_adaptive": ("25d8c694", "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, judge_epochs=1)"),
+    "90_compare": ("c34cc228", "cfg = brief(cfg, settings=f'{tiny} ldmlr.head_steps=10 ldmlr.scratch_steps=10')"),
+    "91_run_baseline": ("8bfeb72a", "n_epochs = 10"),
+    "92_run_ldmlr": ("db589df4", "n_epochs, n_steps, per_class, head_steps, scratch_steps = 10, 60, 20, 10, 10"),
+    "96_run_diffusion": ("50d1096b", "n_steps, diff_bs, per_class, judge_epochs = 24, 16, 10, 2"),
 }
 
 
 def run_lesson(path):
-    "Run a notebook's cells, with LTNB_SLOW=1 slow ones too: its names in the end, or a failure with cell and values"
+    "Run a notebook's cells, with LTNB_SLOW=1 all as they stand: its names in the end, or the cell that failed, and why"
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
 
-    skip, timeout = (["cuda"], 7200) if os.environ.get("LTNB_SLOW") == "1" else (["slow", "cuda"], 600)
-    shell = CaptureShell(path)
+    whole = os.environ.get("LTNB_SLOW") == "1"
+    shell, (marked, less) = CaptureShell(path), BRIEF.get(path.stem, ("", ""))
+    shell.user_ns["brief"] = replace
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
-        for cell in nb_test_cells(path, skip_flags=skip):
-            shell.cell(cell, timeout=timeout)
-            if shell.exc is None and path.stem in BRIEF and "parameters" in cell.metadata.get("tags", []):
-                shell.run(BRIEF[path.stem])
+        for cell in nb_test_cells(path, skip_flags=["cuda"] if whole else ["slow", "cuda"]):
+            shell.cell(cell, timeout=7200 if whole else 600)
+            if shell.exc is None and cell.id == marked and not whole:
+                shell.run(less)
             if shell.exc is None:
                 continue
             print(shell.prettytb(fname=path))
@@ -207,13 +226,22 @@ def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
 
 
-def test_slow_cells_run_where_they_are_asked_for(tmp_path, monkeypatch):
+def test_slow_cells_run_where_they_are_asked_for_and_then_nothing_is_shortened(tmp_path, monkeypatch):
     lesson = written(tmp_path, ["run = ['always']", "#| slow\nrun.append('slow')", "#| cuda\nrun.append('cuda')"])
+    first = json.loads(lesson.read_text(encoding="utf-8"))["cells"][1]["id"]
+    monkeypatch.setitem(BRIEF, "lesson", (first, "run.append('less')"))
     found = []
     for asked in ("0", "1"):
         monkeypatch.setenv("LTNB_SLOW", asked)
         found.append(run_lesson(lesson)["run"])
-    assert found == [["always"], ["always", "slow"]]
+    assert found == [["always", "less"], ["always", "slow"]]
+
+
+@pytest.mark.parametrize("lesson", BRIEF)
+def test_what_is_shortened_is_there(lesson):
+    cells = json.loads((ROOT / "nbs" / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+    (found,) = (c for c in cells if c["id"] == BRIEF[lesson][0])
+    assert "#| slow" not in source(found)
 
 
 def test_opening_and_end(path, cells):
