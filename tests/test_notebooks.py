@@ -76,7 +76,6 @@ BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work
     "29_decoupled": {"224797cd": "seeds = range(3)"},
     "35_controls": {"487732dd": "cfg = brief(cfg, n_epochs=2)"},
     "38_baseline": {"975b2cc3": "cfg = brief(cfg, n_epochs=10)", "f2e7e503": "tiny = brief(tiny, n_epochs=3)"},
-    "40_latent": {"f0cd466b": "n_steps = 200"},
     "41_ldmlr_published": {"79dc0412": "small |= dict(n_steps=5)"},
     "44_ldmlr": {
         "f2a4b003": "quick = brief(quick, head_steps=10, scratch_steps=10)",
