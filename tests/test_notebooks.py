@@ -73,7 +73,7 @@ BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work
     "11_data": {"ef53229d": "seeds = range(3)"},
     "13_metrics": {"17ce6221": "seeds = range(6)"},
     "22_losses": {"9a128dbf": "taus = taus[::4]", "99d18e68": "draws = range(2)"},
-    "29_decoupled": {"224797cd": "seeds = range(3)"},
+    "29_decoupled": {"224797cd": "seeds = range(4)"},
     "35_controls": {"487732dd": "cfg = brief(cfg, n_epochs=2)"},
     "38_baseline": {"975b2cc3": "cfg = brief(cfg, n_epochs=10)", "f2e7e503": "tiny = brief(tiny, n_epochs=3)"},
     "41_ldmlr_published": {"79dc0412": "small |= dict(n_steps=5)"},
