@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 from conftest import ROOT, once
@@ -96,7 +97,9 @@ BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work
     },
     "79_chatdiff": {"8a1e79ff": "cfg = brief(cfg, n_steps=6)"},
     "83_discl_steps": {"45d4964e": "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"},
-    "84_discl": {"10523b33": "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, judge_epochs=1)"},
+    "84_discl": {
+        "10523b33": "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, fine_epochs=6, curriculum_epochs=5)"
+    },
     "86_discl_adaptive_steps": {"47752571": "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"},
     "87_discl_adaptive": {"25d8c694": "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, judge_epochs=1)"},
     "90_compare": {"c34cc228": "cfg = brief(cfg, settings=tiny + ' ldmlr.head_steps=10 ldmlr.scratch_steps=10')"},
@@ -176,9 +179,11 @@ class Trainings:
                 return real(*given, **changes, **named)
             if name == "fit":  # which trains in place
                 what[0].load_state_dict(model.state_dict())
+                what[0].log_prior = model.log_prior
                 return what[0].eval()
             if name == "train_diffusion":
-                return replace(model, class_names=tuple(map(str, class_names or range(model.n_classes))))
+                names = range(model.n_classes) if class_names is None else class_names
+                return replace(model, class_names=tuple(map(str, names)))
             return model
 
         return train
@@ -194,13 +199,15 @@ class Trainings:
 @pytest.fixture
 def same_trainings(tmp_path_factory, monkeypatch):
     import ltnb
-    from ltnb import diffusion, generator_steps, training  # the recipes have the real one, whoever imports them first
 
-    assert generator_steps.train_diffusion is diffusion.train_diffusion
+    for room in ("chatdiff", "diffult_ablations", "discl_steps", "ldmlr"):  # recipes have the real ones in any case
+        import_module(f"ltnb.{room}")
     trainings = Trainings(tmp_path_factory)
     for name, (_, _, room) in trainings.known.items():
+        everyone = [m for n, m in sys.modules.items() if n.startswith("ltnb.") and hasattr(m, name)]
+        assert len({getattr(m, name) for m in everyone}) == 1
         monkeypatch.setattr(room, name, trainings.instead(name))
-    monkeypatch.setattr(ltnb, "fit", training.fit)  # which the package would keep
+    monkeypatch.setattr(ltnb, "fit", trainings.known["fit"][2].fit)  # which the package would keep
     return trainings
 
 
