@@ -239,7 +239,7 @@ LONG = (  # what begins first, so that no worker waits for it at the end: CPU se
     "test_terminal.py",
     "test_report.py",
 )
-LESSONS = "51 62 22 41 29 44 75 87 57 40 21 56 64 84 79 90 60 61".split()  # 51, 75: before those that take their models
+LESSONS = "51 41 29 75 40 90 62 63 85 87 22 79 64 86 44 84 21 83 60".split()  # 51, 75, 40: before those that share
 PROCESSES = {"demo", "wheel", "through_papermill"}  # fixtures that start whole processes
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -211,7 +212,16 @@ def same_trainings(tmp_path_factory, monkeypatch):
     return trainings
 
 
-def test_runs(path, tmp_path, monkeypatch, same_trainings):
+@pytest.fixture
+def few_draws(monkeypatch):
+    "Recipes measure the AID-biased loss on an eighth of the images that they draw for it"
+    from ltnb import aid_loss
+
+    if os.environ.get("LTNB_SLOW") != "1":
+        monkeypatch.setattr(aid_loss, "Draws", partial(aid_loss.Draws, n=128))
+
+
+def test_runs(path, tmp_path, monkeypatch, same_trainings, few_draws):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
