@@ -1,6 +1,7 @@
 "Every notebook runs from top to bottom, and reads as the rules of CONTRIBUTING.md ask."
 
 import ast
+import atexit
 import json
 import os
 import re
@@ -131,6 +132,7 @@ def run_lesson(path):
             pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
     names = dict(shell.user_ns)
     shell.close()
+    atexit.unregister(shell.atexit_operations)  # or all shells live until the end, and each collects garbage then
     return names
 
 
