@@ -275,7 +275,7 @@ LONG = (  # what begins first, so that no worker waits for it at the end: CPU se
     "test_wheel.py",
     "test_report.py",
 )
-LESSONS = "62 22 41 60 29 61 52 51 53 56 44 64 57 21 40 96".split()
+LESSONS = "51 41 29 75 40 90 62 63 85 87 22 79 64 86 44 84 21 83 60".split()  # 51, 75, 40: before those that share
 PROCESSES = {"demo", "wheel", "through_papermill"}  # fixtures that start whole processes
 
 

@@ -1,12 +1,15 @@
 "Every notebook runs from top to bottom, and reads as the rules of CONTRIBUTING.md ask."
 
 import ast
-import hashlib
+import atexit
 import json
+import os
 import re
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 
 import pytest
 from conftest import ROOT, once
@@ -69,86 +72,209 @@ def explain(cell, number, shell):
     return f"{text}: {'; '.join(failed) or f'{type(error).__name__}: {said}'}"[:600]
 
 
-BRIEF = {  # what is injected after the cell of parameters, as `ltnb run` does it: less work for the same cells
-    "96_run_diffusion": "n_steps, diff_bs, per_class, judge_epochs = 24, 16, 10, 2",
+BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work; what they assert holds with less, too
+    "11_data": {"ef53229d": "seeds = range(3)"},
+    "13_metrics": {"17ce6221": "seeds = range(6)"},
+    "22_losses": {"9a128dbf": "taus = taus[::4]", "99d18e68": "draws = range(2)"},
+    "29_decoupled": {"224797cd": "seeds = range(4)"},
+    "35_controls": {"487732dd": "cfg = brief(cfg, n_epochs=2)"},
+    "38_baseline": {"975b2cc3": "cfg = brief(cfg, n_epochs=10)", "f2e7e503": "tiny = brief(tiny, n_epochs=3)"},
+    "41_ldmlr_published": {"79dc0412": "small |= dict(n_steps=5)"},
+    "44_ldmlr": {
+        "f2a4b003": "quick = brief(quick, head_steps=10, scratch_steps=10)",
+        "c4a06b3d": "cfg = brief(cfg, n_epochs=20, n_steps=60)",
+    },
+    "56_generator_steps": {"245a737f": "few = brief(few, n_steps=20, diff_bs=16)"},
+    "57_generator": {"6d63de2b": "cfg = brief(cfg, n_steps=20, sample_every=10, judge_epochs=2)"},
+    "58_generate": {"57a0b004": "few |= dict(n_steps=10, sample_every=5, judge_epochs=1)"},
+    "60_aid": {"037acdc8": "def make(part): return sample_images(model, part, sample_steps=3)"},
+    "61_aid_loss": {"f36b68d8": "measured = dict(n=128, sample_steps=3)"},
+    "62_diffult_steps": {
+        "21d76472": "cfg = brief(cfg, n_steps=20, sample_steps=2, target_per_class=25); s = brief(s, cfg=cfg)"
+    },
+    "63_diffult_ablations": {"fdd42ba7": "cfg = brief(cfg, n_steps=3); s = brief(s, cfg=cfg)"},
+    "64_diffult": {"e45068c4": "tiny = brief(tiny, n_steps=3, sample_steps=2, judge_epochs=1)"},
+    "78_text_diffusion": {
+        "8b958a35": "whole = train\ndef train(texts, n_steps, **more): return whole(texts, n_steps // 6 or 1, **more)"
+    },
+    "79_chatdiff": {"8a1e79ff": "cfg = brief(cfg, n_steps=6)"},
+    "83_discl_steps": {"45d4964e": "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"},
+    "84_discl": {
+        "10523b33": "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, fine_epochs=6, curriculum_epochs=5)"
+    },
+    "86_discl_adaptive_steps": {"47752571": "cfg = brief(cfg, n_steps=6, clip_steps=10); s = brief(s, cfg=cfg)"},
+    "87_discl_adaptive": {"25d8c694": "cfg = brief(cfg, n_steps=4, clip_steps=5, n_epochs=3, judge_epochs=1)"},
+    "90_compare": {"c34cc228": "cfg = brief(cfg, settings=tiny + ' ldmlr.head_steps=10 ldmlr.scratch_steps=10')"},
+    "91_run_baseline": {"8bfeb72a": "n_epochs = 10"},
+    "92_run_ldmlr": {"db589df4": "n_epochs, n_steps, per_class, head_steps, scratch_steps = 10, 60, 20, 10, 10"},
+    "96_run_diffusion": {"50d1096b": "n_steps, diff_bs, sample_steps, per_class, judge_epochs = 24, 16, 5, 10, 2"},
 }
 
 
-def run_lesson(path, skip=("slow", "cuda")):
-    "Run a notebook's cells, or fail with the cell and its values"
+def run_lesson(path):
+    "Run a notebook's cells, with LTNB_SLOW=1 all as they stand: its names in the end, or the cell that failed, and why"
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
 
-    shell = CaptureShell(path)
+    whole = os.environ.get("LTNB_SLOW") == "1"
+    shell, less = CaptureShell(path), {} if whole else BRIEF.get(path.stem, {})
+    shell.user_ns["brief"] = replace
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
-        for cell in nb_test_cells(path, skip_flags=list(skip)):
-            shell.cell(cell, timeout=600)
-            if shell.exc is None and path.stem in BRIEF and "parameters" in cell.metadata.get("tags", []):
-                shell.run(BRIEF[path.stem])
+        for cell in nb_test_cells(path, skip_flags=["cuda"] if whole else ["slow", "cuda"]):
+            shell.cell(cell, timeout=7200 if whole else 600)
+            if shell.exc is None and cell.id in less:
+                shell.run(less[cell.id])
             if shell.exc is None:
                 continue
             print(shell.prettytb(fname=path))
             pytest.fail(explain(cell, number.get(cell.id), shell), pytrace=False)
+    names = dict(shell.user_ns)
     shell.close()
+    atexit.unregister(shell.atexit_operations)  # or all shells live until the end, and each collects garbage then
+    return names
+
+
+LONG = 60  # steps or epochs of a training that is worth keeping
+GIVES = {  # lessons that build a training themselves: its name, what it is told beside the images, and the model there
+    "51_diffusion": ("train_diffusion", dict(n_steps=300, diff_bs=32), lambda names: 10, "model"),
+    "75_clip_training": ("train_clip", dict(n_steps=120), lambda names: names["pool"], "clip"),
+}
+
+
+class Trainings:
+    "Several lessons begin with the same training on the same digits: the first one keeps its model for the others"
+
+    def __init__(self, factory):
+        from ltnb import classifier, clip, clip_training, diffusion, training
+
+        self.factory = factory
+        self.known = {  # name -> (what tells it how, what comes out, its room)
+            "train_diffusion": (diffusion.Denoising, diffusion.DiffusionModel, diffusion),
+            "train_clip": (clip_training.ClipTraining, clip.Clip, clip_training),
+            "fit": (training.Fitting, classifier.Classifier, training),
+        }
+
+    def kept(self, name, what, how, make):
+        "The model, made by `make` where no lesson has made it; None where the training is short, or not to be compared"
+        from ltnb.store import content_key
+
+        long = (getattr(how, "n_steps", 0) or how.n_epochs) >= LONG
+        key = content_key(*what, how) if long and not any(map(callable, vars(how).values())) else None
+        if key is not None:
+            folder = once(self.factory, f"{name}-{key}", lambda folder: make().save(folder))
+            return self.known[name][1].load(folder)
+
+    def instead(self, name):
+        "What lessons call in place of a training"
+        settings, _, room = self.known[name]
+        real = getattr(room, name)
+
+        def train(*given, class_names=None, **changes):
+            named = {} if class_names is None else {"class_names": class_names}
+            what = [x for x in given if not isinstance(x, settings)]
+            how = next((x for x in given if isinstance(x, settings)), settings())
+            if len(what) > 3 or not changes.keys() <= vars(how).keys():  # a run, a callback, a loss
+                return real(*given, **changes, **named)
+            model = self.kept(name, what, replace(how, **changes), lambda: real(*given, **changes))
+            if model is None:
+                return real(*given, **changes, **named)
+            if name == "fit":  # which trains in place
+                what[0].load_state_dict(model.state_dict())
+                what[0].log_prior = model.log_prior
+                return what[0].eval()
+            if name == "train_diffusion":
+                names = range(model.n_classes) if class_names is None else class_names
+                return replace(model, class_names=tuple(map(str, names)))
+            return model
+
+        return train
+
+    def take(self, lesson, names):
+        "Keep the model of a lesson for those that only call its training"
+        if lesson in GIVES:
+            name, told, more, model = GIVES[lesson]
+            train, how = names["data"].train, self.known[name][0](**told)
+            self.kept(name, [train.images, train.labels, more(names)], how, lambda: names[model])
 
 
 @pytest.fixture
-def same_training(tmp_path_factory, monkeypatch):
-    "Four lessons begin with the same training on the same digits: the first that runs keeps its model for the others"
-    from ltnb import diffusion, generator_steps  # the recipes have the real one, whoever imports them first
+def same_trainings(tmp_path_factory, monkeypatch):
+    import ltnb
 
-    assert generator_steps.train_diffusion is diffusion.train_diffusion
-    real, usual = diffusion.train_diffusion, diffusion.Denoising(n_steps=300, diff_bs=32)
-
-    def train_diffusion(images, labels, n_classes, how=None, *more, **changes):
-        def train(folder):
-            real(images, labels, n_classes, usual).save(folder)
-
-        steps = {k: v for k, v in changes.items() if k != "class_names"}
-        few = not more and steps.keys() <= {"n_steps", "diff_bs"}
-        if not few or replace(how or diffusion.Denoising(), **steps) != usual:
-            return real(images, labels, n_classes, how, *more, **changes)
-        shown = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
-        m = diffusion.DiffusionModel.load(once(tmp_path_factory, f"digits-{shown}", train))
-        names = tuple(map(str, changes.get("class_names") or m.class_names))
-        return diffusion.DiffusionModel(m.unet, m.objective, names, m.image_shape, m.counts)
-
-    monkeypatch.setattr(diffusion, "train_diffusion", train_diffusion)
+    for room in ("chatdiff", "diffult_ablations", "discl_steps", "ldmlr"):  # recipes have the real ones in any case
+        import_module(f"ltnb.{room}")
+    trainings = Trainings(tmp_path_factory)
+    for name, (_, _, room) in trainings.known.items():
+        everyone = [m for n, m in sys.modules.items() if n.startswith("ltnb.") and hasattr(m, name)]
+        assert len({getattr(m, name) for m in everyone}) == 1
+        monkeypatch.setattr(room, name, trainings.instead(name))
+    monkeypatch.setattr(ltnb, "fit", trainings.known["fit"][2].fit)  # which the package would keep
+    return trainings
 
 
-def test_runs(path, tmp_path, monkeypatch, same_training):
+@pytest.fixture
+def few_draws(monkeypatch):
+    "Recipes measure the AID-biased loss on an eighth of the images that they draw for it"
+    from ltnb import aid_loss
+
+    if os.environ.get("LTNB_SLOW") != "1":
+        monkeypatch.setattr(aid_loss, "Draws", partial(aid_loss.Draws, n=128))
+
+
+def test_runs(path, tmp_path, monkeypatch, same_trainings, few_draws):
     monkeypatch.setenv("LTNB_RUNS", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setattr(Progress, "quiet", False)  # and what the notebook does to it is undone
-    run_lesson(path)
+    same_trainings.take(path.stem, run_lesson(path))
+
+
+def written(folder, code):
+    "A notebook of a title and cells of code"
+    import nbformat.v4 as v4
+
+    cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, code)]
+    (folder / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
+    return folder / "lesson.ipynb"
 
 
 def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
-    import nbformat.v4 as v4
-
     lesson = [
         "from fastcore.test import test_eq",
         "better, worse = .81, .84",
         "test_eq([better > worse, worse < 1], [True] * 2)",
     ]
-    cells = [v4.new_markdown_cell("# A lesson"), *map(v4.new_code_cell, lesson)]
-    (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
     with pytest.raises(pytest.fail.Exception) as failed:
-        run_lesson(tmp_path / "lesson.ipynb")
+        run_lesson(written(tmp_path, lesson))
     assert re.fullmatch(r"cell 3 \(\w+\): better > worse with 0.81 and 0.84", str(failed.value))
     for broken, said in (
         ("assert {}['x']", "KeyError: 'x'"),
         ("1 +", "SyntaxError"),
         ("test_eq(2, 3)", "AssertionError: ==: 2 3"),
     ):
-        cells[-1]["source"] = broken
-        (tmp_path / "lesson.ipynb").write_text(json.dumps(v4.new_notebook(cells=cells)), encoding="utf-8")
         with pytest.raises(pytest.fail.Exception) as failed:
-            run_lesson(tmp_path / "lesson.ipynb")
+            run_lesson(written(tmp_path, [*lesson[:-1], broken]))
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
+
+
+def test_slow_cells_run_where_they_are_asked_for_and_then_nothing_is_shortened(tmp_path, monkeypatch):
+    lesson = written(tmp_path, ["run = ['always']", "#| slow\nrun.append('slow')", "#| cuda\nrun.append('cuda')"])
+    first = json.loads(lesson.read_text(encoding="utf-8"))["cells"][1]["id"]
+    monkeypatch.setitem(BRIEF, "lesson", {first: "run.append('less')"})
+    found = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("LTNB_SLOW", asked)
+        found.append(run_lesson(lesson)["run"])
+    assert found == [["always", "less"], ["always", "slow"]]
+
+
+@pytest.mark.parametrize("lesson", BRIEF)
+def test_what_is_shortened_is_there(lesson):
+    cells = json.loads((ROOT / "nbs" / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+    found = {c["id"]: source(c) for c in cells if c["id"] in BRIEF[lesson]}
+    assert found.keys() == BRIEF[lesson].keys() and not any("#| slow" in text for text in found.values())
 
 
 def test_opening_and_end(path, cells):
