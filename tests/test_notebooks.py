@@ -84,6 +84,7 @@ BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work
         "f2a4b003": "quick = brief(quick, head_steps=10, scratch_steps=10)",
         "c4a06b3d": "cfg = brief(cfg, n_epochs=20, n_steps=60)",
     },
+    "51_diffusion": {"f2a51003": "whole = train_plainly\ndef train_plainly(*a): return whole(*a[:3], min(a[3], 80))"},
     "56_generator_steps": {"245a737f": "few = brief(few, n_steps=20, diff_bs=16)"},
     "57_generator": {"6d63de2b": "cfg = brief(cfg, n_steps=20, sample_every=10, judge_epochs=2)"},
     "58_generate": {"57a0b004": "few |= dict(n_steps=10, sample_every=5, judge_epochs=1)"},
@@ -111,19 +112,26 @@ BRIEF = {  # lesson -> cell -> what runs after it: the same cells with less work
 }
 
 
+def asked():
+    "How lessons run: brief; whole, so that nothing is shortened; or slow, so that slow cells run as well"
+    how = os.environ.get("LTNB_LESSONS", "brief")
+    assert how in ("brief", "whole", "slow"), f"LTNB_LESSONS must be brief, whole or slow, got {how!r}"
+    return how
+
+
 def run_lesson(path):
-    "Run a notebook's cells, with LTNB_SLOW=1 all as they stand: its names in the end, or the cell that failed, and why"
+    "Run a notebook's cells: its names in the end, or the cell that failed, and why"
     from execnb.shell import CaptureShell
     from fastcore.xtras import working_directory
     from nbdev.test import nb_test_cells
 
-    whole = os.environ.get("LTNB_SLOW") == "1"
-    shell, less = CaptureShell(path), {} if whole else BRIEF.get(path.stem, {})
+    how = asked()
+    shell, less = CaptureShell(path), BRIEF.get(path.stem, {}) if how == "brief" else {}
     shell.user_ns["brief"] = replace
     number = {c["id"]: i for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"])}
     with working_directory(path.parent):
-        for cell in nb_test_cells(path, skip_flags=["cuda"] if whole else ["slow", "cuda"]):
-            shell.cell(cell, timeout=7200 if whole else 600)
+        for cell in nb_test_cells(path, skip_flags=["cuda"] if how == "slow" else ["slow", "cuda"]):
+            shell.cell(cell, timeout=7200 if how == "slow" else 600)
             if shell.exc is None and cell.id in less:
                 shell.run(less[cell.id])
             if shell.exc is None:
@@ -219,7 +227,7 @@ def few_draws(monkeypatch):
     "Recipes measure the AID-biased loss on an eighth of the images that they draw for it"
     from ltnb import aid_loss
 
-    if os.environ.get("LTNB_SLOW") != "1":
+    if asked() == "brief":
         monkeypatch.setattr(aid_loss, "Draws", partial(aid_loss.Draws, n=128))
 
 
@@ -259,15 +267,13 @@ def test_a_failing_lesson_says_which_cell_and_which_values(tmp_path, capfd):
         assert str(failed.value).startswith("cell 3 (") and said in str(failed.value), broken
 
 
-def test_slow_cells_run_where_they_are_asked_for_and_then_nothing_is_shortened(tmp_path, monkeypatch):
+def test_lessons_run_as_they_are_asked_to(tmp_path, monkeypatch):
     lesson = written(tmp_path, ["run = ['always']", "#| slow\nrun.append('slow')", "#| cuda\nrun.append('cuda')"])
     first = json.loads(lesson.read_text(encoding="utf-8"))["cells"][1]["id"]
     monkeypatch.setitem(BRIEF, "lesson", {first: "run.append('less')"})
-    found = []
-    for asked in ("0", "1"):
-        monkeypatch.setenv("LTNB_SLOW", asked)
-        found.append(run_lesson(lesson)["run"])
-    assert found == [["always", "less"], ["always", "slow"]]
+    for asked, found in (("brief", ["always", "less"]), ("whole", ["always"]), ("slow", ["always", "slow"])):
+        monkeypatch.setenv("LTNB_LESSONS", asked)
+        assert run_lesson(lesson)["run"] == found
 
 
 @pytest.mark.parametrize("lesson", BRIEF)

@@ -198,7 +198,7 @@ def test_a_cell_is_named_without_its_set_and_cells_stay_apart():
 def test_a_control_that_two_cells_share_is_one_control():
     "The second cell's differences to it are kept, and its ladder finds it"
     shared = dict(macro_f1=0.7, ece=0.1, nll=0.9)
-    r = [x for c, a in zip("abc", (0.79, 0.78, 0.79), strict=True) for x in rows({"balanced softmax": [a]}, cell=c, **shared)]
+    r = [rows({"balanced softmax": [a]}, cell=c, **shared)[0] for c, a in (("a", 0.79), ("b", 0.78), ("c", 0.79))]
     r += rows({"cross-entropy": [0.6]}, cell="a") + rows({"chatdiff": [0.7]}, cell="c", se={"balanced softmax": 0.004})
     assert [x["method"] for x in sets_of(r)["digits"]] == [
         *(f"balanced softmax ({c})" for c in "ab"),
@@ -208,7 +208,6 @@ def test_a_control_that_two_cells_share_is_one_control():
     assert found.control == "balanced softmax (a)" and found.difference.high < 0
     chance = [x | {"nll": 0.8} if x["cell"] == "c" else x for x in r]
     assert "balanced softmax (c)" in [x["method"] for x in sets_of(chance)["digits"]], "the same accuracy by chance"
-
 
 
 def test_rows_that_nobody_asked_for_claim_nothing():
