@@ -283,6 +283,18 @@ def test_what_is_shortened_is_there(lesson):
     assert found.keys() == BRIEF[lesson].keys() and not any("#| slow" in text for text in found.values())
 
 
+@pytest.mark.parametrize("lesson", GIVES)
+def test_a_lesson_gives_the_training_that_others_ask_for(lesson):
+    "Its own call says what its model is kept under, and nothing else that changes the model"
+    name, told, _, model = GIVES[lesson]
+    cells = json.loads((ROOT / "nbs" / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = (t for t in map(source, cells) if re.search(rf"^{model} = {name}\(", t, re.M))
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    said = {k.arg: k.value for n in calls if n.func.id in (name, "Denoising") for k in n.keywords}
+    watched = {"class_names", "sample_every", "on_sample"}  # which leave it as it is
+    assert {k: v.value for k, v in said.items() if k not in watched} == told
+
+
 def test_opening_and_end(path, cells):
     first = [c for c in cells if c["cell_type"] == "markdown"][0]
     assert re.match(r"# .+\n\n> .+", source(first)), "a notebook opens with a title and a subtitle"
