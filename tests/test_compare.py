@@ -196,12 +196,12 @@ def adopted(tmp_path_factory):
     return out, (cell.path / "scores.json").read_bytes()
 
 
+GROUP = "import os, sys; from ltnb.cli import main; os.setsid(); sys.exit(main(sys.argv[1:]))"
+
+
 def started(cfg):
     "`ltnb compare` as a process group of its own"
     return Command("compare", *typed(cfg), program=GROUP)
-
-
-GROUP = "import os, sys; from ltnb.cli import main; os.setsid(); sys.exit(main(sys.argv[1:]))"
 
 
 def killed_when(process, there, group):
