@@ -69,15 +69,14 @@ def npz(cls:LongTail,
 # %% ../nbs/17_sources.ipynb #50395b09
 def _torchvision(name, # of a set of torchvision
                  root, # its folder
+                 download, # was it to be fetched?
                  read # set's class -> what is read; its errors become ours
                 ):
     from torchvision import datasets
+    todo = "put its files there yourself" if download else "give its folder with --data-root, or add --download"
     try: return read(getattr(datasets, name))
     except RuntimeError as e:
-        said = e.args[0].splitlines()[0]
-        todo = ("put its unpacked files there yourself" if said.startswith("Error downloading")
-                else "give its folder with --data-root, or add --download")
-        raise UsageError(f"{name} was not found under {root!r} ({said}): {todo}.") from e
+        raise UsageError(f"{name} was not found under {root!r} ({e.args[0].splitlines()[0]}): {todo}.") from e
     except (OSError, ValueError) as e:
         raise DataError(f"{name} under {root!r} cannot be read or downloaded ({e}).") from e
 
@@ -85,7 +84,7 @@ def _torchvision(name, # of a set of torchvision
 def _in_memory(cls, name, root, imb_ratio, seed, download, cut): # a set of torchvision with a test part, cut
     def read(kind): return [kind(root, train=train, download=download) for train in (True, False)]
     sets = []
-    for p in _torchvision(name, root, read):
+    for p in _torchvision(name, root, download, read):
         x = np.asarray(p.data)
         x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
         sets.append(ImageSet(x, np.array(p.targets), tuple(p.classes)))
@@ -243,7 +242,7 @@ def imagenette(cls:LongTail,
     def read(kind):
         if at is None: kind(str(root), "train", "320px", download)
         return kind
-    codes = _torchvision("Imagenette", str(root), read)._WNID_TO_CLASS
+    codes = _torchvision("Imagenette", str(root), download, read)._WNID_TO_CLASS
     data = cls.folder(at or root/"imagenette2-320", None, seed, photos)
     names = tuple(codes.get(c, (c,))[0] for c in data.class_names)
     sets = {p: replace(s, class_names=names) for p, s in data.parts.items()}

@@ -223,7 +223,7 @@ def test_a_download_that_fails_is_not_told_to_download(tmp_path, monkeypatch):
     from torchvision.datasets import FashionMNIST
 
     monkeypatch.setattr(FashionMNIST, "mirrors", [(tmp_path / "empty").as_uri() + "/"])
-    with pytest.raises(UsageError, match="Error downloading.*put its unpacked files there") as said:
+    with pytest.raises(UsageError, match="Error downloading.*put its files there") as said:
         LongTail.fashion_mnist(tmp_path, download=True)
     assert "add --download" not in str(said.value)
 
