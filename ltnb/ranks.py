@@ -12,7 +12,7 @@ __all__ = ['CONTROL_METHODS', 'PART_METHODS', 'KINDS', 'NUMBERS', 'KIND_COLORS',
            'Column', 'show_value', 'table_records', 'shown_columns', 'table_cells']
 
 # %% ../nbs/18_ranks.ipynb #5e2f0dc4
-import math
+import itertools, math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,31 +69,27 @@ def _plain_row(row): # with its keys there and of their kind
                   "kind": kind_of(row)} | {k: _number(row, k) for k in NUMBERS}
 
 # %% ../nbs/18_ranks.ipynb #54fd66e1
-def _contradict(rows): # of one set and method: does a seed have two answers?
-    told = {}
-    for r in rows:
-        if math.isfinite(r["all"]) and told.setdefault(r["seed"], r["all"]) != r["all"]: return True
-    return False
+def _agree(some, others): # answers of two cells, seed -> numbers: the same for the seeds that both have?
+    return all(others[seed] == answer for seed, answer in some.items() if seed in others)
 
 
-def _named(rows): # of one set: (method, cell) -> its name in the table
-    said, out = {}, {}
+def _names(rows): # of one set: cell -> method -> its name in the table
+    said, names = {}, {}
     for r in rows:
-        answer = tuple(r[k] for k in ("all", "macro_f1", "ece", "nll"))
-        said.setdefault(r["method"], {}).setdefault(r["cell"], {})[r["seed"]] = answer
+        of = said.setdefault(r["method"], {}).setdefault(r["cell"], {})
+        if math.isfinite(r["all"]): of[r["seed"]] = tuple(r[k] for k in ("all", "macro_f1", "ece", "nll"))
     for m, of in said.items():
-        torn = len(of) > 1 and _contradict([r for r in rows if r["method"] == m])
+        torn = not all(_agree(a, b) for a, b in itertools.combinations(of.values(), 2))
         for cell, answers in of.items():
-            first = next(c for c, other in of.items() if other == answers) # the first that answered like this
-            out[m, cell] = f"{m} ({first.removeprefix(rows[0]['set'] + '/')})" if torn else m
-    return out
+            first = next(c for c, other in of.items() if other == answers) # the first that answered the same
+            names.setdefault(cell, {})[m] = f"{m} ({first.removeprefix(rows[0]['set'] + '/')})" if torn else m
+    return names
 
 
 def _cells_named(rows): # of one set: methods that differ between cells carry a cell's name
-    names = _named(rows)
-    def called(r): return {m: name for (m, cell), name in names.items() if cell == r["cell"]}
-    def renamed(r, to): return {"method": to[r["method"]], "se": {to.get(k, k): v for k, v in r["se"].items()}}
-    return [r | renamed(r, to := called(r)) | {"called": to} for r in rows]
+    names = _names(rows)
+    def named(r, to): return {"method": to[r["method"]], "se": {to.get(k, k): v for k, v in r["se"].items()}}
+    return [r | named(r, names[r["cell"]]) | {"called": names[r["cell"]]} for r in rows]
 
 # %% ../nbs/18_ranks.ipynb #336c3fd5
 def sets_of(rows:list[dict] # rows
